@@ -1,0 +1,1 @@
+//! Entering the jail of the processes that face the guest.

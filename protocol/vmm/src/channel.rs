@@ -1,0 +1,248 @@
+//! One end of the control socket: packets of JSON with file descriptors.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
+    setsockopt, socketpair, sockopt,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// The largest packet, in bytes.
+pub const MAX_PACKET: usize = 64 * 1024;
+
+/// The most descriptors beside one packet.
+pub const MAX_FDS: usize = 64;
+
+/// One end of a control socket.
+///
+/// Both ends treat the other as untrusted: sizes are fixed, descriptors are closed when a packet isn't understood.
+#[derive(Debug)]
+pub struct Channel {
+    socket: OwnedFd,
+}
+
+/// A received message and the descriptors that came with it.
+#[derive(Debug)]
+pub struct Packet<M> {
+    /// The message.
+    pub message: M,
+    /// Its descriptors, all close-on-exec; [`crate::FdIndex`] counts in here.
+    pub fds: Vec<OwnedFd>,
+}
+
+/// What goes wrong on a control socket.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// No socket pair to be had.
+    #[error("can't create a control socket pair")]
+    Create(#[source] Errno),
+    /// The time limit can't be set.
+    #[error("can't set the control socket's time limit")]
+    TimeLimit(#[source] Errno),
+    /// Sending failed.
+    #[error("can't send a control message")]
+    Send(#[source] Errno),
+    /// Receiving failed.
+    #[error("can't receive a control message")]
+    Receive(#[source] Errno),
+    /// Nothing came within the time limit of [`Channel::set_timeout`].
+    #[error("no control message came within the time limit")]
+    TimedOut,
+    /// The other end is gone.
+    #[error("the other end of the control socket is closed")]
+    Closed,
+    /// A message is larger than [`MAX_PACKET`] or has more than [`MAX_FDS`] descriptors.
+    #[error("a control message is larger than {MAX_PACKET} bytes or {MAX_FDS} descriptors")]
+    TooLarge,
+    /// Not the JSON that was expected.
+    #[error("a control message can't be understood")]
+    Malformed(#[source] serde_json::Error),
+}
+
+impl Channel {
+    /// Creates a connected pair, both ends close-on-exec.
+    pub fn pair() -> Result<(Channel, Channel), ChannelError> {
+        let (one, other) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+            .map_err(ChannelError::Create)?;
+        Ok((Channel { socket: one }, Channel { socket: other }))
+    }
+
+    /// Bounds every later [`Channel::send`] and [`Channel::receive`]; `None` waits for ever.
+    pub fn set_timeout(&self, limit: Option<Duration>) -> Result<(), ChannelError> {
+        let limit = limit.unwrap_or_default();
+        let value = nix::sys::time::TimeVal::new(
+            limit.as_secs().try_into().unwrap_or(i64::MAX),
+            limit.subsec_micros().into(),
+        );
+        setsockopt(&self.socket, sockopt::ReceiveTimeout, &value).map_err(ChannelError::TimeLimit)?;
+        setsockopt(&self.socket, sockopt::SendTimeout, &value).map_err(ChannelError::TimeLimit)
+    }
+
+    /// Sends one message with its descriptors.
+    pub fn send<M: Serialize>(&self, message: &M, fds: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
+        let bytes = serde_json::to_vec(message).map_err(ChannelError::Malformed)?;
+        if bytes.len() > MAX_PACKET || fds.len() > MAX_FDS {
+            return Err(ChannelError::TooLarge);
+        }
+        let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
+        loop {
+            let sent = sendmsg::<()>(
+                self.socket.as_raw_fd(),
+                &[IoSlice::new(&bytes)],
+                control,
+                MsgFlags::MSG_NOSIGNAL,
+                None,
+            );
+            match sent {
+                Ok(_) => return Ok(()),
+                Err(Errno::EINTR) => continue,
+                Err(Errno::EAGAIN) => return Err(ChannelError::TimedOut),
+                Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(ChannelError::Closed),
+                Err(errno) => return Err(ChannelError::Send(errno)),
+            }
+        }
+    }
+
+    /// Receives one message with its descriptors.
+    pub fn receive<M: DeserializeOwned>(&self) -> Result<Packet<M>, ChannelError> {
+        let mut bytes = vec![0; MAX_PACKET];
+        let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
+        let (length, fds, truncated) = loop {
+            let mut slices = [IoSliceMut::new(&mut bytes)];
+            let received = recvmsg::<()>(
+                self.socket.as_raw_fd(),
+                &mut slices,
+                Some(&mut space),
+                MsgFlags::MSG_CMSG_CLOEXEC,
+            );
+            match received {
+                Ok(received) => {
+                    let fds = take_fds(&received);
+                    let cut = received.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
+                    break (received.bytes, fds, cut);
+                }
+                Err(Errno::EINTR) => continue,
+                Err(Errno::EAGAIN) => return Err(ChannelError::TimedOut),
+                Err(Errno::ECONNRESET) => return Err(ChannelError::Closed),
+                Err(errno) => return Err(ChannelError::Receive(errno)),
+            }
+        };
+        if truncated {
+            return Err(ChannelError::TooLarge);
+        }
+        if length == 0 {
+            return Err(ChannelError::Closed);
+        }
+        let message = serde_json::from_slice(&bytes[..length]).map_err(ChannelError::Malformed)?;
+        Ok(Packet { message, fds })
+    }
+}
+
+fn take_fds(received: &nix::sys::socket::RecvMsg<'_, '_, ()>) -> Vec<OwnedFd> {
+    let mut fds = Vec::new();
+    // The only error is a truncated control buffer; the caller refuses such a packet by its flags.
+    for message in received.cmsgs().into_iter().flatten() {
+        if let ControlMessageOwned::ScmRights(raw) = message {
+            // SAFETY: the kernel installed these descriptors for us in this very call; nobody else owns them.
+            fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    fds
+}
+
+impl From<OwnedFd> for Channel {
+    fn from(socket: OwnedFd) -> Self {
+        Channel { socket }
+    }
+}
+
+impl From<Channel> for OwnedFd {
+    fn from(channel: Channel) -> Self {
+        channel.socket
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl AsRawFd for Channel {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{Read, Write};
+
+    use super::*;
+    use crate::message::{Event, ExitReason, FromVmm, Request};
+
+    #[test]
+    fn a_message_arrives_with_its_descriptors() {
+        let (shim, vmm) = Channel::pair().unwrap();
+        let (mut reader, writer) = std::io::pipe().unwrap();
+
+        shim.send(&Request::ConnectVsock { port: 7 }, &[writer.as_fd()]).unwrap();
+        drop(writer);
+        let packet: Packet<Request> = vmm.receive().unwrap();
+
+        assert_eq!(packet.message, Request::ConnectVsock { port: 7 });
+        let mut fds = packet.fds;
+        assert_eq!(fds.len(), 1);
+        let mut passed = File::from(fds.remove(0));
+        passed.write_all(b"through").unwrap();
+        drop(passed);
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "through");
+    }
+
+    #[test]
+    fn a_closed_end_is_told_apart() {
+        let (shim, vmm) = Channel::pair().unwrap();
+        drop(vmm);
+        assert!(matches!(shim.receive::<FromVmm>(), Err(ChannelError::Closed)));
+        assert!(matches!(
+            shim.send(&FromVmm::Event(Event::Exited(ExitReason::Reset)), &[]),
+            Err(ChannelError::Closed)
+        ));
+    }
+
+    #[test]
+    fn waiting_ends_at_the_time_limit() {
+        let (shim, _vmm) = Channel::pair().unwrap();
+        shim.set_timeout(Some(Duration::from_millis(20))).unwrap();
+        assert!(matches!(shim.receive::<FromVmm>(), Err(ChannelError::TimedOut)));
+    }
+
+    #[test]
+    fn nonsense_is_refused_and_its_descriptors_are_closed() {
+        let (shim, vmm) = Channel::pair().unwrap();
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        vmm.send(&"nonsense", &[writer.as_fd()]).unwrap();
+        drop(writer);
+
+        assert!(matches!(shim.receive::<FromVmm>(), Err(ChannelError::Malformed(_))));
+
+        // Only when the received copy is closed as well does the pipe end.
+        assert_eq!(reader.read(&mut [0; 1]).unwrap(), 0);
+    }
+
+    #[test]
+    fn an_oversized_message_is_refused() {
+        let (shim, _vmm) = Channel::pair().unwrap();
+        assert!(matches!(shim.send(&"x".repeat(MAX_PACKET), &[]), Err(ChannelError::TooLarge)));
+    }
+}

@@ -1,0 +1,205 @@
+//! What a virtual machine is made of.
+
+use serde::{Deserialize, Serialize};
+
+/// The position of a file descriptor among those of the packet that names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct FdIndex(pub u8);
+
+/// The most vCPUs a virtual machine can have.
+pub const MAX_VCPUS: u8 = 16;
+
+/// The least guest memory that the guest kernel boots in, in MiB.
+pub const MIN_MEMORY_MIB: u32 = 64;
+
+/// The most guest memory, in MiB: 1 TiB.
+const MAX_MEMORY_MIB: u32 = 1024 * 1024;
+
+/// Everything the VMM needs to boot a guest; each resource is a descriptor that came with the message.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Number of vCPUs, 1 to [`MAX_VCPUS`].
+    pub vcpus: u8,
+    /// Guest memory in MiB, at least [`MIN_MEMORY_MIB`].
+    pub memory_mib: u32,
+    /// `/dev/kvm`, open for reading and writing.
+    pub kvm: FdIndex,
+    /// The guest kernel: an ELF `vmlinux` or a bzImage, open for reading.
+    pub kernel: FdIndex,
+    /// Kernel parameters after those that the VMM sets for its own devices.
+    pub cmdline: String,
+    /// Where the guest's console output goes (a pipe's write end or a file). Without it output is dropped.
+    pub console: Option<FdIndex>,
+    /// Block devices, `vda` first.
+    pub disks: Vec<BlockConfig>,
+    /// The shared file system, if the pod has one.
+    pub fs: Option<FsConfig>,
+    /// The vsock device.
+    pub vsock: VsockConfig,
+}
+
+/// One virtio block device (virtio 1.2, section 5.2).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlockConfig {
+    /// A regular file or a block device with raw contents; its format is never probed.
+    pub file: FdIndex,
+    /// Refuse writes in the VMM, whatever the guest asks.
+    pub read_only: bool,
+    /// What the guest reads as the device's serial (`VIRTIO_BLK_T_GET_ID`); at most 20 bytes.
+    pub serial: String,
+}
+
+/// The virtio file system device (virtio 1.2, section 5.11).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FsConfig {
+    /// The VMM's end of the file server's socket (see [`crate::FUSE_FD`]).
+    pub server: FdIndex,
+    /// The tag the guest mounts it by; 1 to 36 bytes.
+    pub tag: String,
+}
+
+/// The virtio socket device (virtio 1.2, section 5.10).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's context id, 3 or more.
+    pub guest_cid: u32,
+    /// The only connections that the guest may open to the host: each once, to the given port.
+    pub guest_streams: Vec<GuestStream>,
+}
+
+/// A host port that the guest may connect to once, and the socket that the connection is joined to.
+///
+/// The host's end may be written to before the guest connects: the bytes wait in the socket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuestStream {
+    /// Port on the host side (context id 2).
+    pub port: u32,
+    /// One end of a `SOCK_STREAM` socket pair.
+    pub stream: FdIndex,
+}
+
+/// A [`VmConfig`] that no virtual machine can be made from.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ConfigError {
+    /// Number of vCPUs out of range.
+    #[error("{0} vCPUs asked for: 1 to {MAX_VCPUS} are possible")]
+    Vcpus(u8),
+    /// Too little or too much memory.
+    #[error("{0} MiB of guest memory asked for: {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB} MiB are possible")]
+    Memory(u32),
+    /// The file system tag is empty or too long.
+    #[error("the file system tag has {0} bytes: 1 to 36 are possible")]
+    Tag(usize),
+    /// A disk's serial is too long.
+    #[error("a disk's serial has {0} bytes: at most 20 are possible")]
+    Serial(usize),
+    /// A reserved context id.
+    #[error("{0} is a reserved vsock context id: use 3 or more")]
+    Cid(u32),
+    /// An index that points past the descriptors that came along.
+    #[error("descriptor {index} is named but only {count} came with the message")]
+    MissingFd {
+        /// The index.
+        index: u8,
+        /// How many came.
+        count: usize,
+    },
+}
+
+impl VmConfig {
+    /// Checks every limit, and that each descriptor index is below `fd_count`.
+    pub fn validate(&self, fd_count: usize) -> Result<(), ConfigError> {
+        if !(1..=MAX_VCPUS).contains(&self.vcpus) {
+            return Err(ConfigError::Vcpus(self.vcpus));
+        }
+        if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&self.memory_mib) {
+            return Err(ConfigError::Memory(self.memory_mib));
+        }
+        if let Some(fs) = &self.fs
+            && !(1..=36).contains(&fs.tag.len())
+        {
+            return Err(ConfigError::Tag(fs.tag.len()));
+        }
+        if let Some(disk) = self.disks.iter().find(|disk| disk.serial.len() > 20) {
+            return Err(ConfigError::Serial(disk.serial.len()));
+        }
+        if self.vsock.guest_cid < 3 {
+            return Err(ConfigError::Cid(self.vsock.guest_cid));
+        }
+        match self.fds().find(|fd| usize::from(fd.0) >= fd_count) {
+            Some(fd) => Err(ConfigError::MissingFd { index: fd.0, count: fd_count }),
+            None => Ok(()),
+        }
+    }
+
+    fn fds(&self) -> impl Iterator<Item = FdIndex> + '_ {
+        [self.kvm, self.kernel]
+            .into_iter()
+            .chain(self.console)
+            .chain(self.disks.iter().map(|disk| disk.file))
+            .chain(self.fs.iter().map(|fs| fs.server))
+            .chain(self.vsock.guest_streams.iter().map(|guest| guest.stream))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> VmConfig {
+        VmConfig {
+            vcpus: 1,
+            memory_mib: 128,
+            kvm: FdIndex(0),
+            kernel: FdIndex(1),
+            cmdline: String::new(),
+            console: None,
+            disks: vec![BlockConfig { file: FdIndex(2), read_only: true, serial: "image".into() }],
+            fs: None,
+            vsock: VsockConfig { guest_cid: 3, guest_streams: Vec::new() },
+        }
+    }
+
+    #[test]
+    fn a_sound_config_passes() {
+        assert_eq!(config().validate(3), Ok(()));
+    }
+
+    #[test]
+    fn limits_are_enforced() {
+        let cases = [
+            (VmConfig { vcpus: 0, ..config() }, ConfigError::Vcpus(0)),
+            (VmConfig { vcpus: MAX_VCPUS + 1, ..config() }, ConfigError::Vcpus(MAX_VCPUS + 1)),
+            (VmConfig { memory_mib: 1, ..config() }, ConfigError::Memory(1)),
+            (
+                VmConfig { fs: Some(FsConfig { server: FdIndex(0), tag: "x".repeat(37) }), ..config() },
+                ConfigError::Tag(37),
+            ),
+            (
+                VmConfig { vsock: VsockConfig { guest_cid: 2, guest_streams: Vec::new() }, ..config() },
+                ConfigError::Cid(2),
+            ),
+        ];
+        for (config, error) in cases {
+            assert_eq!(config.validate(3), Err(error));
+        }
+    }
+
+    #[test]
+    fn an_index_past_the_descriptors_is_refused() {
+        assert_eq!(config().validate(2), Err(ConfigError::MissingFd { index: 2, count: 2 }));
+    }
+
+    #[test]
+    fn an_unknown_field_is_refused() {
+        let mut json = serde_json::to_value(config()).unwrap();
+        json["surprise"] = true.into();
+        assert!(serde_json::from_value::<VmConfig>(json).is_err());
+    }
+}

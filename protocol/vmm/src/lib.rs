@@ -1,0 +1,33 @@
+//! The control protocol between the shim and the VMM.
+//!
+//! One `SOCK_SEQPACKET` socket pair carries it. The VMM finds its end at [`CONTROL_FD`]. A packet is one JSON value of
+//! at most [`MAX_PACKET`] bytes, with at most [`MAX_FDS`] file descriptors beside it (`SCM_RIGHTS`). Messages name the
+//! descriptors that came with them by [`FdIndex`], their position in the packet.
+//!
+//! The shim sends a [`Request`] and gets exactly one [`FromVmm::Reply`] for it, in order. The VMM sends
+//! [`FromVmm::Event`] at any time. When either end closes, the other ends the virtual machine.
+
+mod channel;
+mod config;
+mod message;
+
+pub use channel::{Channel, ChannelError, MAX_FDS, MAX_PACKET, Packet};
+pub use config::{
+    BlockConfig, ConfigError, FdIndex, FsConfig, GuestStream, MAX_VCPUS, MIN_MEMORY_MIB, VmConfig,
+    VsockConfig,
+};
+pub use message::{Event, ExitReason, FromVmm, Refusal, RefusalKind, Request};
+
+/// The descriptor number at which the VMM finds its end of the control socket.
+pub const CONTROL_FD: i32 = 3;
+
+/// The descriptor number at which the file server finds its end of the FUSE socket.
+///
+/// That socket is `SOCK_SEQPACKET` too: one packet is one FUSE request from the guest (header and payload, at most
+/// [`MAX_FUSE_MESSAGE`] bytes), or one FUSE reply to it, matched by the `unique` field of the FUSE header.
+pub const FUSE_FD: i32 = 3;
+
+/// The largest FUSE message on the file server's socket, in bytes: 128 KiB of data and room for headers.
+///
+/// A packet has to fit the default send buffer of a Unix socket (212 992 bytes), since neither end may raise it.
+pub const MAX_FUSE_MESSAGE: usize = 128 * 1024 + 4096;

@@ -1,0 +1,1 @@
+//! The seccomp filters of every thread Bulkhead runs.

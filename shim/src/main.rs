@@ -1,0 +1,2 @@
+//! Bulkhead's containerd shim.
+fn main() {}

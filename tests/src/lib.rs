@@ -1,0 +1,1 @@
+//! Test harness, demo and end-to-end suite.

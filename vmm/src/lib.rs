@@ -1,0 +1,1 @@
+//! Bulkhead's virtual machine monitor.
