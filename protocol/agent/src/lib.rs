@@ -10,15 +10,13 @@ pub const STDIO_PORT: u32 = 1025;
 /// Where the pod's shared tree is mounted in the guest.
 pub const SHARED_DIR: &str = "/run/bulkhead/shared";
 
-#[allow(clippy::all, clippy::unwrap_used, clippy::expect_used, clippy::panic, dead_code, unused_attributes)]
-#[allow(unused_imports, unused_results, non_snake_case, non_upper_case_globals, non_camel_case_types)]
 mod agent {
+    #![allow(warnings, clippy::all, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     include!(concat!(env!("OUT_DIR"), "/agent.rs"));
 }
 
-#[allow(clippy::all, clippy::unwrap_used, clippy::expect_used, clippy::panic, dead_code, unused_attributes)]
-#[allow(unused_imports, unused_results, non_snake_case, non_upper_case_globals, non_camel_case_types)]
 mod agent_ttrpc {
+    #![allow(warnings, clippy::all, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
 }
 

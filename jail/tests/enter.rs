@@ -1,0 +1,107 @@
+//! Enters the jail in a forked child and looks around from inside.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use bulkhead_jail::{Jail, JailError, Limits, Root, enter};
+use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{ForkResult, fork, geteuid, getgid, getgroups, getuid};
+
+const JAIL: Jail =
+    Jail { last_fd: 2, root: Root::Empty, limits: Limits { open_files: 32 }, uid: 65534, gid: 65534 };
+
+/// Runs `inside` in a child; each `Err` names what it found wrong.
+fn in_child(inside: impl FnOnce() -> Result<(), String>) {
+    if !geteuid().is_root() {
+        eprintln!("SKIPPED: only root can enter the jail");
+        return;
+    }
+    // SAFETY: the child touches nothing that another thread of this test process may hold locked but the allocator,
+    // which the C library keeps usable across fork.
+    match unsafe { fork() }.expect("fork") {
+        ForkResult::Child => {
+            let code = match inside() {
+                Ok(()) => 0,
+                Err(wrong) => {
+                    eprintln!("inside the jail: {wrong}");
+                    1
+                }
+            };
+            // SAFETY: ends the child without running the test harness's handlers.
+            unsafe { libc::_exit(code) }
+        }
+        ForkResult::Parent { child } => {
+            assert_eq!(waitpid(child, None).expect("waitpid"), WaitStatus::Exited(child, 0));
+        }
+    }
+}
+
+fn check(holds: bool, what: &str) -> Result<(), String> {
+    if holds { Ok(()) } else { Err(what.to_owned()) }
+}
+
+#[test]
+fn nothing_of_the_host_is_left() {
+    let outside = fs::File::open("/").expect("open the root directory");
+    in_child(|| {
+        enter(&JAIL).map_err(|error| format!("{error}: {:?}", std::error::Error::source(&error)))?;
+        check(fs::metadata("/etc").is_err(), "the host's files are there")?;
+        check(fs::read_dir("/").map(Iterator::count).unwrap_or(1) == 0, "the root directory isn't empty")?;
+        check(fs::write("/file", "x").is_err(), "the root directory is writable")?;
+        check(outside.metadata().is_err(), "a descriptor of the host's root is open")?;
+        check(std::env::vars_os().next().is_none(), "the environment isn't empty")
+    });
+}
+
+#[test]
+fn no_privilege_is_left() {
+    in_child(|| {
+        enter(&JAIL).map_err(|error| error.to_string())?;
+        check(getuid().as_raw() == 65534 && getgid().as_raw() == 65534, "wrong user or group")?;
+        check(getgroups().is_ok_and(|groups| groups.is_empty()), "supplementary groups are left")?;
+        check(nix::unistd::setuid(0.into()).is_err(), "root can be had back")?;
+        check(nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).is_err(), "CAP_SYS_ADMIN is left")?;
+        check(nix::sys::prctl::get_no_new_privs() == Ok(true), "no_new_privs isn't set")?;
+        check(nix::sys::prctl::get_dumpable() == Ok(false), "the process is dumpable")?;
+        // SAFETY: PR_CAPBSET_READ takes integers only; 21 is CAP_SYS_ADMIN.
+        check(
+            unsafe { libc::prctl(libc::PR_CAPBSET_READ, 21, 0, 0, 0) } == 0,
+            "the bounding set isn't empty",
+        )?;
+        check(getrlimit(Resource::RLIMIT_NOFILE) == Ok((32, 32)), "the limit on open files isn't set")
+    });
+}
+
+#[test]
+fn the_current_directory_can_become_the_root() {
+    in_child(|| {
+        let dir = std::env::temp_dir().join(format!("bulkhead-jail-{}", std::process::id()));
+        fs::create_dir_all(dir.join("inside")).map_err(|error| error.to_string())?;
+        let outside = fs::metadata(&dir).map_err(|error| error.to_string())?.ino();
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).map_err(|error| error.to_string())?;
+        let none = None::<&str>;
+        let bind = nix::mount::MsFlags::MS_BIND;
+        nix::mount::mount(Some(&dir), &dir, none, bind, none).map_err(|error| error.to_string())?;
+        std::env::set_current_dir(&dir).map_err(|error| error.to_string())?;
+
+        enter(&Jail { root: Root::CurrentDirectory, ..JAIL }).map_err(|error| error.to_string())?;
+
+        check(fs::metadata("/").is_ok_and(|root| root.ino() == outside), "/ is another directory")?;
+        check(fs::metadata("/inside").is_ok(), "the directory's contents are missing")?;
+        check(fs::metadata("/etc").is_err(), "the host's files are there")
+    });
+    for entry in fs::read_dir(std::env::temp_dir()).expect("read the temporary directory").flatten() {
+        if entry.file_name().to_string_lossy().starts_with("bulkhead-jail-") {
+            fs::remove_dir_all(entry.path()).expect("remove the test's directory");
+        }
+    }
+}
+
+#[test]
+fn root_is_refused_as_an_identity() {
+    in_child(|| match enter(&Jail { uid: 0, ..JAIL }) {
+        Err(JailError::RootIdentity { uid: 0, gid: 65534 }) => Ok(()),
+        other => Err(format!("{other:?}")),
+    });
+}
