@@ -1,0 +1,51 @@
+# Bulkhead. `make help` lists what there is.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+CARGO ?= cargo
+RELEASE := target/x86_64-unknown-linux-gnu/release
+VMLINUX := target/guest/vmlinux
+IMAGE := target/guest/guest.erofs
+
+.PHONY: help demo test build guest unit e2e lint audit install clean packages
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: build guest ## Run real containers in microVMs through a private containerd and check what is promised
+	@tests/run.sh demo
+
+test: unit e2e ## Every test: units and devices natively, then the end-to-end suite in real microVMs
+
+unit: packages ## Unit tests, and the VMM's tests on this machine's /dev/kvm
+	@tests/unit.sh
+
+e2e: build guest ## The end-to-end suite through containerd (ARGS="NAME..." runs the cases whose names match)
+	@tests/run.sh e2e $(ARGS)
+
+build: packages ## Release binaries
+	@echo "build: release binaries (the first time takes some minutes)"
+	@$(CARGO) build --release --locked --workspace
+
+guest: $(VMLINUX) $(IMAGE) ## The guest kernel and the guest image
+
+$(VMLINUX): guest-image/fetch-kernel.sh | packages
+	@guest-image/fetch-kernel.sh
+
+# Depends on the build as an order only: the script itself compares the agent with the image's.
+$(IMAGE): $(RELEASE)/bulkhead-agent guest-image/build.sh
+	@guest-image/build.sh $< $@
+
+$(RELEASE)/bulkhead-agent: build ;
+
+packages: ## The Debian packages that building and testing need
+	@tests/install-packages.sh
+
+lint: ## Formatting and clippy
+	@$(CARGO) fmt --all --check
+	@$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+
+audit: ## Licences, sources and known vulnerabilities of the dependencies
+	@tests/audit.sh
+
+clean: ## Remove everything that was built or fetched
+	@rm -rf target
