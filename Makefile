@@ -3,13 +3,14 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 RELEASE := target/x86_64-unknown-linux-gnu/release
+PREFIX ?= /usr/local
 VMLINUX := target/guest/vmlinux
 IMAGE := target/guest/guest.erofs
 
 .PHONY: help demo test build guest unit e2e lint audit install clean packages
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: build guest ## Run real containers in microVMs through a private containerd and check what is promised
 	@tests/run.sh demo
@@ -36,6 +37,11 @@ $(IMAGE): $(RELEASE)/bulkhead-agent guest-image/build.sh
 	@guest-image/build.sh $< $@
 
 $(RELEASE)/bulkhead-agent: build ;
+
+install: ## Install into PREFIX (/usr/local) what `make build guest` built
+	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/containerd-shim-bulkhead-v1 $(RELEASE)/bulkhead
+	install -D -m 755 -t $(DESTDIR)$(PREFIX)/libexec/bulkhead $(RELEASE)/bulkhead-vmm $(RELEASE)/bulkhead-fs
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/bulkhead $(VMLINUX) $(IMAGE)
 
 packages: ## The Debian packages that building and testing need
 	@tests/install-packages.sh
