@@ -1,1 +1,4 @@
 //! Bulkhead's virtual machine monitor.
+
+pub mod devices;
+pub mod memory;

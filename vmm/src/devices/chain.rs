@@ -1,0 +1,349 @@
+//! Descriptor chains whose every buffer is known to lie inside guest memory.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use virtio_queue::DescriptorChain;
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
+
+use super::queue::QueueFault;
+use crate::memory::{GuestRam, SharedRam};
+
+/// The most buffers handed to the kernel in one call.
+const MAX_IOVECS: usize = 128;
+
+/// A read or write past the end of a chain's buffers.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryFault {
+    /// The driver's buffers are too short for what must be in them.
+    #[error("a descriptor chain has {available} bytes where {wanted} are needed")]
+    TooShort {
+        /// Bytes the device needs.
+        wanted: usize,
+        /// Bytes the driver provided.
+        available: usize,
+    },
+    /// Guest memory refused an access that was checked before.
+    #[error("guest memory can't be accessed")]
+    Access(#[source] vm_memory::GuestMemoryError),
+}
+
+/// A guest-physical range inside guest memory, never empty.
+#[derive(Debug, Clone, Copy)]
+struct Segment {
+    address: GuestAddress,
+    length: usize,
+}
+
+/// One descriptor chain: first buffers that the device reads, then buffers that it writes.
+///
+/// The invariant: every segment lies wholly inside guest memory. The *contents* change at the guest's will: read a value
+/// once, check it, and use what was checked.
+///
+/// A chain must end in [`crate::devices::Virtqueue::complete`] or [`crate::devices::Virtqueue::put_back`].
+#[derive(Debug)]
+#[must_use]
+pub struct Chain {
+    head: u16,
+    ram: SharedRam,
+    segments: Vec<Segment>,
+    /// How many of the segments are readable.
+    readable: usize,
+}
+
+impl Chain {
+    /// Walks a chain to its end; see [`QueueFault`] for what is refused. Zero-length buffers are skipped.
+    pub(super) fn walk(
+        mut descriptors: DescriptorChain<&GuestRam>,
+        limit: usize,
+        ram: &SharedRam,
+    ) -> Result<Self, QueueFault> {
+        let head = descriptors.head_index();
+        let mut chain = Chain { head, ram: ram.clone(), segments: Vec::new(), readable: 0 };
+        let mut last: Option<Descriptor> = None;
+        let mut count = 0;
+        let mut writing = false;
+        for descriptor in descriptors.by_ref() {
+            count += 1;
+            if count > limit {
+                return Err(QueueFault::LongChain(head));
+            }
+            if descriptor.is_write_only() {
+                writing = true;
+            } else if writing {
+                return Err(QueueFault::Order(head));
+            }
+            last = Some(descriptor);
+            let length = descriptor.len();
+            if length == 0 {
+                continue;
+            }
+            let segment = Segment { address: descriptor.addr(), length: length as usize };
+            if !GuestMemoryBackend::check_range(&**ram, segment.address, segment.length) {
+                return Err(QueueFault::BufferRange { head, address: segment.address.0, length });
+            }
+            chain.segments.push(segment);
+            if !writing {
+                chain.readable += 1;
+            }
+        }
+        // The iterator stops at a broken link just as at the end: a complete chain ends without a link.
+        match last {
+            Some(last) if !last.has_next() => Ok(chain),
+            Some(_) if count >= limit => Err(QueueFault::LongChain(head)),
+            _ => Err(QueueFault::BrokenChain(head)),
+        }
+    }
+
+    /// Index of the chain's first descriptor: unique among the chains in flight of its queue.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Bytes the device may read.
+    pub fn readable_len(&self) -> usize {
+        total(&self.segments[..self.readable])
+    }
+
+    /// Bytes the device may write.
+    pub fn writable_len(&self) -> usize {
+        total(&self.segments[self.readable..])
+    }
+
+    /// Reads the device-readable buffers from their start.
+    pub fn reader(&self) -> ChainReader<'_> {
+        ChainReader(Cursor::new(&self.ram, &self.segments[..self.readable]))
+    }
+
+    /// Writes the device-writable buffers from their start.
+    pub fn writer(&self) -> ChainWriter<'_> {
+        ChainWriter(Cursor::new(&self.ram, &self.segments[self.readable..]))
+    }
+}
+
+/// The lengths of a chain's descriptors fit 32 bits together (the iterator sees to that), so this can't overflow.
+fn total(segments: &[Segment]) -> usize {
+    segments.iter().map(|segment| segment.length).sum()
+}
+
+/// A position in a list of segments.
+#[derive(Debug, Clone)]
+struct Cursor<'a> {
+    ram: &'a GuestRam,
+    segments: &'a [Segment],
+    /// Bytes of the first segment that are behind us.
+    offset: usize,
+    remaining: usize,
+}
+
+impl<'a> Cursor<'a> {
+    fn new(ram: &'a GuestRam, segments: &'a [Segment]) -> Self {
+        Cursor { ram, segments, offset: 0, remaining: total(segments) }
+    }
+
+    /// The rest of the current segment: address and length.
+    fn current(&self) -> Option<(GuestAddress, usize)> {
+        // The segment was checked to lie in guest memory, so the sum can't overflow.
+        self.segments
+            .first()
+            .map(|first| (GuestAddress(first.address.0 + self.offset as u64), first.length - self.offset))
+    }
+
+    fn advance(&mut self, mut count: usize) {
+        while let Some((_, left)) = self.current() {
+            let step = left.min(count);
+            self.remaining -= step;
+            if step < left {
+                self.offset += step;
+                return;
+            }
+            count -= step;
+            self.segments = &self.segments[1..];
+            self.offset = 0;
+        }
+    }
+
+    fn require(&self, wanted: usize) -> Result<(), MemoryFault> {
+        if wanted > self.remaining {
+            return Err(MemoryFault::TooShort { wanted, available: self.remaining });
+        }
+        Ok(())
+    }
+
+    /// Up to `limit` bytes from here on as host memory; at most [`MAX_IOVECS`] pieces.
+    fn host_slices(&self, limit: usize) -> Result<Vec<VolatileSlice<'a>>, MemoryFault> {
+        let mut slices = Vec::new();
+        let mut rest = self.clone();
+        let mut left = limit.min(self.remaining);
+        while left > 0 && slices.len() < MAX_IOVECS {
+            let Some((address, length)) = rest.current() else { break };
+            let length = length.min(left);
+            for slice in GuestMemoryBackend::get_slices(rest.ram, address, length) {
+                slices.push(slice.map_err(MemoryFault::Access)?);
+            }
+            rest.advance(length);
+            left -= length;
+        }
+        Ok(slices)
+    }
+}
+
+/// Reads what the driver wrote; made by [`Chain::reader`].
+#[derive(Debug, Clone)]
+pub struct ChainReader<'a>(Cursor<'a>);
+
+impl ChainReader<'_> {
+    /// Bytes left.
+    pub fn remaining(&self) -> usize {
+        self.0.remaining
+    }
+
+    /// Copies up to `buffer.len()` bytes; less only at the end.
+    pub fn read(&mut self, buffer: &mut [u8]) -> Result<usize, MemoryFault> {
+        let mut done = 0;
+        while done < buffer.len() {
+            let Some((address, length)) = self.0.current() else { break };
+            let length = length.min(buffer.len() - done);
+            self.0.ram.read_slice(&mut buffer[done..done + length], address).map_err(MemoryFault::Access)?;
+            self.0.advance(length);
+            done += length;
+        }
+        Ok(done)
+    }
+
+    /// Fills `buffer` or fails without reading anything.
+    pub fn read_exact(&mut self, buffer: &mut [u8]) -> Result<(), MemoryFault> {
+        self.0.require(buffer.len())?;
+        self.read(buffer).map(|_| ())
+    }
+
+    /// Reads one plain-data value.
+    pub fn read_obj<T: ByteValued>(&mut self) -> Result<T, MemoryFault> {
+        let mut value = T::zeroed();
+        self.read_exact(value.as_mut_slice())?;
+        Ok(value)
+    }
+
+    /// Skips `count` bytes, or fails.
+    pub fn skip(&mut self, count: usize) -> Result<(), MemoryFault> {
+        self.0.require(count)?;
+        self.0.advance(count);
+        Ok(())
+    }
+
+    /// Writes up to `limit` bytes into a descriptor, in one system call straight from guest memory: `pwritev` at
+    /// `position`, or `writev` without one. Returns the number of bytes written (may be less than asked for).
+    pub fn write_to(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        limit: usize,
+        position: Option<u64>,
+    ) -> Result<usize, IoFault> {
+        let slices = self.0.host_slices(limit)?;
+        let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard).collect();
+        let vectors: Vec<libc::iovec> = guards
+            .iter()
+            .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast_mut().cast(), iov_len: guard.len() })
+            .collect();
+        let count = vectors.len() as libc::c_int;
+        let result = match position {
+            // SAFETY: each vector points into guest memory that `self` keeps mapped; the kernel only reads from it.
+            None => unsafe { libc::writev(fd.as_raw_fd(), vectors.as_ptr(), count) },
+            Some(position) => {
+                let position = file_position(position)?;
+                // SAFETY: as above.
+                unsafe { libc::pwritev(fd.as_raw_fd(), vectors.as_ptr(), count, position) }
+            }
+        };
+        let done = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
+        self.0.advance(done);
+        Ok(done)
+    }
+}
+
+/// Writes what the driver will read; made by [`Chain::writer`].
+#[derive(Debug, Clone)]
+pub struct ChainWriter<'a>(Cursor<'a>);
+
+impl ChainWriter<'_> {
+    /// Bytes left.
+    pub fn remaining(&self) -> usize {
+        self.0.remaining
+    }
+
+    /// Copies up to `buffer.len()` bytes; less only at the end.
+    pub fn write(&mut self, buffer: &[u8]) -> Result<usize, MemoryFault> {
+        let mut done = 0;
+        while done < buffer.len() {
+            let Some((address, length)) = self.0.current() else { break };
+            let length = length.min(buffer.len() - done);
+            self.0.ram.write_slice(&buffer[done..done + length], address).map_err(MemoryFault::Access)?;
+            self.0.advance(length);
+            done += length;
+        }
+        Ok(done)
+    }
+
+    /// Writes all of `buffer` or fails without writing anything.
+    pub fn write_all(&mut self, buffer: &[u8]) -> Result<(), MemoryFault> {
+        self.0.require(buffer.len())?;
+        self.write(buffer).map(|_| ())
+    }
+
+    /// Writes one plain-data value.
+    pub fn write_obj<T: ByteValued>(&mut self, value: T) -> Result<(), MemoryFault> {
+        self.write_all(value.as_slice())
+    }
+
+    /// Skips `count` bytes, or fails.
+    pub fn skip(&mut self, count: usize) -> Result<(), MemoryFault> {
+        self.0.require(count)?;
+        self.0.advance(count);
+        Ok(())
+    }
+
+    /// Reads up to `limit` bytes from a descriptor, in one system call straight into guest memory: `preadv` at
+    /// `position`, or `readv` without one. Returns the number of bytes read (0 at the end of a file).
+    pub fn read_from(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        limit: usize,
+        position: Option<u64>,
+    ) -> Result<usize, IoFault> {
+        let slices = self.0.host_slices(limit)?;
+        let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard_mut).collect();
+        let vectors: Vec<libc::iovec> = guards
+            .iter()
+            .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
+            .collect();
+        let count = vectors.len() as libc::c_int;
+        let result = match position {
+            // SAFETY: each vector points into guest memory that `self` keeps mapped and that no Rust reference covers.
+            None => unsafe { libc::readv(fd.as_raw_fd(), vectors.as_ptr(), count) },
+            Some(position) => {
+                let position = file_position(position)?;
+                // SAFETY: as above.
+                unsafe { libc::preadv(fd.as_raw_fd(), vectors.as_ptr(), count, position) }
+            }
+        };
+        let done = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
+        self.0.advance(done);
+        Ok(done)
+    }
+}
+
+fn file_position(position: u64) -> Result<libc::off_t, io::Error> {
+    libc::off_t::try_from(position).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+/// Why data couldn't be moved between a chain and a descriptor.
+#[derive(Debug, thiserror::Error)]
+pub enum IoFault {
+    /// The chain's side.
+    #[error("a buffer can't be used")]
+    Memory(#[from] MemoryFault),
+    /// The descriptor's side.
+    #[error("the host refused the transfer")]
+    Host(#[from] io::Error),
+}

@@ -1,0 +1,268 @@
+//! The register face of a device: virtio over MMIO, version 2 (virtio 1.2, section 4.2).
+
+use std::sync::Arc;
+
+use log::error;
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
+    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::virtio_mmio::{
+    VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_DEVICE_FEATURES,
+    VIRTIO_MMIO_DEVICE_FEATURES_SEL, VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES,
+    VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS,
+    VIRTIO_MMIO_MAGIC_VALUE, VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW,
+    VIRTIO_MMIO_QUEUE_DESC_HIGH, VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM,
+    VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH,
+    VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_SHM_BASE_HIGH, VIRTIO_MMIO_SHM_BASE_LOW,
+    VIRTIO_MMIO_SHM_LEN_HIGH, VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID,
+    VIRTIO_MMIO_VERSION,
+};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use super::queue::{QueueFault, QueueRegisters, Virtqueue};
+use super::slot::DeviceSlot;
+use super::worker::chain_of;
+use super::{Activated, DeviceInfo};
+use crate::memory::SharedRam;
+
+/// "virt", little-endian.
+const MAGIC: u32 = 0x7472_6976;
+/// "blkh", little-endian: ours.
+const VENDOR: u32 = 0x686b_6c62;
+
+const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
+const DRIVER: u32 = VIRTIO_CONFIG_S_DRIVER;
+const FEATURES_OK: u32 = VIRTIO_CONFIG_S_FEATURES_OK;
+const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
+const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
+const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
+
+/// Feature bits offered for every device.
+const COMMON_FEATURES: u64 =
+    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// What the driver wrote to the registers: plain data.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TransportState {
+    /// `Status`, without `DEVICE_NEEDS_RESET`.
+    pub status: u32,
+    /// `DeviceFeaturesSel`.
+    pub device_features_sel: u32,
+    /// `DriverFeaturesSel`.
+    pub driver_features_sel: u32,
+    /// `DriverFeatures`, both halves.
+    pub driver_features: u64,
+    /// `QueueSel`.
+    pub queue_sel: u32,
+    /// Each queue's registers.
+    pub queues: Vec<QueueRegisters>,
+}
+
+/// One device's registers. Called by vCPU threads, under a lock.
+#[derive(Debug)]
+pub struct MmioTransport {
+    info: DeviceInfo,
+    slot: Arc<DeviceSlot>,
+    ram: SharedRam,
+    state: TransportState,
+}
+
+impl MmioTransport {
+    /// The registers of a device whose backend works at the other side of `slot`.
+    pub fn new(info: DeviceInfo, slot: Arc<DeviceSlot>, ram: SharedRam) -> Self {
+        let mut transport = MmioTransport { info, slot, ram, state: TransportState::default() };
+        transport.state = transport.initial_state();
+        transport
+    }
+
+    /// What the driver wrote so far.
+    pub fn state(&self) -> &TransportState {
+        &self.state
+    }
+
+    /// The device's slot, for the wiring of interrupts and ioeventfds.
+    pub fn slot(&self) -> &Arc<DeviceSlot> {
+        &self.slot
+    }
+
+    /// A guest's read at `offset` of the device's window. What isn't a register reads as zero.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let Ok(offset) = u32::try_from(offset) else { return };
+        if let Some(offset) = offset.checked_sub(VIRTIO_MMIO_CONFIG) {
+            self.info.config.read(offset as usize, data);
+        } else if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
+            *data = self.read_register(offset).to_le_bytes();
+        }
+    }
+
+    /// A guest's write at `offset` of the device's window. What isn't a writable register is ignored.
+    pub fn write(&mut self, offset: u64, data: &[u8]) {
+        let Ok(offset) = u32::try_from(offset) else { return };
+        if let Ok(data) = <[u8; 4]>::try_from(data)
+            && offset < VIRTIO_MMIO_CONFIG
+        {
+            self.write_register(offset, u32::from_le_bytes(data));
+        }
+    }
+
+    fn initial_state(&self) -> TransportState {
+        let queues =
+            self.info.queue_sizes.iter().map(|&size| QueueRegisters { size, ..QueueRegisters::default() });
+        TransportState { queues: queues.collect(), ..TransportState::default() }
+    }
+
+    fn offered_features(&self) -> u64 {
+        self.info.features | COMMON_FEATURES
+    }
+
+    fn read_register(&self, offset: u32) -> u32 {
+        let selected = self.state.queue_sel as usize;
+        match offset {
+            VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
+            VIRTIO_MMIO_VERSION => 2,
+            VIRTIO_MMIO_DEVICE_ID => self.info.kind.id(),
+            VIRTIO_MMIO_VENDOR_ID => VENDOR,
+            VIRTIO_MMIO_DEVICE_FEATURES => half(self.offered_features(), self.state.device_features_sel),
+            VIRTIO_MMIO_QUEUE_NUM_MAX => {
+                self.info.queue_sizes.get(selected).map_or(0, |&size| u32::from(size))
+            }
+            VIRTIO_MMIO_QUEUE_READY => {
+                self.state.queues.get(selected).map_or(0, |queue| u32::from(queue.ready))
+            }
+            VIRTIO_MMIO_INTERRUPT_STATUS => self.slot.interrupt.status(),
+            VIRTIO_MMIO_STATUS => {
+                self.state.status | if self.slot.interrupt.needs_reset() { NEEDS_RESET } else { 0 }
+            }
+            // No shared memory region: all ones (section 4.2.2).
+            VIRTIO_MMIO_SHM_LEN_LOW
+            | VIRTIO_MMIO_SHM_LEN_HIGH
+            | VIRTIO_MMIO_SHM_BASE_LOW
+            | VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
+            VIRTIO_MMIO_CONFIG_GENERATION => self.info.config.generation(),
+            _ => 0,
+        }
+    }
+
+    fn write_register(&mut self, offset: u32, value: u32) {
+        match offset {
+            VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.state.device_features_sel = value,
+            VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.state.driver_features_sel = value,
+            VIRTIO_MMIO_DRIVER_FEATURES => self.write_features(value),
+            VIRTIO_MMIO_QUEUE_SEL => self.state.queue_sel = value,
+            VIRTIO_MMIO_QUEUE_NOTIFY => {
+                // Usually an ioeventfd takes this; the upper half is only used with NOTIFICATION_DATA.
+                if let Some(kick) = self.slot.kicks.get(value as usize) {
+                    let _ = kick.write(1);
+                }
+            }
+            VIRTIO_MMIO_INTERRUPT_ACK => self.slot.interrupt.acknowledge(value),
+            VIRTIO_MMIO_STATUS => self.write_status(value),
+            _ => self.write_queue_register(offset, value),
+        }
+    }
+
+    fn write_features(&mut self, value: u32) {
+        if self.state.status & (DRIVER | FEATURES_OK) != DRIVER {
+            return;
+        }
+        let features = &mut self.state.driver_features;
+        match self.state.driver_features_sel {
+            0 => *features = *features & !0xffff_ffff | u64::from(value),
+            1 => *features = *features & 0xffff_ffff | u64::from(value) << 32,
+            _ => {}
+        }
+    }
+
+    /// Queue registers can be written between the negotiation of features and `DRIVER_OK`, never after.
+    fn write_queue_register(&mut self, offset: u32, value: u32) {
+        if self.state.status & (FEATURES_OK | DRIVER_OK | FAILED) != FEATURES_OK {
+            return;
+        }
+        let Some(queue) = self.state.queues.get_mut(self.state.queue_sel as usize) else { return };
+        match offset {
+            // A size that doesn't fit becomes one that activation refuses.
+            VIRTIO_MMIO_QUEUE_NUM => queue.size = u16::try_from(value).unwrap_or(0),
+            VIRTIO_MMIO_QUEUE_READY => queue.ready = value == 1,
+            VIRTIO_MMIO_QUEUE_DESC_LOW => set_low(&mut queue.descriptors, value),
+            VIRTIO_MMIO_QUEUE_DESC_HIGH => set_high(&mut queue.descriptors, value),
+            VIRTIO_MMIO_QUEUE_AVAIL_LOW => set_low(&mut queue.available, value),
+            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => set_high(&mut queue.available, value),
+            VIRTIO_MMIO_QUEUE_USED_LOW => set_low(&mut queue.used, value),
+            VIRTIO_MMIO_QUEUE_USED_HIGH => set_high(&mut queue.used, value),
+            _ => {}
+        }
+    }
+
+    /// The driver's steps of section 3.1.1: bits are only ever added, in order; zero resets.
+    fn write_status(&mut self, value: u32) {
+        if value == 0 {
+            self.state = self.initial_state();
+            self.slot.reset();
+            return;
+        }
+        let old = self.state.status;
+        let mut new = old | value & (ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED);
+        let added = new & !old;
+        if added & DRIVER != 0 && new & ACKNOWLEDGE == 0 {
+            new &= !DRIVER;
+        }
+        if added & FEATURES_OK != 0 && !self.features_acceptable(new) {
+            new &= !FEATURES_OK;
+        }
+        if added & DRIVER_OK != 0 && (new & FEATURES_OK == 0 || new & FAILED != 0) {
+            new &= !DRIVER_OK;
+        }
+        self.state.status = new;
+        if new & !old & DRIVER_OK != 0 {
+            self.activate();
+        }
+    }
+
+    fn features_acceptable(&self, status: u32) -> bool {
+        let features = self.state.driver_features;
+        status & DRIVER != 0
+            && features & !self.offered_features() == 0
+            && features & 1 << VIRTIO_F_VERSION_1 != 0
+    }
+
+    fn activate(&mut self) {
+        let features = self.state.driver_features;
+        match self.check_queues(features) {
+            Ok(queues) => self.slot.activate(Activated { queues, features }),
+            Err(fault) => {
+                error!("{:?} device can't be activated: {}", self.info.kind, chain_of(&fault));
+                self.slot.interrupt.signal_needs_reset();
+            }
+        }
+    }
+
+    fn check_queues(&self, features: u64) -> Result<Vec<Virtqueue>, QueueFault> {
+        let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let queues = self.state.queues.iter().zip(&self.info.queue_sizes);
+        queues
+            .map(|(registers, &max)| {
+                Virtqueue::new(registers, max, event_idx, self.ram.clone(), self.slot.clone())
+            })
+            .collect()
+    }
+}
+
+/// The half of a feature word that a `Sel` register names; zero past the second.
+fn half(features: u64, sel: u32) -> u32 {
+    match sel {
+        0 => features as u32,
+        1 => (features >> 32) as u32,
+        _ => 0,
+    }
+}
+
+fn set_low(address: &mut u64, value: u32) {
+    *address = *address & !0xffff_ffff | u64::from(value);
+}
+
+fn set_high(address: &mut u64, value: u32) {
+    *address = *address & 0xffff_ffff | u64::from(value) << 32;
+}

@@ -1,0 +1,241 @@
+//! A split virtqueue that trusts nothing (virtio 1.2, section 2.7).
+//!
+//! The ring arithmetic is `virtio-queue`'s. This wrapper adds the rules that make a broken driver a fault of its device
+//! rather than silence or a loop: the addresses are checked once and frozen, an available index that runs ahead is
+//! fatal, every chain is walked to its end with all of its ranges checked before a device sees it, and a head that is
+//! still in flight can't be offered again.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::GuestAddress;
+
+use super::DeviceFault;
+use super::chain::Chain;
+use super::slot::DeviceSlot;
+use crate::memory::SharedRam;
+
+/// What the driver wrote to a queue's registers: plain data.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueRegisters {
+    /// `QueueNum`: number of descriptors.
+    pub size: u16,
+    /// `QueueReady`.
+    pub ready: bool,
+    /// `QueueDesc`: guest-physical address of the descriptor table.
+    pub descriptors: u64,
+    /// `QueueDriver`: guest-physical address of the available ring.
+    pub available: u64,
+    /// `QueueDevice`: guest-physical address of the used ring.
+    pub used: u64,
+}
+
+/// Why a queue can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueFault {
+    /// Not a power of two, zero, or greater than the device's limit.
+    #[error("a queue of {size} descriptors was set up: a power of two up to {max} is possible")]
+    Size {
+        /// What the driver asked for.
+        size: u16,
+        /// The device's limit.
+        max: u16,
+    },
+    /// A ring's address is not aligned as section 2.7 asks, or zero.
+    #[error("a ring at {address:#x} is not aligned to {alignment} bytes")]
+    Alignment {
+        /// Guest-physical address.
+        address: u64,
+        /// What it must be a multiple of.
+        alignment: u64,
+    },
+    /// A ring isn't wholly inside guest memory.
+    #[error("a ring of {length} bytes at {address:#x} is outside guest memory")]
+    RingRange {
+        /// Guest-physical address.
+        address: u64,
+        /// Bytes.
+        length: usize,
+    },
+    /// More entries are available than the queue has, or a ring can't be accessed.
+    #[error("the rings can't be followed")]
+    Ring(#[source] virtio_queue::Error),
+    /// A head past the end of the descriptor table.
+    #[error("descriptor {0} was made available, which is past the end of the table")]
+    Head(u16),
+    /// A head that the device hasn't returned yet.
+    #[error("descriptor chain {0} was made available while the device still has it")]
+    InFlight(u16),
+    /// A chain with a broken link, an indirect table that makes no sense, or no descriptor at all.
+    #[error("descriptor chain {0} is broken")]
+    BrokenChain(u16),
+    /// A chain with more descriptors than the queue has.
+    #[error("descriptor chain {0} is longer than the queue or loops")]
+    LongChain(u16),
+    /// A writable descriptor before a readable one.
+    #[error("descriptor chain {0} has a readable buffer after a writable one")]
+    Order(u16),
+    /// A buffer that isn't wholly inside guest memory.
+    #[error("descriptor chain {head} has a buffer of {length} bytes at {address:#x}, outside guest memory")]
+    BufferRange {
+        /// Head of the chain.
+        head: u16,
+        /// Guest-physical address.
+        address: u64,
+        /// Bytes.
+        length: u32,
+    },
+}
+
+/// Whether a device emptied a queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Progress {
+    /// The queue is empty, or the device will come back to it by itself. It is called again at the next kick.
+    Done,
+    /// There may be more; the device wants to be called again after the other devices had their turn.
+    More,
+}
+
+/// An activated queue.
+#[derive(Debug)]
+pub struct Virtqueue {
+    /// `None` when the driver left the queue unused.
+    ring: Option<Queue>,
+    ram: SharedRam,
+    slot: Arc<DeviceSlot>,
+    /// One bit per descriptor: heads that were popped and not completed.
+    in_flight: Vec<u64>,
+}
+
+const DESCRIPTOR_SIZE: usize = 16;
+
+impl Virtqueue {
+    /// Checks what the driver set up; see [`QueueFault`].
+    pub(super) fn new(
+        registers: &QueueRegisters,
+        max_size: u16,
+        event_idx: bool,
+        ram: SharedRam,
+        slot: Arc<DeviceSlot>,
+    ) -> Result<Self, QueueFault> {
+        if !registers.ready {
+            return Ok(Virtqueue { ring: None, ram, slot, in_flight: Vec::new() });
+        }
+        let size = registers.size;
+        if size == 0 || size > max_size || !size.is_power_of_two() {
+            return Err(QueueFault::Size { size, max: max_size });
+        }
+        let entries = usize::from(size);
+        check_ring(&ram, registers.descriptors, DESCRIPTOR_SIZE * entries, 16)?;
+        check_ring(&ram, registers.available, 6 + 2 * entries, 2)?;
+        check_ring(&ram, registers.used, 6 + 8 * entries, 4)?;
+
+        let mut ring = Queue::new(max_size).map_err(QueueFault::Ring)?;
+        ring.try_set_size(size).map_err(QueueFault::Ring)?;
+        ring.try_set_desc_table_address(GuestAddress(registers.descriptors)).map_err(QueueFault::Ring)?;
+        ring.try_set_avail_ring_address(GuestAddress(registers.available)).map_err(QueueFault::Ring)?;
+        ring.try_set_used_ring_address(GuestAddress(registers.used)).map_err(QueueFault::Ring)?;
+        ring.set_event_idx(event_idx);
+        ring.set_ready(true);
+        Ok(Virtqueue { ring: Some(ring), ram, slot, in_flight: vec![0; entries.div_ceil(64)] })
+    }
+
+    /// Takes the next chain, checked as a whole. `None` means that the queue is empty and that the next chain will
+    /// come with a kick.
+    pub fn pop(&mut self) -> Result<Option<Chain>, QueueFault> {
+        let Some(ring) = &mut self.ring else { return Ok(None) };
+        let ram: &crate::memory::GuestRam = &self.ram;
+        let mut next = ring.iter(ram).map_err(QueueFault::Ring)?.next();
+        if next.is_none() && ring.enable_notification(ram).map_err(QueueFault::Ring)? {
+            next = ring.iter(ram).map_err(QueueFault::Ring)?.next();
+        }
+        let Some(descriptors) = next else { return Ok(None) };
+
+        let head = descriptors.head_index();
+        if head >= ring.size() {
+            return Err(QueueFault::Head(head));
+        }
+        let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
+        if self.in_flight[word] & bit != 0 {
+            return Err(QueueFault::InFlight(head));
+        }
+        let chain = Chain::walk(descriptors, usize::from(ring.size()), &self.ram)?;
+        self.in_flight[word] |= bit;
+        Ok(Some(chain))
+    }
+
+    /// Undoes the last [`Virtqueue::pop`], whose chain this must be.
+    pub fn put_back(&mut self, chain: Chain) {
+        if let Some(ring) = &mut self.ring {
+            ring.go_to_previous_position();
+        }
+        self.release(chain.head());
+    }
+
+    /// Returns a chain to the driver, `written` bytes of its writable buffers filled. Follow with
+    /// [`Virtqueue::signal`] once per batch.
+    pub fn complete(&mut self, chain: Chain, written: u32) -> Result<(), QueueFault> {
+        let head = chain.head();
+        self.release(head);
+        let Some(ring) = &mut self.ring else { return Ok(()) };
+        ring.add_used(&*self.ram, head, written).map_err(QueueFault::Ring)
+    }
+
+    /// Interrupts the guest if the driver wants to hear of the chains completed since the last call.
+    pub fn signal(&mut self) -> Result<(), QueueFault> {
+        let Some(ring) = &mut self.ring else { return Ok(()) };
+        if ring.needs_notification(&*self.ram).map_err(QueueFault::Ring)? {
+            self.slot.interrupt.signal_used();
+        }
+        Ok(())
+    }
+
+    /// Serves chains one after the other until the queue is empty or a bounded number was served.
+    ///
+    /// `serve` returns how many bytes it wrote to the chain's writable buffers.
+    pub fn serve(
+        &mut self,
+        mut serve: impl FnMut(&Chain) -> Result<u32, DeviceFault>,
+    ) -> Result<Progress, DeviceFault> {
+        for served in 0..self.size() {
+            let Some(chain) = self.pop()? else {
+                if served > 0 {
+                    self.signal()?;
+                }
+                return Ok(Progress::Done);
+            };
+            let written = serve(&chain)?;
+            self.complete(chain, written)?;
+        }
+        self.signal()?;
+        Ok(if self.ring.is_some() { Progress::More } else { Progress::Done })
+    }
+
+    /// Number of descriptors; 0 when the driver left the queue unused.
+    pub fn size(&self) -> u16 {
+        self.ring.as_ref().map_or(0, QueueT::size)
+    }
+
+    /// How many chains were popped and not completed.
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight.iter().map(|word| word.count_ones()).sum()
+    }
+
+    fn release(&mut self, head: u16) {
+        if let Some(word) = self.in_flight.get_mut(usize::from(head / 64)) {
+            *word &= !(1 << (head % 64));
+        }
+    }
+}
+
+fn check_ring(ram: &SharedRam, address: u64, length: usize, alignment: u64) -> Result<(), QueueFault> {
+    if address == 0 || !address.is_multiple_of(alignment) {
+        return Err(QueueFault::Alignment { address, alignment });
+    }
+    if !vm_memory::GuestMemoryBackend::check_range(&**ram, GuestAddress(address), length) {
+        return Err(QueueFault::RingRange { address, length });
+    }
+    Ok(())
+}

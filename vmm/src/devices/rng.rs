@@ -1,0 +1,86 @@
+//! Virtio entropy device (virtio 1.2, section 5.4): one queue; the driver offers buffers, the device fills them.
+
+use std::sync::Arc;
+
+use super::{
+    Activated, Chain, ConfigSpace, DeviceEvents, DeviceFault, DeviceInfo, DeviceKind, Progress, VirtioDevice,
+};
+
+/// The most bytes handed out for one request; drivers ask again for more.
+const MAX_REQUEST: usize = 256;
+
+/// Queue size: the driver has one request at a time.
+const QUEUE_SIZE: u16 = 8;
+
+/// The entropy device. It has no state: every byte comes from the host kernel's generator when it is asked for.
+#[derive(Debug, Default)]
+pub struct Rng;
+
+impl Rng {
+    fn fill(chain: &Chain) -> Result<u32, DeviceFault> {
+        let mut bytes = [0; MAX_REQUEST];
+        let length = chain.writable_len().min(MAX_REQUEST);
+        let got = random(&mut bytes[..length])?;
+        let written = chain.writer().write(&bytes[..got])?;
+        Ok(written as u32)
+    }
+}
+
+impl VirtioDevice for Rng {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            kind: DeviceKind::Entropy,
+            features: 0,
+            queue_sizes: vec![QUEUE_SIZE],
+            config: Arc::new(ConfigSpace::default()),
+        }
+    }
+
+    fn queue_ready(
+        &mut self,
+        queue: usize,
+        active: &mut Activated,
+        _events: &mut DeviceEvents<'_, '_>,
+    ) -> Result<Progress, DeviceFault> {
+        active.queues[queue].serve(Self::fill)
+    }
+}
+
+/// Up to 256 bytes of the host's randomness: never blocks once the host has booted, and never comes back short.
+fn random(buffer: &mut [u8]) -> Result<usize, DeviceFault> {
+    // SAFETY: the pointer and length are those of a live, exclusive slice.
+    let got = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), libc::GRND_NONBLOCK) };
+    usize::try_from(got)
+        .map_err(|_| DeviceFault::Backend { what: "getrandom", source: std::io::Error::last_os_error() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{BUFFERS, TestDriver, readable, writable};
+    use super::*;
+
+    #[test]
+    fn a_request_is_filled_with_randomness() {
+        let mut driver = TestDriver::activated(Box::new(Rng), 0);
+        assert_eq!(driver.request(0, &[writable(BUFFERS, 64)]), Some(64));
+        assert_eq!(driver.request(0, &[writable(BUFFERS + 64, 64)]), Some(64));
+        let bytes = driver.read_bytes(BUFFERS, 128);
+        assert_ne!(bytes[..64], [0; 64]);
+        assert_ne!(bytes[..64], bytes[64..]);
+        assert!(driver.interrupts() > 0);
+    }
+
+    #[test]
+    fn a_huge_request_gets_a_bounded_answer() {
+        let mut driver = TestDriver::activated(Box::new(Rng), 0);
+        assert_eq!(driver.request(0, &[writable(BUFFERS, 1 << 20)]), Some(MAX_REQUEST as u32));
+        assert_eq!(driver.read_bytes(BUFFERS + MAX_REQUEST as u64, 16), [0; 16]);
+    }
+
+    #[test]
+    fn a_request_without_room_is_answered_with_nothing() {
+        let mut driver = TestDriver::activated(Box::new(Rng), 0);
+        assert_eq!(driver.request(0, &[readable(BUFFERS, 64)]), Some(0));
+        assert!(!driver.needs_reset());
+    }
+}

@@ -1,0 +1,81 @@
+//! Where a device's register face and its backend meet.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::{Activated, Interrupt};
+
+/// Shared by one [`super::mmio::MmioTransport`] and one [`super::worker::DeviceWorker`].
+#[derive(Debug)]
+pub struct DeviceSlot {
+    state: Mutex<SlotState>,
+    /// Wakes the worker after a change of the state.
+    pub(super) wake: EventFd,
+    /// One per queue; the driver's notifications arrive here.
+    pub(super) kicks: Vec<EventFd>,
+    pub(super) interrupt: Interrupt,
+}
+
+/// What happened to the device since the worker looked last.
+#[derive(Debug, Default)]
+pub(super) struct SlotState {
+    /// The queues while the device is activated.
+    pub active: Option<Activated>,
+    /// The driver reset the device and the backend hasn't heard of it.
+    pub reset_pending: bool,
+    /// The queues are new and the backend hasn't seen them.
+    pub fresh: bool,
+}
+
+impl DeviceSlot {
+    /// A slot for a device of `queues` queues.
+    pub fn new(queues: usize) -> std::io::Result<Arc<Self>> {
+        let eventfd = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
+        Ok(Arc::new(DeviceSlot {
+            state: Mutex::default(),
+            wake: eventfd()?,
+            kicks: (0..queues).map(|_| eventfd()).collect::<Result<_, _>>()?,
+            interrupt: Interrupt::new(eventfd()?),
+        }))
+    }
+
+    /// The device's interrupt, for the wiring of its line.
+    pub fn interrupt(&self) -> &Interrupt {
+        &self.interrupt
+    }
+
+    /// The eventfds that notify each queue, for the wiring of ioeventfds.
+    pub fn kicks(&self) -> &[EventFd] {
+        &self.kicks
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, SlotState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands checked queues to the backend.
+    pub(super) fn activate(&self, active: Activated) {
+        let mut state = self.lock();
+        state.active = Some(active);
+        state.fresh = true;
+        drop(state);
+        self.wake_worker();
+    }
+
+    /// Takes the queues away. When this returns the backend doesn't touch guest memory any more.
+    pub(super) fn reset(&self) {
+        let mut state = self.lock();
+        state.active = None;
+        state.fresh = false;
+        state.reset_pending = true;
+        self.interrupt.clear();
+        drop(state);
+        self.wake_worker();
+    }
+
+    fn wake_worker(&self) {
+        // The only failure is a full counter: then the worker is about to wake anyway.
+        let _ = self.wake.write(1);
+    }
+}
