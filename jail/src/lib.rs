@@ -5,6 +5,9 @@
 //! in which each step still has the privilege it needs and nothing has happened yet that a later failure would leave
 //! half done: descriptors and environment, checks, limits, namespaces, root, identity.
 
+mod capabilities;
+mod file_server;
+mod id_map;
 mod limits;
 mod root;
 
@@ -14,6 +17,7 @@ use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 
+pub use file_server::enter_file_server;
 pub use limits::Limits;
 pub use root::Root;
 
@@ -55,6 +59,15 @@ pub enum JailError {
     /// The root directory could not be replaced.
     #[error("can't replace the root directory: {step}")]
     Root {
+        /// Which step failed.
+        step: &'static str,
+        /// Its error.
+        #[source]
+        source: Errno,
+    },
+    /// No user namespace of its own.
+    #[error("can't use a user namespace: {step} (does the sysctl user.max_user_namespaces allow any?)")]
+    UserNamespace {
         /// Which step failed.
         step: &'static str,
         /// Its error.
@@ -107,25 +120,11 @@ fn clear_environment() {
 /// traced or dumped by processes of the same user.
 fn become_unprivileged(uid: Uid, gid: Gid) -> Result<(), JailError> {
     let failed = |step| move |source| JailError::Privileges { step, source };
-    drop_bounding_set().map_err(failed("empty the capability bounding set"))?;
+    capabilities::bound_to(&[]).map_err(failed("empty the capability bounding set"))?;
     setgroups(&[]).map_err(failed("drop supplementary groups"))?;
     setresgid(gid, gid, gid).map_err(failed("change the group"))?;
     // Leaving uid 0 for all three ids clears the permitted, effective and ambient capability sets: capabilities(7).
     setresuid(uid, uid, uid).map_err(failed("change the user"))?;
     nix::sys::prctl::set_dumpable(false).map_err(failed("become undumpable"))?;
     nix::sys::prctl::set_no_new_privs().map_err(failed("set no_new_privs"))
-}
-
-fn drop_bounding_set() -> Result<(), Errno> {
-    for capability in 0..64 {
-        // SAFETY: PR_CAPBSET_DROP takes integers only.
-        let result = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
-        match Errno::result(result) {
-            Ok(_) => {}
-            // Past the last capability this kernel knows.
-            Err(Errno::EINVAL) => return Ok(()),
-            Err(errno) => return Err(errno),
-        }
-    }
-    Ok(())
 }
