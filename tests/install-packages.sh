@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# install-packages.sh: install the Debian packages that the tests need and that are not there yet.
+set -euo pipefail
+
+# What each is for: the nested KVM host (qemu), its images (cpio, e2fsprogs, kmod), and taking the guest kernel out
+# of its library (binutils).
+packages=(binutils cpio e2fsprogs kmod qemu-system-x86)
+
+missing=()
+for package in "${packages[@]}"; do
+    [[ $(dpkg-query -W -f '${Status}' "$package" 2>/dev/null) == "install ok installed" ]] || missing+=("$package")
+done
+((${#missing[@]})) || exit 0
+
+sudo=()
+if ((EUID != 0)); then
+    command -v sudo >/dev/null || { echo "install-packages: run as root, or install sudo; needed: ${missing[*]}" >&2; exit 1; }
+    sudo=(sudo)
+fi
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+echo "install-packages: installing ${missing[*]}"
+if ! { "${sudo[@]}" apt-get -q update &&
+    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends "${missing[@]}"; } >"$log" 2>&1; then
+    tail -n 10 "$log" >&2
+    echo "install-packages: apt-get could not install ${missing[*]}" >&2
+    exit 1
+fi

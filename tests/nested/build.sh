@@ -1,0 +1,144 @@
+#!/usr/bin/env bash
+# build.sh: make the nested KVM host under target/nested/, once.
+#
+# A Debian 12 kernel and a small root disk (containerd and ctr of Debian sid, runc and crun of 13, busybox) boot in QEMU's software
+# CPU, which emulates AMD's SVM, up to "ready": modules loaded, /dev/kvm there, everything in the page cache. That state is
+# saved (memory: ram.img, the rest: state) and run.sh starts from it. Rebuilt only when something that goes in has changed.
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$here/../.." && pwd)
+cache=$root/target/nested
+debs=$root/target/debs
+boot_limit=900 # seconds of wall time; a loaded machine needs about 90
+
+modules=(irqbypass kvm kvm-amd tun fuse overlay erofs loop veth bridge virtio_console
+    sch_ingress cls_u32 cls_matchall act_mirred vsock unix_diag af_packet_diag)
+boot_modules=(virtio_pci virtio_blk)
+bookworm=(busybox-static)
+trixie=(runc crun libc6 libseccomp2 libcap2 libyajl2 libsystemd0) # bookworm's crun refuses containerd 2.1's specs
+sid=(containerd)
+
+fail() {
+    echo "nested: $*" >&2
+    exit 1
+}
+for tool in qemu-system-x86_64 cpio depmod modprobe mke2fs strip readelf; do
+    command -v "$tool" >/dev/null || PATH=$PATH:/usr/sbin:/sbin command -v "$tool" >/dev/null ||
+        fail "$tool is missing; run tests/install-packages.sh"
+done
+PATH=$PATH:/usr/sbin:/sbin
+
+digest=$({ cat "$here"/{build.sh,init.sh,initramfs-init.sh,machine.sh}; qemu-system-x86_64 --version; } | sha256sum | cut -d' ' -f1)
+up_to_date() { [[ $(cat "$cache/stamp" 2>/dev/null) == "$digest" ]]; }
+up_to_date && exit 0
+mkdir -p "$cache"
+exec 8>"$cache/lock"
+flock 8
+up_to_date && exit 0 # another build just made it
+
+start=$SECONDS
+echo "nested: building the nested KVM host (once; some minutes)"
+rm -f "$cache"/{stamp,ram.img,state,root.img,initrd.img,vmlinuz}
+work=$(mktemp -d "$cache/build.XXXXXX")
+qemu_pid=
+cleanup() {
+    [[ -z $qemu_pid ]] || kill -KILL "$qemu_pid" 2>/dev/null || true
+    rm -rf "$work"
+}
+trap cleanup EXIT
+trap 'exit 130' INT TERM
+
+fetch() { "$root/guest-image/fetch-debs.sh" "$@"; }
+fetch bookworm "$debs/bookworm" "${bookworm[@]}" linux-image-cloud-amd64
+fetch trixie "$debs/trixie" "${trixie[@]}"
+fetch sid "$debs/sid" "${sid[@]}"
+deb() { compgen -G "$debs/$1/$2_*.deb" | sort -V | tail -n1; }
+image=$(dpkg-deb -f "$(deb bookworm linux-image-cloud-amd64)" Depends | sed 's/ .*//')
+fetch bookworm "$debs/bookworm" "$image"
+kernel=${image#linux-image-}
+
+echo "nested: kernel $kernel and the root disk"
+for package in "${bookworm[@]}"; do dpkg-deb -x "$(deb bookworm "$package")" "$work/unpacked"; done
+for package in "${trixie[@]}"; do dpkg-deb -x "$(deb trixie "$package")" "$work/unpacked"; done
+for package in "${sid[@]}"; do dpkg-deb -x "$(deb sid "$package")" "$work/unpacked"; done
+dpkg-deb -x "$(deb bookworm "$image")" "$work/kernel"
+cp "$work/kernel/boot/vmlinuz-$kernel" "$cache/vmlinuz"
+depmod -b "$work/kernel" "$kernel"
+# module_files NAME...: the files of these modules and of those they need, in load order.
+module_files() { for m in "$@"; do modprobe -d "$work/kernel" -S "$kernel" --show-depends "$m" | awk '$1 == "insmod" { print $2 }'; done | awk '!seen[$0]++'; }
+
+r=$work/root
+mkdir -p "$r"/{dev,proc,sys,run,tmp,var,root,etc,payload,results,usr/{bin,sbin,lib/modules,lib64,local/bin,local/sbin}}
+for dir in bin sbin lib lib64; do ln -s "usr/$dir" "$r/$dir"; done
+for program in usr/bin/{containerd,containerd-shim-runc-v2,ctr,crun} usr/sbin/runc bin/busybox; do
+    cp "$work/unpacked/$program" "$r/usr/bin/"
+done
+"$r/usr/bin/busybox" --list | while read -r applet; do ln -s busybox "$r/usr/bin/$applet" 2>/dev/null || true; done
+for place in modprobe init; do ln -s ../bin/busybox "$r/usr/sbin/$place"; done
+mkdir -p "$r/usr/lib/x86_64-linux-gnu"
+# copy_libraries FILE: the libraries that FILE needs, and those that they need.
+copy_libraries() {
+    local name file
+    for name in ld-linux-x86-64.so.2 $(readelf -dW "$1" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p'); do
+        [[ ! -e $r/usr/lib/x86_64-linux-gnu/$name ]] || continue
+        file=$(find "$work/unpacked" -name "$name" -print -quit)
+        [[ -n $file ]] || fail "no fetched package has $name, which $(basename "$1") needs"
+        cp -L "$file" "$r/usr/lib/x86_64-linux-gnu/"
+        copy_libraries "$file"
+    done
+}
+for program in "$r"/usr/bin/{containerd,containerd-shim-runc-v2,ctr,crun,runc}; do copy_libraries "$program"; done
+ln -s ../lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 "$r/usr/lib64/"
+module_files "${modules[@]}" | while read -r file; do
+    install -D "$file" "$r/usr/lib/${file#"$work/kernel/lib/"}"
+done
+find "$r/usr/lib" -name '*.ko' -exec strip --strip-debug {} +
+cp "$work/kernel/lib/modules/$kernel"/modules.{order,builtin,builtin.modinfo} "$r/usr/lib/modules/$kernel/"
+depmod -b "$r" "$kernel"
+printf '%s\n' "${modules[@]}" >"$r/etc/nested-modules"
+printf 'root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n' >"$r/etc/passwd"
+printf 'root:x:0:\ntty:x:5:\nnogroup:x:65534:\n' >"$r/etc/group"
+printf '127.0.0.1 localhost nested-host\n' >"$r/etc/hosts"
+printf 'ID=debian\nVERSION_ID=12\nPRETTY_NAME="Nested KVM host (Debian 12 parts)"\n' >"$r/etc/os-release"
+install -m 755 "$here/init.sh" "$r/usr/sbin/nested-init"
+size=$(du -sm "$r" | cut -f1)
+mke2fs -q -t ext4 -O ^has_journal,^resize_inode -m 0 -E root_owner=0:0 -d "$r" "$cache/root.img" "$((size * 11 / 10 + 8))M" >/dev/null ||
+    fail "mke2fs could not make the root disk"
+
+i=$work/initramfs
+mkdir -p "$i"/{bin,dev,proc,root}
+cp "$work/unpacked/bin/busybox" "$i/bin/"
+for applet in sh mount umount insmod cat echo switch_root poweroff; do ln -s busybox "$i/bin/$applet"; done
+install -m 755 "$here/initramfs-init.sh" "$i/init"
+module_files "${boot_modules[@]}" | while read -r file; do cp "$file" "$i/" && basename "$file"; done >"$i/modules"
+find "$i" -name '*.ko' -exec strip --strip-debug {} +
+(cd "$i" && find . | cpio -o -H newc --quiet) >"$cache/initrd.img"
+
+. "$here/machine.sh"
+truncate -s "$nested_payload_bytes" "$work/payload.img"
+truncate -s "$nested_results_bytes" "$work/results.img"
+truncate -s "$nested_memory" "$cache/ram.img"
+nested_machine on "$work" "$cache"
+mkfifo "$work/monitor"
+echo "nested: first boot (limit $boot_limit s; console: target/nested/build.log)"
+"${machine[@]}" -chardev "file,id=go,path=$work/go" -chardev "file,id=out,path=$work/out" \
+    -chardev "file,id=status,path=$work/status" <"$work/monitor" >"$work/monitor.log" 2>&1 8>&- &
+qemu_pid=$!
+exec 7>"$work/monitor"
+limit=$((SECONDS + boot_limit))
+until grep -qs '^ready$' "$work/status"; do
+    kill -0 "$qemu_pid" 2>/dev/null && ((SECONDS < limit)) || {
+        cp "$work/console.log" "$cache/build.log" 2>/dev/null || true
+        tail -n 15 "$work/monitor.log" "$work/console.log" >&2 || true
+        fail "the nested host did not get ready ($(cat "$work/status" 2>/dev/null || echo no status)); see above"
+    }
+    sleep 0.2
+done
+printf 'migrate_set_capability x-ignore-shared on\nmigrate "exec:cat > %s"\ninfo migrate\nquit\n' "$cache/state" >&7
+wait "$qemu_pid" || fail "QEMU could not save the nested host: $(tail -n 3 "$work/monitor.log")"
+qemu_pid=
+cp "$work/console.log" "$cache/build.log"
+grep -q 'Migration status: completed' "$work/monitor.log" || fail "saving the nested host failed: $(tail -n 3 "$work/monitor.log")"
+echo "$digest" >"$cache/stamp"
+echo "nested: ready in $((SECONDS - start)) s: $kernel, $(dpkg-deb -f "$(deb sid containerd)" Version | sed 's/^/containerd /'), memory $(du -sm "$cache/ram.img" | cut -f1) MiB, root disk $size MiB"

@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# run.sh [--timeout SECS] [--virtual-timeout SECS] [--results DIR] [--] PAYLOAD_DIR [ARG...]
+#
+# Runs PAYLOAD_DIR/run with ARGs as root in the nested KVM host (built first if need be), where the directory is mounted
+# read-only at /payload and is the working directory. Its output goes to our stdout as it comes, its exit code is ours, and
+# what it leaves in /results, with the node's kernel log as nested-dmesg.txt, is put into DIR.
+# --timeout is wall time (default 1800); --virtual-timeout is the node's own time (default 600) and ends a hung payload
+# early, as idle virtual time costs next to nothing.
+# Own exit codes: 124 wall time over, 125 the nested host itself failed, 143 virtual time over. Several may run at once.
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+cache=$(cd "$here/../.." && pwd)/target/nested
+wall_limit=1800 virtual_limit=600 results=
+
+fail() {
+    echo "nested: $*" >&2
+    exit 125
+}
+while (($#)); do
+    case $1 in
+    --timeout) wall_limit=${2:?--timeout needs seconds} && shift 2 ;;
+    --virtual-timeout) virtual_limit=${2:?--virtual-timeout needs seconds} && shift 2 ;;
+    --results) results=${2:?--results needs a directory} && shift 2 ;;
+    --) shift && break ;;
+    -*) fail "unknown option $1; the head of $0 says how to use it" ;;
+    *) break ;;
+    esac
+done
+(($#)) || fail "no payload directory given; the head of $0 says how to use it"
+payload=$1
+shift
+[[ -x $payload/run ]] || fail "$payload/run is not there or not executable"
+"$here/build.sh" || exit 125
+PATH=$PATH:/usr/sbin:/sbin
+. "$here/machine.sh"
+
+begun=$EPOCHREALTIME
+work=$(mktemp -d "$cache/run.XXXXXX")
+qemu_pid='' reader_pid=
+cleanup() {
+    # TERM: timeout passes it on to QEMU, and kills QEMU if that does not help.
+    [[ -z $qemu_pid ]] || { kill -TERM "$qemu_pid" 2>/dev/null && wait "$qemu_pid"; } || true
+    [[ -z $reader_pid ]] || kill -KILL "$reader_pid" 2>/dev/null || true
+    rm -rf "$work"
+}
+trap cleanup EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+mke2fs -q -t ext4 -b 4096 -O ^has_journal,^resize_inode -m 0 -E root_owner=0:0,nodiscard,assume_storage_prezeroed=1 \
+    -d "$payload" "$work/payload.img" "$((nested_payload_bytes / 4096))" >"$work/mke2fs.log" 2>&1 ||
+    fail "$payload does not fit the payload disk of $nested_payload_bytes bytes: $(tail -n1 "$work/mke2fs.log")"
+truncate -s "$nested_results_bytes" "$work/results.img"
+arguments=
+(($# == 0)) || printf -v arguments '%q ' "$@"
+mkfifo "$work/out" "$work/go"
+exec 6<>"$work/go" # keeps the line in the pipe until QEMU reads it
+printf '%s\n' "virtual_limit=$virtual_limit; set -- $arguments" >&6
+# State and memory file are only ever read: share=off makes the memory a private copy-on-write mapping.
+printf 'migrate_set_capability x-ignore-shared on\nmigrate_incoming "exec:cat %s"\n' "$cache/state" >"$work/monitor.in"
+
+cat "$work/out" &
+reader_pid=$!
+nested_machine off "$work" "$cache"
+timeout --foreground -k 5 "$wall_limit" "${machine[@]}" -incoming defer -chardev "pipe,id=go,path=$work/go" \
+    -chardev "file,id=out,path=$work/out" -chardev "file,id=status,path=$work/status" \
+    <"$work/monitor.in" >"$work/monitor.log" 2>&1 6>&- &
+qemu_pid=$!
+qemu_code=0
+wait "$qemu_pid" || qemu_code=$?
+qemu_pid=
+# QEMU that died before it opened the pipe leaves its reader waiting: open and close it ourselves.
+: 1<>"$work/out"
+wait "$reader_pid" || true
+reader_pid=
+
+read -r word code started ended < <(cat "$work/status" 2>/dev/null) || true
+if [[ $word != exit ]]; then
+    # Without QEMU's warnings about the software CPU and the monitor's line editing.
+    { grep -av -e "TCG doesn't support" -e $'\033' "$work/monitor.log" && tail -n 40 "$work/console.log"; } 2>/dev/null | tr -d '\r' >&2 || true
+    ((qemu_code == 124 || qemu_code == 137)) && echo "nested: ended after $wall_limit s of wall time" >&2 && exit 124
+    fail "the nested host ended early (QEMU's exit code $qemu_code); its last words are above"
+fi
+mkdir "$work/results"
+tar -x -m -f "$work/results.img" -C "$work/results" --no-same-owner || fail "the nested host's results disk holds no archive"
+if [[ -n $results ]]; then
+    mkdir -p "$results"
+    cp -R "$work/results/." "$results/"
+fi
+if ((code != 0)); then
+    echo "nested: exit code $code; the end of the nested host's kernel log:" >&2
+    tail -n 15 "$work/results/nested-dmesg.txt" >&2 || true
+fi
+awk -v s="$started" -v e="$ended" -v b="$begun" -v n="$EPOCHREALTIME" \
+    'BEGIN { printf "nested: %.2f virtual seconds, %.1f wall seconds\n", e - s, n - b }'
+exit "$code"
