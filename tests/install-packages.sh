@@ -2,9 +2,9 @@
 # install-packages.sh: install the Debian packages that the tests need and that are not there yet.
 set -euo pipefail
 
-# What each is for: the nested KVM host (qemu), its images (cpio, e2fsprogs, kmod), and taking the guest kernel out
-# of its library (binutils).
-packages=(binutils cpio e2fsprogs kmod qemu-system-x86)
+# What each is for: the nested KVM host (qemu), its images (cpio, e2fsprogs, kmod), the guest image (erofs-utils), and taking
+# the guest kernel out of its library (binutils).
+packages=(binutils cpio e2fsprogs erofs-utils kmod qemu-system-x86)
 
 missing=()
 for package in "${packages[@]}"; do
