@@ -1,0 +1,193 @@
+//! Is there a KVM that a guest kernel can run on?
+
+use std::error::Error;
+use std::ffi::CString;
+use std::io;
+use std::path::Path;
+
+use bulkhead_vmm::calibrate;
+use kvm_ioctls::{Cap, Kvm};
+
+use super::Finding;
+
+/// The only version there has been since Linux 2.6.22; KVM's documentation asks to refuse any other.
+const API_VERSION: i32 = 12;
+
+/// What the VMM uses of KVM beyond its oldest interface.
+const NEEDED: [(Cap, &str); 10] = [
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::MpState, "KVM_CAP_MP_STATE"),
+    (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
+    (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
+    (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+];
+
+/// The kind of KVM a node has.
+#[derive(Debug)]
+pub struct Kind {
+    /// Guest kernel instructions per second, if there is a KVM.
+    rate: Option<f64>,
+    /// Why there is none.
+    pub reason: Option<String>,
+}
+
+impl Kind {
+    /// `hardware`, `software` or `none`.
+    pub fn name(&self) -> &'static str {
+        match self.rate {
+            Some(rate) if calibrate::is_hardware(rate) => "hardware",
+            Some(_) => "software",
+            None => "none",
+        }
+    }
+
+    fn finding(&self) -> Finding {
+        const WHAT: &str = "KVM speed";
+        match (self.rate, &self.reason) {
+            (Some(rate), _) if calibrate::is_hardware(rate) => {
+                Finding::ok(WHAT, format!("hardware KVM: {} guest kernel instructions a second", human(rate)))
+            }
+            (Some(rate), _) => Finding::fail(
+                WHAT,
+                format!(
+                    "software KVM: {} guest kernel instructions a second, where hardware does at least {}; a guest \
+                     kernel cannot boot on it. Use a machine with VT-x or AMD-V; in a virtual machine, have nested \
+                     virtualization switched on",
+                    human(rate),
+                    human(calibrate::HARDWARE_RATE)
+                ),
+            ),
+            (None, reason) => Finding::fail(WHAT, reason.clone().unwrap_or_default()),
+        }
+    }
+}
+
+/// Measures what kind of KVM is behind `device`; takes a second on a software KVM, 5 s at most.
+pub fn kind(device: &Path) -> Kind {
+    match calibrate::calibrate(device) {
+        Ok(rate) => Kind { rate: Some(rate), reason: None },
+        Err(error) => Kind { rate: None, reason: Some(chain(&error)) },
+    }
+}
+
+/// The findings about the KVM device; those after a failure that explains them are left out.
+pub fn check(device: &Path) -> Vec<Finding> {
+    const WHAT: &str = "KVM device";
+    let kvm = match open(device) {
+        Ok(kvm) => kvm,
+        Err(error) => return vec![Finding::fail(WHAT, explain(device, &error))],
+    };
+    let version = kvm.get_api_version();
+    if version != API_VERSION {
+        return vec![Finding::fail(
+            WHAT,
+            format!(
+                "{} answers API version {version} where KVM answers {API_VERSION}: not KVM",
+                device.display()
+            ),
+        )];
+    }
+    let findings =
+        vec![Finding::ok(WHAT, format!("{}, API version {version}", device.display())), capabilities(&kvm)];
+    drop(kvm);
+    findings.into_iter().chain([kind(device).finding()]).collect()
+}
+
+fn open(device: &Path) -> io::Result<Kvm> {
+    let path = CString::new(device.as_os_str().as_encoded_bytes())?;
+    Ok(Kvm::new_with_path(path)?)
+}
+
+fn explain(device: &Path, error: &io::Error) -> String {
+    let advice = match error.kind() {
+        io::ErrorKind::NotFound => {
+            "; load the module kvm_intel or kvm_amd (modprobe), and check that virtualization is on in the firmware"
+        }
+        io::ErrorKind::PermissionDenied => "; run this as root, as whom containerd runs the shim",
+        _ => "",
+    };
+    format!("cannot open {}: {error}{advice}", device.display())
+}
+
+fn capabilities(kvm: &Kvm) -> Finding {
+    const WHAT: &str = "KVM capabilities";
+    let missing: Vec<&str> =
+        NEEDED.iter().filter(|(cap, _)| !kvm.check_extension(*cap)).map(|(_, name)| *name).collect();
+    if missing.is_empty() {
+        Finding::ok(WHAT, format!("all {} that the VMM needs", NEEDED.len()))
+    } else {
+        Finding::fail(WHAT, format!("missing: {}; a newer kernel is needed", missing.join(", ")))
+    }
+}
+
+/// An error with its causes, on one line.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+/// A rate in millions or billions.
+fn human(rate: f64) -> String {
+    if rate >= 1e9 { format!("{:.1} billion", rate / 1e9) } else { format!("{:.1} million", rate / 1e6) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check::Verdict;
+
+    #[test]
+    fn a_missing_device_fails_with_advice() {
+        let findings = check(Path::new("/nonexistent/kvm"));
+        assert_eq!(findings.len(), 1);
+        assert_eq!(findings[0].verdict, Verdict::Fail);
+        assert!(findings[0].evidence.contains("cannot open /nonexistent/kvm"), "{}", findings[0].evidence);
+        assert!(findings[0].evidence.contains("modprobe"), "{}", findings[0].evidence);
+    }
+
+    #[test]
+    fn another_device_is_not_taken_for_kvm() {
+        let findings = check(Path::new("/dev/null"));
+        assert_eq!(findings[0].verdict, Verdict::Fail);
+        assert!(findings[0].evidence.contains("not KVM"), "{}", findings[0].evidence);
+        assert_eq!(kind(Path::new("/dev/null")).name(), "none");
+    }
+
+    #[test]
+    fn speed_decides_the_kind() {
+        let kind = |rate| Kind { rate, reason: rate.is_none().then(|| "why".to_owned()) };
+        assert_eq!(kind(Some(2e9)).name(), "hardware");
+        assert_eq!(kind(Some(2e9)).finding().verdict, Verdict::Ok);
+        assert_eq!(kind(Some(1e6)).name(), "software");
+        assert_eq!(kind(Some(1e6)).finding().verdict, Verdict::Fail);
+        assert_eq!(kind(None).name(), "none");
+        assert_eq!(kind(None).finding().evidence, "why");
+    }
+
+    #[test]
+    fn this_machines_kvm_is_told_apart() {
+        let device = Path::new("/dev/kvm");
+        if open(device).is_err() {
+            eprintln!("SKIPPED: no usable /dev/kvm on this machine");
+            return;
+        }
+        let findings = check(device);
+        assert_eq!(findings.len(), 3);
+        assert_eq!(findings[0].verdict, Verdict::Ok, "{}", findings[0].evidence);
+        let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+        let hardware = flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm");
+        let expected = if hardware { Verdict::Ok } else { Verdict::Fail };
+        assert_eq!(findings[2].verdict, expected, "{}", findings[2].evidence);
+    }
+}
