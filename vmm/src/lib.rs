@@ -1,5 +1,22 @@
 //! Bulkhead's virtual machine monitor.
+//!
+//! One process is one virtual machine. It opens nothing: everything it works with comes as a descriptor in the boot
+//! message ([`control`], [`resources`]). [`machine`] builds the virtual machine from it: guest memory ([`memory`],
+//! [`layout`]), a kernel ([`boot`]), vCPUs ([`cpu`]), an IOAPIC ([`ioapic`]) and virtio devices ([`devices`]).
+//!
+//! Three kinds of threads run it, each under a seccomp filter of its own: the control thread, the device thread
+//! ([`device_loop`]) and one thread per vCPU ([`vcpu`]), whose trapped accesses go to the [`bus`].
 
-pub mod calibrate;
+pub mod boot;
+pub mod bus;
+pub mod control;
+pub mod cpu;
+pub mod device_loop;
 pub mod devices;
+pub mod ioapic;
+pub mod layout;
+pub mod logger;
+pub mod machine;
 pub mod memory;
+pub mod resources;
+pub mod vcpu;

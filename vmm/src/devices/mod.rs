@@ -19,8 +19,10 @@
 //! Guest memory can be reached only through [`Virtqueue`]s and the [`Chain`]s they hand out, and these exist only while
 //! a device is activated: a device that isn't can't be used.
 
+pub mod blk;
 mod chain;
 mod config;
+pub mod console;
 mod interrupt;
 pub mod mmio;
 mod queue;

@@ -1,0 +1,87 @@
+//! The kernel command line: the VMM's part describes its devices, the shim's part follows.
+
+use std::fmt::Write;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::{BootError, write_failed};
+use crate::layout::{CMDLINE, CMDLINE_SIZE, MMIO_STRIDE, POWER_PORT, irq, mmio_address};
+use crate::memory::GuestRam;
+
+/// What every guest needs of its kernel:
+/// - `console=hvc0`: the console is virtio;
+/// - `reboot=k,panic_warm panic=-1`: reset through the keyboard controller, at once after a panic, and then leave the
+///   "warm" mark at [`crate::layout::RESET_FLAG`] that tells a panic from a reset;
+/// - `8250.nr_uarts=0 i8042.noaux`: no search for devices that we don't have.
+const BASE: &str = "console=hvc0 reboot=k,panic_warm panic=-1 8250.nr_uarts=0 i8042.noaux";
+
+/// Why a command line can't be used.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum CommandLineError {
+    /// Longer than the kernel takes.
+    #[error("it has {0} bytes: at most {max} are possible", max = CMDLINE_SIZE - 1)]
+    TooLong(usize),
+    /// A byte that can't be in it.
+    #[error("it has a control or non-ASCII character at byte {0}")]
+    Character(usize),
+}
+
+/// The whole command line for a guest with the given number of devices and the shim's parameters.
+pub fn command_line(devices: usize, parameters: &str) -> Result<String, CommandLineError> {
+    if let Some(position) = parameters.bytes().position(|byte| !(b' '..=b'~').contains(&byte)) {
+        return Err(CommandLineError::Character(position));
+    }
+    let mut line = format!("{BASE} bulkhead.power_port={POWER_PORT:#x}");
+    for index in 0..devices {
+        // Writing to a string can't fail.
+        let _ = write!(
+            line,
+            " virtio_mmio.device={}K@{:#x}:{}",
+            MMIO_STRIDE >> 10,
+            mmio_address(index),
+            irq(index)
+        );
+    }
+    if !parameters.is_empty() {
+        line.push(' ');
+        line.push_str(parameters);
+    }
+    if line.len() >= CMDLINE_SIZE {
+        return Err(CommandLineError::TooLong(line.len()));
+    }
+    Ok(line)
+}
+
+pub(super) fn write(ram: &GuestRam, line: &str) -> Result<(), BootError> {
+    ram.write_slice(line.as_bytes(), GuestAddress(CMDLINE))
+        .and_then(|()| ram.write_obj(0u8, GuestAddress(CMDLINE + line.len() as u64)))
+        .map_err(write_failed("the command line"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_and_parameters_follow_the_base() {
+        let line = command_line(2, "root=/dev/vda quiet").unwrap();
+        assert!(line.starts_with("console=hvc0 "));
+        assert!(line.ends_with(
+            " bulkhead.power_port=0x604 virtio_mmio.device=4K@0xd0000000:5 \
+             virtio_mmio.device=4K@0xd0001000:6 root=/dev/vda quiet"
+        ));
+    }
+
+    #[test]
+    fn what_the_kernel_would_cut_is_refused() {
+        let room = CMDLINE_SIZE - 1 - command_line(0, "").unwrap().len() - 1;
+        assert_eq!(command_line(0, &"x".repeat(room)).unwrap().len(), CMDLINE_SIZE - 1);
+        assert_eq!(command_line(0, &"x".repeat(room + 1)), Err(CommandLineError::TooLong(CMDLINE_SIZE)));
+    }
+
+    #[test]
+    fn control_characters_are_refused() {
+        assert_eq!(command_line(0, "a\nb"), Err(CommandLineError::Character(1)));
+        assert_eq!(command_line(0, "é"), Err(CommandLineError::Character(0)));
+    }
+}

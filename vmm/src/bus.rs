@@ -1,0 +1,148 @@
+//! Where trapped accesses of vCPUs go.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::devices::mmio::MmioTransport;
+use crate::ioapic::IoApic;
+use crate::layout::{
+    I8042_COMMAND, I8042_DATA, I8042_RESET, IOAPIC_BASE, IOAPIC_SIZE, MMIO_BASE, MMIO_STRIDE, POWER_OFF,
+    POWER_PORT,
+};
+
+/// What a guest asks of its machine through a port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PowerRequest {
+    /// Power off.
+    Off,
+    /// Reset.
+    Reset,
+}
+
+/// Everything behind ports and memory that isn't RAM.
+pub struct Bus {
+    devices: Vec<Mutex<MmioTransport>>,
+    ioapic: Mutex<IoApic>,
+}
+
+impl Bus {
+    /// A bus with a window for each device, in order.
+    pub fn new(devices: Vec<MmioTransport>, ioapic: IoApic) -> Self {
+        Bus { devices: devices.into_iter().map(Mutex::new).collect(), ioapic: Mutex::new(ioapic) }
+    }
+
+    /// A write to a port. Ports that don't exist ignore it.
+    pub fn port_write(&self, port: u16, data: &[u8]) -> Option<PowerRequest> {
+        match (port, data) {
+            (POWER_PORT, [POWER_OFF, ..]) => Some(PowerRequest::Off),
+            (I8042_COMMAND, [I8042_RESET]) => Some(PowerRequest::Reset),
+            _ => None,
+        }
+    }
+
+    /// A read from a port. Ports that don't exist read as all ones.
+    pub fn port_read(&self, port: u16, data: &mut [u8]) {
+        data.fill(match port {
+            // The keyboard controller is always ready for a command, and has nothing to say.
+            I8042_COMMAND | I8042_DATA => 0,
+            _ => 0xff,
+        });
+    }
+
+    /// A write to memory that isn't RAM. What isn't there ignores it.
+    pub fn mmio_write(&self, address: u64, data: &[u8]) {
+        if let Some((mut device, offset)) = self.device(address) {
+            device.write(offset, data);
+        } else if let Some(offset) = ioapic_offset(address) {
+            lock(&self.ioapic).write(offset, data);
+        }
+    }
+
+    /// A read from memory that isn't RAM. What isn't there reads as all ones.
+    pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        if let Some((device, offset)) = self.device(address) {
+            device.read(offset, data);
+        } else if let Some(offset) = ioapic_offset(address) {
+            lock(&self.ioapic).read(offset, data);
+        } else {
+            data.fill(0xff);
+        }
+    }
+
+    /// A local APIC finished an interrupt that KVM tells the IOAPIC of.
+    pub fn end_of_interrupt(&self, vector: u8) {
+        lock(&self.ioapic).end_of_interrupt(vector);
+    }
+
+    /// The device behind an address, locked, and the offset in its window.
+    fn device(&self, address: u64) -> Option<(MutexGuard<'_, MmioTransport>, u64)> {
+        let offset = address.checked_sub(MMIO_BASE)?;
+        let index = usize::try_from(offset / MMIO_STRIDE).ok()?;
+        self.devices.get(index).map(|device| (lock(device), offset % MMIO_STRIDE))
+    }
+}
+
+fn ioapic_offset(address: u64) -> Option<u64> {
+    address.checked_sub(IOAPIC_BASE).filter(|offset| *offset < IOAPIC_SIZE)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::VirtioDevice;
+    use crate::devices::rng::Rng;
+    use crate::devices::slot::DeviceSlot;
+    use crate::devices::testing::test_ram;
+    use crate::ioapic::{InterruptRouter, MsiRoute};
+
+    struct Nowhere;
+
+    impl InterruptRouter for Nowhere {
+        fn set_routes(&self, _routes: &[MsiRoute]) -> Result<(), std::io::Error> {
+            Ok(())
+        }
+
+        fn raise(&self, _pin: u32) {}
+    }
+
+    fn bus() -> Bus {
+        let rng = MmioTransport::new(Rng.info(), DeviceSlot::new(1).unwrap(), test_ram());
+        Bus::new(vec![rng], IoApic::new(1, Box::new(Nowhere)))
+    }
+
+    fn read(bus: &Bus, address: u64) -> u32 {
+        let mut data = [0x55; 4];
+        bus.mmio_read(address, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    #[test]
+    fn addresses_find_their_device() {
+        let bus = bus();
+        assert_eq!(read(&bus, MMIO_BASE), 0x7472_6976);
+        assert_eq!(read(&bus, MMIO_BASE + 8), 4);
+        assert_eq!(read(&bus, MMIO_BASE + MMIO_STRIDE), u32::MAX);
+        assert_eq!(read(&bus, MMIO_BASE - 4), u32::MAX);
+        bus.mmio_write(IOAPIC_BASE, &[1, 0, 0, 0]);
+        assert_eq!(read(&bus, IOAPIC_BASE + 0x10) & 0xff, 0x11);
+        assert_eq!(read(&bus, u64::MAX), u32::MAX);
+    }
+
+    #[test]
+    fn only_the_right_bytes_end_the_machine() {
+        let bus = bus();
+        assert_eq!(bus.port_write(0x604, &[0x34]), Some(PowerRequest::Off));
+        assert_eq!(bus.port_write(0x604, &[0x35]), None);
+        assert_eq!(bus.port_write(0x64, &[0xfe]), Some(PowerRequest::Reset));
+        assert_eq!(bus.port_write(0x64, &[0xd1]), None);
+        assert_eq!(bus.port_write(0x80, &[]), None);
+        let mut data = [0x55];
+        bus.port_read(0x64, &mut data);
+        assert_eq!(data, [0]);
+        bus.port_read(0x21, &mut data);
+        assert_eq!(data, [0xff]);
+    }
+}

@@ -1,0 +1,186 @@
+//! The control thread: serves the shim's requests until the machine or the shim ends.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
+
+use bulkhead_vmm_protocol::{
+    Channel, ChannelError, Event, ExitReason, FromVmm, Packet, Refusal, RefusalKind, Request, VmConfig,
+};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use crate::devices::worker::chain_of;
+use crate::machine::{Machine, MachineError, RunningMachine};
+use crate::resources::{Handles, ResourceError};
+
+/// How long the shim may take to make room for a message.
+const SEND_LIMIT: Duration = Duration::from_secs(5);
+
+/// The longest text of a refusal, in bytes.
+const REFUSAL_MAX: usize = 4096;
+
+/// What ends the control thread before its time.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// The control socket is of no use.
+    #[error("the control socket can't be used")]
+    Channel(#[from] ChannelError),
+    /// Waiting failed.
+    #[error("can't wait for the control socket")]
+    Wait(#[source] io::Error),
+}
+
+/// How serving ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The machine ended and the shim was told why.
+    Exited,
+    /// The shim's end was closed.
+    ShimGone,
+    /// The machine couldn't be built and the shim was told why.
+    Refused,
+}
+
+/// Serves one machine over `channel`, from its boot to its end.
+pub fn serve(channel: &Channel) -> Result<Outcome, ControlError> {
+    channel.set_timeout(Some(SEND_LIMIT))?;
+    let Some((machine, handles)) = boot(channel)? else { return Ok(Outcome::Refused) };
+    let result = run(channel, &machine, &handles);
+    if let Ok(Outcome::Exited) = result {
+        let fallback = ExitReason::Internal { detail: "the machine ended without a reason".into() };
+        let reason = machine.finish(fallback);
+        channel.send(&FromVmm::Event(Event::Exited(reason)), &[])?;
+    }
+    result
+}
+
+/// Waits for the boot request and carries it out; `None` when it was refused.
+fn boot(channel: &Channel) -> Result<Option<(RunningMachine, Handles)>, ControlError> {
+    let watch = Watch::new(channel, None)?;
+    watch.wait()?;
+    let Packet { message, fds } = channel.receive::<Request>()?;
+    let result = match message {
+        Request::Boot(config) => build_and_start(&config, fds),
+        Request::ConnectVsock { .. } => Err(invalid("nothing is booted yet")),
+    };
+    match result {
+        Ok(running) => {
+            reply(channel, Ok(()))?;
+            Ok(Some(running))
+        }
+        Err(refusal) => {
+            reply(channel, Err(refusal))?;
+            Ok(None)
+        }
+    }
+}
+
+fn build_and_start(config: &VmConfig, fds: Vec<OwnedFd>) -> Result<(RunningMachine, Handles), Refusal> {
+    let (machine, handles) = Machine::build(config, fds).map_err(|error| refusal(&error))?;
+    let running = machine.start().map_err(|error| refusal(&error))?;
+    Ok((running, handles))
+}
+
+/// Serves requests until the machine or the shim ends.
+fn run(channel: &Channel, machine: &RunningMachine, handles: &Handles) -> Result<Outcome, ControlError> {
+    let watch = Watch::new(channel, Some(machine))?;
+    loop {
+        let ready = watch.wait()?;
+        if ready.exit {
+            return Ok(Outcome::Exited);
+        }
+        if !ready.channel {
+            continue;
+        }
+        let packet = match channel.receive::<Request>() {
+            Ok(packet) => packet,
+            Err(ChannelError::Closed) => return Ok(Outcome::ShimGone),
+            Err(ChannelError::Malformed(error)) => {
+                reply(channel, Err(invalid(&format!("the request can't be understood: {error}"))))?;
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let result = match packet.message {
+            Request::Boot(_) => Err(invalid("a machine is running already")),
+            Request::ConnectVsock { port } => handles.connect_vsock(port, packet.fds),
+        };
+        reply(channel, result)?;
+    }
+}
+
+impl Handles {
+    fn connect_vsock(&self, _port: u32, _fds: Vec<OwnedFd>) -> Result<(), Refusal> {
+        Err(invalid("there is no vsock device"))
+    }
+}
+
+fn reply(channel: &Channel, result: Result<(), Refusal>) -> Result<(), ChannelError> {
+    channel.send(&FromVmm::Reply(result), &[])
+}
+
+fn invalid(message: &str) -> Refusal {
+    Refusal { kind: RefusalKind::InvalidRequest, message: message.to_owned() }
+}
+
+fn refusal(error: &MachineError) -> Refusal {
+    let kind = match error {
+        MachineError::Resources(ResourceError::Disk { .. }) => RefusalKind::Disk,
+        MachineError::Resources(_) => RefusalKind::InvalidRequest,
+        MachineError::Boot(crate::boot::BootError::CommandLine(_)) => RefusalKind::InvalidRequest,
+        MachineError::Boot(_) => RefusalKind::Kernel,
+        MachineError::NoKvm(_) | MachineError::Kvm { .. } | MachineError::Vcpu { .. } => RefusalKind::Kvm,
+        MachineError::Memory(_) | MachineError::Host { .. } | MachineError::Devices(_) => RefusalKind::Resources,
+    };
+    let mut message = chain_of(error);
+    message.truncate(message.floor_char_boundary(REFUSAL_MAX));
+    Refusal { kind, message }
+}
+
+/// Waits for the control socket and the end of the machine.
+struct Watch {
+    epoll: Epoll,
+}
+
+/// What is ready.
+#[derive(Debug, Default)]
+struct Ready {
+    channel: bool,
+    exit: bool,
+}
+
+const CHANNEL: u64 = 0;
+const EXIT: u64 = 1;
+
+impl Watch {
+    fn new(channel: &Channel, machine: Option<&RunningMachine>) -> Result<Self, ControlError> {
+        let epoll = Epoll::new().map_err(ControlError::Wait)?;
+        let add = |fd, token| {
+            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token)).map_err(ControlError::Wait)
+        };
+        add(channel.as_raw_fd(), CHANNEL)?;
+        if let Some(machine) = machine {
+            add(machine.exit_event().as_raw_fd(), EXIT)?;
+        }
+        Ok(Watch { epoll })
+    }
+
+    /// Waits without a time limit: the shim closes its end when it is gone or has enough.
+    fn wait(&self) -> Result<Ready, ControlError> {
+        let mut events = [EpollEvent::default(); 2];
+        let count = loop {
+            match self.epoll.wait(-1, &mut events) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                result => break result.map_err(ControlError::Wait)?,
+            }
+        };
+        let mut ready = Ready::default();
+        for event in &events[..count] {
+            match event.data() {
+                CHANNEL => ready.channel = true,
+                _ => ready.exit = true,
+            }
+        }
+        Ok(ready)
+    }
+}

@@ -1,0 +1,31 @@
+//! Setting a vCPU up: what it can do (CPUID), and the state the boot protocol asks for.
+
+mod cpuid;
+mod registers;
+
+pub use cpuid::{CpuidTemplate, MAX_CPUID_ENTRIES};
+pub use registers::{set_boot_registers, set_interrupt_pins};
+
+/// Why a vCPU can't be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum CpuError {
+    /// KVM refused.
+    #[error("can't {what} of a vCPU")]
+    Kvm {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// KVM doesn't know an MSR.
+    #[error("KVM doesn't accept MSR {0:#x}")]
+    Msr(u32),
+    /// The table of features is too long.
+    #[error("the CPUID table is too long")]
+    Table,
+}
+
+fn kvm_failed(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> CpuError {
+    move |source| CpuError::Kvm { what, source }
+}

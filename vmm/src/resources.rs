@@ -1,0 +1,98 @@
+//! What the shim handed over: descriptors become devices here, before anything is built.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+
+use bulkhead_vmm_protocol::{FdIndex, VmConfig};
+
+use crate::devices::VirtioDevice;
+use crate::devices::blk::Block;
+use crate::devices::console::Console;
+use crate::devices::rng::Rng;
+use crate::layout::MAX_DEVICES;
+
+/// What can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ResourceError {
+    /// The configuration breaks a limit.
+    #[error("it breaks a limit")]
+    Config(#[from] bulkhead_vmm_protocol::ConfigError),
+    /// A descriptor is used for two things.
+    #[error("descriptor {0} is named twice")]
+    NamedTwice(u8),
+    /// More devices than interrupts.
+    #[error("{0} devices asked for: at most {MAX_DEVICES} are possible")]
+    TooManyDevices(usize),
+    /// A disk can't be used.
+    #[error("disk {index} ({serial}) can't be used")]
+    Disk {
+        /// Its position in the configuration.
+        index: usize,
+        /// Its serial.
+        serial: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// Another device can't be made.
+    #[error("the {what} can't be used")]
+    Device {
+        /// Which one.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Handles to devices that the control thread talks to.
+pub struct Handles {}
+
+/// What a machine is built from.
+pub(crate) struct Resources {
+    pub kvm: OwnedFd,
+    pub kernel: File,
+    /// In the order of their windows; disks in the order of the configuration.
+    pub devices: Vec<Box<dyn VirtioDevice>>,
+    pub handles: Handles,
+}
+
+/// Descriptors of which each can be taken once.
+struct Fds(Vec<Option<OwnedFd>>);
+
+impl Fds {
+    fn take(&mut self, index: FdIndex) -> Result<OwnedFd, ResourceError> {
+        self.0
+            .get_mut(usize::from(index.0))
+            .and_then(Option::take)
+            .ok_or(ResourceError::NamedTwice(index.0))
+    }
+}
+
+impl Resources {
+    /// Turns descriptors into devices. What the configuration doesn't name is closed.
+    pub fn take(config: &VmConfig, fds: Vec<OwnedFd>) -> Result<Self, ResourceError> {
+        config.validate(fds.len())?;
+        let mut fds = Fds(fds.into_iter().map(Some).collect());
+        let device_failed = |what| move |source| ResourceError::Device { what, source };
+
+        let kvm = fds.take(config.kvm)?;
+        let kernel = File::from(fds.take(config.kernel)?);
+        let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
+
+        let output = config.console.map(|index| fds.take(index)).transpose()?;
+        devices.push(Box::new(Console::new(output).map_err(device_failed("console's output"))?));
+        devices.push(Box::new(Rng));
+        for (index, disk) in config.disks.iter().enumerate() {
+            let file = fds.take(disk.file)?;
+            let block = Block::new(file, disk.read_only, &disk.serial)
+                .map_err(|source| ResourceError::Disk { index, serial: disk.serial.clone(), source })?;
+            devices.push(Box::new(block));
+        }
+        if devices.len() > MAX_DEVICES {
+            return Err(ResourceError::TooManyDevices(devices.len()));
+        }
+        Ok(Resources { kvm, kernel, devices, handles: Handles {} })
+    }
+}

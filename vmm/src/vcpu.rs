@@ -1,0 +1,182 @@
+//! A vCPU's thread: runs the guest, serves its exits, and can be stopped at any time.
+
+use std::cell::Cell;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use bulkhead_vmm_protocol::ExitReason;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use crate::bus::{Bus, PowerRequest};
+use crate::layout::RESET_FLAG;
+use crate::memory::SharedRam;
+
+/// What Linux leaves at [`RESET_FLAG`] when a reset follows a panic (`reboot=panic_warm`).
+const WARM_RESET: u16 = 0x1234;
+
+/// How long a vCPU may take to stop: it can be in the middle of a disk's or the host kernel's work.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+
+thread_local! {
+    /// The `kvm_run.immediate_exit` of the vCPU that runs on this thread.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+}
+
+/// Everything a vCPU's thread needs.
+pub struct Vcpu {
+    /// Its number.
+    pub id: u8,
+    /// KVM's vCPU.
+    pub fd: VcpuFd,
+    /// Where its accesses go.
+    pub bus: Arc<Bus>,
+    /// Guest memory, for the word that tells panics from resets.
+    pub ram: SharedRam,
+    /// Set to stop the thread, followed by the signal.
+    pub stop: Arc<AtomicBool>,
+}
+
+/// Prepares the process for [`kick`]; once, before any vCPU's thread starts.
+pub fn install_kick_handler() -> Result<(), vmm_sys_util::errno::Error> {
+    extern "C" fn leave_guest(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        let flag = IMMEDIATE_EXIT.get();
+        if !flag.is_null() {
+            // SAFETY: the pointer is set only while this thread's vCPU, which the flag is part of, is alive. The write is
+            // volatile because the kernel reads it.
+            unsafe { flag.write_volatile(1) };
+        }
+    }
+    register_signal_handler(SIGRTMIN(), leave_guest)
+}
+
+/// Makes a vCPU's thread leave the guest, or not enter it again, and look at its `stop` flag.
+pub fn kick<T>(thread: &JoinHandle<T>) {
+    // The only failure is a thread that has ended.
+    let _ = thread.kill(SIGRTMIN());
+}
+
+/// Stops vCPU threads whose `stop` flag is set. Says whether all ended in time.
+pub fn join<T>(threads: Vec<JoinHandle<T>>) -> bool {
+    for thread in &threads {
+        kick(thread);
+    }
+    let start = Instant::now();
+    while threads.iter().any(|thread| !thread.is_finished()) {
+        if start.elapsed() > STOP_LIMIT {
+            return false;
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    true
+}
+
+impl Vcpu {
+    /// Runs until the guest ends (the reason) or `stop` is set (`None`).
+    pub fn run(mut self) -> Option<ExitReason> {
+        let flag: *mut u8 = &raw mut self.fd.get_kvm_run().immediate_exit;
+        IMMEDIATE_EXIT.set(flag);
+        let reason = self.run_guest();
+        IMMEDIATE_EXIT.set(ptr::null_mut());
+        reason
+    }
+
+    fn run_guest(&mut self) -> Option<ExitReason> {
+        while !self.stop.load(Ordering::SeqCst) {
+            if let Some(reason) = self.enter() {
+                return Some(reason);
+            }
+        }
+        None
+    }
+
+    /// One stay in the guest, and what it left for.
+    fn enter(&mut self) -> Option<ExitReason> {
+        let exit = match self.fd.run() {
+            Ok(exit) => exit,
+            Err(error) => {
+                return match error.errno() {
+                    // A signal: the caller looks at `stop`.
+                    libc::EINTR | libc::EAGAIN => {
+                        self.fd.set_kvm_immediate_exit(0);
+                        None
+                    }
+                    _ => Some(self.failed(format!("KVM_RUN: {error}"))),
+                };
+            }
+        };
+        match exit {
+            VcpuExit::IoOut(port, data) => {
+                let request = self.bus.port_write(port, data)?;
+                Some(self.power(request))
+            }
+            VcpuExit::IoIn(port, data) => {
+                self.bus.port_read(port, data);
+                None
+            }
+            VcpuExit::MmioWrite(address, data) => {
+                self.bus.mmio_write(address, data);
+                None
+            }
+            VcpuExit::MmioRead(address, data) => {
+                self.bus.mmio_read(address, data);
+                None
+            }
+            VcpuExit::IoapicEoi(vector) => {
+                self.bus.end_of_interrupt(vector);
+                None
+            }
+            VcpuExit::Intr | VcpuExit::IrqWindowOpen => None,
+            VcpuExit::Shutdown => Some(ExitReason::TripleFault),
+            VcpuExit::FailEntry(reason, cpu) => {
+                Some(self.failed(format!("the CPU refused to enter the guest: reason {reason:#x} on CPU {cpu}")))
+            }
+            VcpuExit::InternalError => {
+                let detail = self.internal_error();
+                Some(self.failed(detail))
+            }
+            VcpuExit::MemoryFault { gpa, .. } => {
+                Some(self.failed(format!("guest memory at {gpa:#x} can't be accessed")))
+            }
+            other => {
+                let detail = format!("unexpected exit {other:?}");
+                Some(self.failed(detail))
+            }
+        }
+    }
+
+    fn power(&self, request: PowerRequest) -> ExitReason {
+        match request {
+            PowerRequest::Off => ExitReason::PowerOff,
+            PowerRequest::Reset => match self.ram.read_obj::<u16>(GuestAddress(RESET_FLAG)) {
+                Ok(WARM_RESET) => ExitReason::Panic,
+                _ => ExitReason::Reset,
+            },
+        }
+    }
+
+    fn failed(&self, mut detail: String) -> ExitReason {
+        if let Ok(regs) = self.fd.get_regs() {
+            detail.push_str(&format!(" (rip {:#x})", regs.rip));
+        }
+        ExitReason::VcpuFailed { vcpu: self.id, detail }
+    }
+
+    fn internal_error(&mut self) -> String {
+        // SAFETY: KVM_EXIT_INTERNAL_ERROR filled this member of the union, which is plain data anyway.
+        let internal = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
+        let what = match internal.suberror {
+            1 => "an instruction that KVM can't emulate",
+            2 => "exceptions at the same time",
+            3 => "an exit while an event was delivered",
+            4 => "an unexpected exit reason",
+            _ => "unknown",
+        };
+        let count = (internal.ndata as usize).min(internal.data.len());
+        format!("KVM internal error {} ({what}), data {:x?}", internal.suberror, &internal.data[..count])
+    }
+}
