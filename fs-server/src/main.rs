@@ -1,2 +1,107 @@
 //! The jailed file server behind virtio-fs.
-fn main() {}
+//!
+//! The shim starts it as root with the pod's shared directory (a mount point) as working directory and a
+//! `SOCK_SEQPACKET` socket at descriptor 3. It jails itself and answers the FUSE requests that the VMM takes from the
+//! guest, one packet each, until the socket is closed. It takes no arguments and no environment; what stops it early it
+//! says in one line on standard error.
+
+mod init;
+mod message;
+mod reply;
+mod server;
+mod tree;
+
+use std::error::Error;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
+use std::sync::Arc;
+use std::{io, thread};
+
+use bulkhead_jail::{JailError, Limits, enter_file_server};
+use bulkhead_seccomp::{Filter, FilterError};
+use bulkhead_vmm_protocol::FUSE_FD;
+use rustix::process::{Resource, getrlimit};
+
+use server::{Server, ServerError};
+use tree::SharedTree;
+
+/// Threads that serve requests. A request that waits for the disk holds up one of them.
+const WORKERS: usize = 4;
+
+/// Stack of a worker, in bytes.
+const STACK: usize = 256 * 1024;
+
+/// The most descriptors, however many the shim's own limit allows: the host's memory behind them counts against the
+/// pod's cgroup, this is the stop behind that.
+const MAX_OPEN_FILES: u64 = 1 << 20;
+
+/// Why the server can't start or go on.
+#[derive(Debug, thiserror::Error)]
+enum FatalError {
+    #[error("can't enter the jail")]
+    Jail(#[source] JailError),
+    #[error("can't lock up a worker")]
+    Filter(#[source] FilterError),
+    #[error("can't open the shared directory")]
+    Tree(#[source] rustix::io::Errno),
+    #[error("can't start a worker")]
+    Thread(#[source] io::Error),
+    #[error("can't serve")]
+    Server(#[source] ServerError),
+    #[error("it takes no arguments: start it in the shared directory, with the FUSE socket as descriptor 3")]
+    Arguments,
+}
+
+fn main() {
+    end(run())
+}
+
+/// Ends the process with all its threads. The first worker to see the end of the socket, or to fail, ends them all.
+fn end(result: Result<(), FatalError>) -> ! {
+    let code = match result {
+        Ok(()) => 0,
+        Err(error) => {
+            report(&error);
+            1
+        }
+    };
+    // SAFETY: nothing has to be cleaned up at exit. The C library's own exit would do so beside the other workers.
+    unsafe { libc::_exit(code) }
+}
+
+fn run() -> Result<(), FatalError> {
+    if std::env::args_os().len() > 1 {
+        return Err(FatalError::Arguments);
+    }
+    let allowed = getrlimit(Resource::Nofile).maximum.unwrap_or(MAX_OPEN_FILES);
+    let open_files = allowed.min(MAX_OPEN_FILES);
+    let own_fds = enter_file_server(FUSE_FD, &Limits { open_files }).map_err(FatalError::Jail)?;
+
+    // SAFETY: the shim put the socket there for us, nobody else in this process owns it.
+    let socket = UnixDatagram::from(unsafe { OwnedFd::from_raw_fd(FUSE_FD) });
+    let tree = SharedTree::new(own_fds, open_files as usize).map_err(FatalError::Tree)?;
+    let server = Arc::new(Server::new(socket, tree));
+    for _ in 1..WORKERS {
+        let server = server.clone();
+        thread::Builder::new()
+            .stack_size(STACK)
+            .spawn(move || end(work(&server)))
+            .map_err(FatalError::Thread)?;
+    }
+    work(&server)
+}
+
+fn work(server: &Server) -> Result<(), FatalError> {
+    Filter::FsServer.install().map_err(FatalError::Filter)?;
+    server.run().map_err(FatalError::Server)
+}
+
+fn report(error: &FatalError) {
+    let mut line = format!("bulkhead-fs: {error}");
+    let mut source = error.source();
+    while let Some(error) = source {
+        line += &format!(": {error}");
+        source = error.source();
+    }
+    eprintln!("{line}");
+}

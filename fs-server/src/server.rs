@@ -1,0 +1,120 @@
+//! The loop of a worker: one packet in, one packet out.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixDatagram;
+
+use bulkhead_vmm_protocol::MAX_FUSE_MESSAGE;
+use fuse_backend_rs::api::server;
+use fuse_backend_rs::transport::{self, FuseBuf, FuseDevWriter, Reader};
+
+use crate::message::{self, Header, IN_HEADER, Verdict, check, opcode, u64_at};
+use crate::tree::{CopyRange, SharedTree};
+use crate::{init, reply};
+
+/// A server for a tree and a socket; any number of workers may share it.
+pub struct Server {
+    /// Connected, of packets that keep their bounds. The standard library's datagram type does for that.
+    socket: UnixDatagram,
+    tree: std::sync::Arc<SharedTree>,
+    library: server::Server<std::sync::Arc<SharedTree>>,
+}
+
+/// Why a worker can't go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The socket fails, other than by being closed.
+    #[error("can't receive FUSE requests")]
+    Receive(#[source] io::Error),
+    /// Replies can't be sent, other than because the socket is closed.
+    #[error("can't send FUSE replies")]
+    Send(#[source] io::Error),
+    /// The library does not take our buffers.
+    #[error("can't use the FUSE library's buffers")]
+    Buffers(#[source] transport::Error),
+}
+
+impl Server {
+    /// Serves the tree on the socket.
+    pub fn new(socket: UnixDatagram, tree: SharedTree) -> Self {
+        let tree = std::sync::Arc::new(tree);
+        Server { socket, library: server::Server::new(tree.clone()), tree }
+    }
+
+    /// Serves requests until the other end closes the socket.
+    pub fn run(&self) -> Result<(), ServerError> {
+        // One byte more than allowed, so that a packet that is too long can be told.
+        let mut request = vec![0; MAX_FUSE_MESSAGE + 1];
+        let mut reply = vec![0; MAX_FUSE_MESSAGE];
+        loop {
+            let length = match self.socket.recv(&mut request) {
+                Ok(0) => return Ok(()),
+                Ok(length) => length,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
+                Err(error) => return Err(ServerError::Receive(error)),
+            };
+            if length <= MAX_FUSE_MESSAGE && !self.serve(&mut request[..length], &mut reply)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Serves one request. `false` means that the other end is gone.
+    fn serve(&self, request: &mut [u8], reply: &mut [u8]) -> Result<bool, ServerError> {
+        match check(request) {
+            Verdict::Drop => Ok(true),
+            Verdict::Refuse { unique, errno } => self.send(&reply::error(unique, errno)),
+            Verdict::Serve(header) => match header.opcode {
+                opcode::INIT => self.send(&init::answer(request, header.unique)),
+                opcode::COPY_FILE_RANGE => self.send(&self.copy_range(request, header)),
+                _ => self.serve_by_library(header, request, reply),
+            },
+        }
+    }
+
+    fn serve_by_library(
+        &self,
+        header: Header,
+        request: &mut [u8],
+        reply: &mut [u8],
+    ) -> Result<bool, ServerError> {
+        let reader = Reader::<()>::from_fuse_buffer(FuseBuf::new(request)).map_err(ServerError::Buffers)?;
+        let writer =
+            FuseDevWriter::<()>::new(self.socket.as_raw_fd(), reply).map_err(ServerError::Buffers)?;
+        match self.library.handle_message(reader, writer.into(), None, None) {
+            Ok(_) => Ok(true),
+            Err(_) if message::is_silent(header.opcode) => Ok(true),
+            // A checked request is not refused by the library's decoding, so it is the reply that could not be sent:
+            // the other end is gone, which this finds out; or else the guest's process must not wait for ever.
+            Err(_) => self.send(&reply::error(header.unique, libc::EIO)),
+        }
+    }
+
+    fn copy_range(&self, request: &[u8], header: Header) -> Vec<u8> {
+        let field = |index: usize| u64_at(request, IN_HEADER + 8 * index).unwrap_or(0);
+        let range = CopyRange {
+            from: (header.node, field(0), field(1)),
+            to: (field(2), field(3), field(4)),
+            length: field(5),
+        };
+        match self.tree.copy_range(&range) {
+            // struct fuse_write_out
+            Ok(copied) => reply::data(header.unique, &(copied as u64).to_le_bytes()),
+            Err(errno) => reply::error(header.unique, errno.raw_os_error()),
+        }
+    }
+
+    fn send(&self, message: &[u8]) -> Result<bool, ServerError> {
+        loop {
+            match self.socket.send(message) {
+                Ok(_) => return Ok(true),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::Interrupted => continue,
+                    io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => return Ok(false),
+                    _ => return Err(ServerError::Send(error)),
+                },
+            }
+        }
+    }
+}

@@ -1,0 +1,490 @@
+//! The FUSE library's interface: one method per request.
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use fuse_backend_rs::abi::fuse_abi::CreateIn;
+use fuse_backend_rs::api::filesystem::{
+    Context, DirEntry, Entry, FileSystem, GetxattrReply, ListxattrReply, OpenOptions, SetattrValid,
+    ZeroCopyReader, ZeroCopyWriter,
+};
+use rustix::fs::{self, AtFlags, FallocateFlags, FileType, Gid, Mode, OFlags, RenameFlags, Timespec, Uid};
+use rustix::io::Errno;
+
+use super::directory::list;
+use super::host::{ActingAs, FdName};
+use super::{SharedTree, host_flags, open_options, transfer};
+
+/// The longest value or list of names of extended attributes (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
+const MAX_XATTR: usize = 64 * 1024;
+
+/// Extended attributes that a container's files may have. Others are the host's: labels of its security modules, and
+/// what overlayfs keeps in `trusted.overlay.*`.
+fn is_guests_xattr(name: &CStr) -> bool {
+    let name = name.to_bytes();
+    name.starts_with(b"user.")
+        || matches!(name, b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default")
+}
+
+fn mode(bits: u32) -> Mode {
+    Mode::from_raw_mode(bits & 0o7777)
+}
+
+impl SharedTree {
+    /// Opens the file of an existing name, or creates it, and tells which inode it is.
+    fn create_file(
+        &self,
+        ctx: &Context,
+        parent: u64,
+        name: &CStr,
+        args: &CreateIn,
+    ) -> rustix::io::Result<(Entry, u64, OpenOptions)> {
+        self.handles.check_room()?;
+        self.inodes.check_room()?;
+        let directory = self.inodes.get(parent)?;
+        let flags = host_flags(args.flags);
+        let created = {
+            let _acting = ActingAs::new(ctx.uid, ctx.gid)?;
+            let exclusive = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            fs::openat(&*directory, name, exclusive, mode(args.mode))
+        };
+        let (entry, file) = match created {
+            Ok(file) => {
+                let path_fd = self.own_fds.reopen(&file, OFlags::PATH)?;
+                (self.enter(path_fd.into(), &directory, name)?, file.into())
+            }
+            Err(Errno::EXIST) if args.flags & libc::O_EXCL as u32 == 0 => {
+                let entry = self.look_up(parent, name)?;
+                let opened = self.inodes.get(entry.inode).and_then(|inode| self.open_inode(&inode, flags));
+                match opened {
+                    Ok(file) => (entry, file),
+                    Err(errno) => {
+                        self.inodes.forget(entry.inode, 1);
+                        return Err(errno);
+                    }
+                }
+            }
+            Err(errno) => return Err(errno),
+        };
+        let inode = self.inodes.get(entry.inode)?;
+        match self.handles.insert(entry.inode, file) {
+            Ok(handle) => Ok((entry, handle, open_options(&inode))),
+            Err(errno) => {
+                self.inodes.forget(entry.inode, 1);
+                Err(errno)
+            }
+        }
+    }
+
+    fn set_times(&self, name: &FdName, attr: &libc::stat64, valid: SetattrValid) -> rustix::io::Result<()> {
+        let time = |given, now, seconds, nanoseconds| match (valid.contains(now), valid.contains(given)) {
+            (true, _) => Timespec { tv_sec: 0, tv_nsec: fs::UTIME_NOW },
+            (false, true) => Timespec { tv_sec: seconds, tv_nsec: nanoseconds },
+            (false, false) => Timespec { tv_sec: 0, tv_nsec: fs::UTIME_OMIT },
+        };
+        let times = fs::Timestamps {
+            last_access: time(
+                SetattrValid::ATIME,
+                SetattrValid::ATIME_NOW,
+                attr.st_atime,
+                attr.st_atime_nsec,
+            ),
+            last_modification: time(
+                SetattrValid::MTIME,
+                SetattrValid::MTIME_NOW,
+                attr.st_mtime,
+                attr.st_mtime_nsec,
+            ),
+        };
+        fs::utimensat(&self.own_fds, name.as_c_str(), &times, AtFlags::empty())
+    }
+}
+
+impl FileSystem for SharedTree {
+    type Inode = u64;
+    type Handle = u64;
+
+    fn destroy(&self) {
+        self.handles.clear();
+        self.inodes.clear();
+    }
+
+    fn lookup(&self, _ctx: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
+        Ok(self.look_up(parent, name)?)
+    }
+
+    fn forget(&self, _ctx: &Context, node: u64, count: u64) {
+        self.inodes.forget(node, count);
+    }
+
+    fn batch_forget(&self, _ctx: &Context, requests: Vec<(u64, u64)>) {
+        for (node, count) in requests {
+            self.inodes.forget(node, count);
+        }
+    }
+
+    fn getattr(
+        &self,
+        _ctx: &Context,
+        node: u64,
+        _handle: Option<u64>,
+    ) -> io::Result<(libc::stat64, Duration)> {
+        Ok(self.attributes(&*self.inodes.get(node)?)?)
+    }
+
+    fn setattr(
+        &self,
+        _ctx: &Context,
+        node: u64,
+        attr: libc::stat64,
+        handle: Option<u64>,
+        valid: SetattrValid,
+    ) -> io::Result<(libc::stat64, Duration)> {
+        let inode = self.inodes.get(node)?;
+        let name = FdName::new(inode.as_fd());
+        if valid.contains(SetattrValid::MODE) {
+            fs::chmodat(&self.own_fds, name.as_c_str(), mode(attr.st_mode), AtFlags::empty())?;
+        }
+        if valid.intersects(SetattrValid::UID | SetattrValid::GID) {
+            let uid = valid.contains(SetattrValid::UID).then(|| Uid::from_raw(attr.st_uid));
+            let gid = valid.contains(SetattrValid::GID).then(|| Gid::from_raw(attr.st_gid));
+            let flags = AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW;
+            fs::chownat(&*inode, c"", uid, gid, flags)?;
+        }
+        if valid.contains(SetattrValid::SIZE) {
+            let size = u64::try_from(attr.st_size).map_err(|_| Errno::FBIG)?;
+            match handle {
+                Some(handle) => fs::ftruncate(&self.handles.get(handle, node)?.file, size)?,
+                None if inode.kind == FileType::RegularFile => {
+                    fs::ftruncate(self.own_fds.reopen(&*inode, OFlags::WRONLY)?, size)?;
+                }
+                None => return Err(Errno::INVAL.into()),
+            }
+        }
+        if valid.intersects(SetattrValid::ATIME | SetattrValid::MTIME) {
+            self.set_times(&name, &attr, valid)?;
+        }
+        Ok(self.attributes(&inode)?)
+    }
+
+    fn readlink(&self, _ctx: &Context, node: u64) -> io::Result<Vec<u8>> {
+        let inode = self.inodes.get(node)?;
+        Ok(fs::readlinkat(&*inode, c"", Vec::new())?.into_bytes())
+    }
+
+    fn symlink(&self, ctx: &Context, target: &CStr, parent: u64, name: &CStr) -> io::Result<Entry> {
+        let directory = self.inodes.get(parent)?;
+        self.inodes.check_room()?;
+        {
+            let _acting = ActingAs::new(ctx.uid, ctx.gid)?;
+            fs::symlinkat(target, &*directory, name)?;
+        }
+        Ok(self.look_up(parent, name)?)
+    }
+
+    fn mknod(
+        &self,
+        ctx: &Context,
+        parent: u64,
+        name: &CStr,
+        node_mode: u32,
+        _rdev: u32,
+        _umask: u32,
+    ) -> io::Result<Entry> {
+        let kind = match node_mode & libc::S_IFMT {
+            0 | libc::S_IFREG => FileType::RegularFile,
+            libc::S_IFIFO => FileType::Fifo,
+            libc::S_IFSOCK => FileType::Socket,
+            _ => return Err(Errno::PERM.into()),
+        };
+        let directory = self.inodes.get(parent)?;
+        self.inodes.check_room()?;
+        {
+            let _acting = ActingAs::new(ctx.uid, ctx.gid)?;
+            fs::mknodat(&*directory, name, kind, mode(node_mode), 0)?;
+        }
+        Ok(self.look_up(parent, name)?)
+    }
+
+    fn mkdir(
+        &self,
+        ctx: &Context,
+        parent: u64,
+        name: &CStr,
+        directory_mode: u32,
+        _umask: u32,
+    ) -> io::Result<Entry> {
+        let directory = self.inodes.get(parent)?;
+        self.inodes.check_room()?;
+        {
+            let _acting = ActingAs::new(ctx.uid, ctx.gid)?;
+            fs::mkdirat(&*directory, name, mode(directory_mode))?;
+        }
+        Ok(self.look_up(parent, name)?)
+    }
+
+    fn unlink(&self, _ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
+        Ok(fs::unlinkat(&*self.inodes.get(parent)?, name, AtFlags::empty())?)
+    }
+
+    fn rmdir(&self, _ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
+        Ok(fs::unlinkat(&*self.inodes.get(parent)?, name, AtFlags::REMOVEDIR)?)
+    }
+
+    fn rename(
+        &self,
+        _ctx: &Context,
+        old_parent: u64,
+        old_name: &CStr,
+        new_parent: u64,
+        new_name: &CStr,
+        flags: u32,
+    ) -> io::Result<()> {
+        let flags = RenameFlags::from_bits_retain(flags);
+        // A whiteout is a device node.
+        if !(RenameFlags::NOREPLACE | RenameFlags::EXCHANGE).contains(flags) {
+            return Err(Errno::INVAL.into());
+        }
+        let (old, new) = (self.inodes.get(old_parent)?, self.inodes.get(new_parent)?);
+        Ok(fs::renameat_with(&*old, old_name, &*new, new_name, flags)?)
+    }
+
+    fn link(&self, _ctx: &Context, node: u64, new_parent: u64, new_name: &CStr) -> io::Result<Entry> {
+        let (inode, directory) = (self.inodes.get(node)?, self.inodes.get(new_parent)?);
+        let name = FdName::new(inode.as_fd());
+        fs::linkat(&self.own_fds, name.as_c_str(), &*directory, new_name, AtFlags::SYMLINK_FOLLOW)?;
+        Ok(self.look_up(new_parent, new_name)?)
+    }
+
+    fn open(
+        &self,
+        _ctx: &Context,
+        node: u64,
+        flags: u32,
+        _fuse_flags: u32,
+    ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
+        let (handle, options) = SharedTree::open(self, node, host_flags(flags))?;
+        Ok((Some(handle), options, None))
+    }
+
+    fn create(
+        &self,
+        ctx: &Context,
+        parent: u64,
+        name: &CStr,
+        args: CreateIn,
+    ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
+        let (entry, handle, options) = self.create_file(ctx, parent, name, &args)?;
+        Ok((entry, Some(handle), options, None))
+    }
+
+    fn read(
+        &self,
+        _ctx: &Context,
+        node: u64,
+        handle: u64,
+        reply: &mut dyn ZeroCopyWriter,
+        size: u32,
+        offset: u64,
+        _lock_owner: Option<u64>,
+        _flags: u32,
+    ) -> io::Result<usize> {
+        let handle = self.handles.get(handle, node)?;
+        let size = (size as usize).min(reply.available_bytes());
+        transfer::read(&handle.file, reply, size, offset)
+    }
+
+    fn write(
+        &self,
+        _ctx: &Context,
+        node: u64,
+        handle: u64,
+        request: &mut dyn ZeroCopyReader,
+        size: u32,
+        offset: u64,
+        _lock_owner: Option<u64>,
+        _delayed_write: bool,
+        flags: u32,
+        _fuse_flags: u32,
+    ) -> io::Result<usize> {
+        // Set-id bits go with every write: the host's kernel keeps them only for CAP_FSETID in the initial namespace.
+        let handle = self.handles.get(handle, node)?;
+        let append = flags & libc::O_APPEND as u32 != 0;
+        transfer::write(&handle.file, request, size as usize, offset, append)
+    }
+
+    fn flush(&self, _ctx: &Context, node: u64, handle: u64, _lock_owner: u64) -> io::Result<()> {
+        // Local file systems have nothing to say at close; network ones report lost writes only then, to a close of
+        // their own.
+        let handle = self.handles.get(handle, node)?;
+        drop(handle.file.try_clone()?);
+        Ok(())
+    }
+
+    fn fsync(&self, _ctx: &Context, node: u64, datasync: bool, handle: u64) -> io::Result<()> {
+        let handle = self.handles.get(handle, node)?;
+        Ok(if datasync { fs::fdatasync(&handle.file) } else { fs::fsync(&handle.file) }?)
+    }
+
+    fn fallocate(
+        &self,
+        _ctx: &Context,
+        node: u64,
+        handle: u64,
+        bits: u32,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<()> {
+        let handle = self.handles.get(handle, node)?;
+        Ok(fs::fallocate(&handle.file, FallocateFlags::from_bits_retain(bits), offset, length)?)
+    }
+
+    fn release(
+        &self,
+        _ctx: &Context,
+        node: u64,
+        _flags: u32,
+        handle: u64,
+        _flush: bool,
+        _flock_release: bool,
+        _lock_owner: Option<u64>,
+    ) -> io::Result<()> {
+        Ok(self.handles.remove(handle, node)?)
+    }
+
+    fn statfs(&self, _ctx: &Context, node: u64) -> io::Result<libc::statvfs64> {
+        let from = fs::fstatvfs(&*self.inodes.get(node)?)?;
+        // SAFETY: `statvfs64` is plain data, for which zeros are valid; it has padding, so it can't be written out.
+        let mut stat: libc::statvfs64 = unsafe { std::mem::zeroed() };
+        stat.f_bsize = from.f_bsize;
+        stat.f_frsize = from.f_frsize;
+        stat.f_blocks = from.f_blocks;
+        stat.f_bfree = from.f_bfree;
+        stat.f_bavail = from.f_bavail;
+        stat.f_files = from.f_files;
+        stat.f_ffree = from.f_ffree;
+        stat.f_favail = from.f_favail;
+        stat.f_namemax = from.f_namemax;
+        Ok(stat)
+    }
+
+    fn setxattr(&self, _ctx: &Context, node: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
+        if !is_guests_xattr(name) {
+            return Err(Errno::OPNOTSUPP.into());
+        }
+        let inode = self.inodes.get(node)?;
+        let flags = fs::XattrFlags::from_bits_retain(flags);
+        Ok(fs::setxattr(FdName::new(inode.as_fd()).as_c_str(), name, value, flags)?)
+    }
+
+    fn getxattr(&self, _ctx: &Context, node: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
+        if !is_guests_xattr(name) {
+            return Err(Errno::NODATA.into());
+        }
+        let inode = self.inodes.get(node)?;
+        let path = FdName::new(inode.as_fd());
+        if size == 0 {
+            return Ok(GetxattrReply::Count(fs::getxattr_query(path.as_c_str(), name)? as u32));
+        }
+        let mut value = vec![0; (size as usize).min(MAX_XATTR)];
+        let length = fs::getxattr(path.as_c_str(), name, &mut value[..])?;
+        value.truncate(length);
+        Ok(GetxattrReply::Value(value))
+    }
+
+    fn listxattr(&self, _ctx: &Context, node: u64, size: u32) -> io::Result<ListxattrReply> {
+        let inode = self.inodes.get(node)?;
+        let mut names = vec![0; MAX_XATTR];
+        let length = fs::listxattr(FdName::new(inode.as_fd()).as_c_str(), &mut names[..])?;
+        names.truncate(length);
+        let shown: Vec<u8> = names
+            .split_inclusive(|&byte| byte == 0)
+            .filter(|name| CStr::from_bytes_with_nul(name).is_ok_and(is_guests_xattr))
+            .flatten()
+            .copied()
+            .collect();
+        match size as usize {
+            0 => Ok(ListxattrReply::Count(shown.len() as u32)),
+            room if room < shown.len() => Err(Errno::RANGE.into()),
+            _ => Ok(ListxattrReply::Names(shown)),
+        }
+    }
+
+    fn removexattr(&self, _ctx: &Context, node: u64, name: &CStr) -> io::Result<()> {
+        if !is_guests_xattr(name) {
+            return Err(Errno::OPNOTSUPP.into());
+        }
+        let inode = self.inodes.get(node)?;
+        Ok(fs::removexattr(FdName::new(inode.as_fd()).as_c_str(), name)?)
+    }
+
+    fn opendir(&self, _ctx: &Context, node: u64, _flags: u32) -> io::Result<(Option<u64>, OpenOptions)> {
+        let (handle, options) = SharedTree::open(self, node, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        Ok((Some(handle), options))
+    }
+
+    fn readdir(
+        &self,
+        _ctx: &Context,
+        node: u64,
+        handle: u64,
+        _size: u32,
+        offset: u64,
+        add_entry: &mut dyn FnMut(DirEntry<'_>) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        let (handle, inode) = (self.handles.get(handle, node)?, self.inodes.get(node)?);
+        Ok(list(&handle, offset, |listed| {
+            let entry = listed.to_dir_entry(inode.mount.guest_number(listed.number));
+            Ok(add_entry(entry).map_err(|_| Errno::IO)? > 0)
+        })?)
+    }
+
+    fn readdirplus(
+        &self,
+        _ctx: &Context,
+        node: u64,
+        handle: u64,
+        _size: u32,
+        offset: u64,
+        add_entry: &mut dyn FnMut(DirEntry<'_>, Entry) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        let (handle, inode) = (self.handles.get(handle, node)?, self.inodes.get(node)?);
+        Ok(list(&handle, offset, |listed| {
+            let entry = self.look_up_listed(node, listed)?;
+            let number = inode.mount.guest_number(listed.number);
+            let added = add_entry(listed.to_dir_entry(number), entry);
+            if !matches!(added, Ok(1..)) && entry.inode != 0 {
+                // Not told, so the guest won't forget it.
+                self.inodes.forget(entry.inode, 1);
+            }
+            Ok(added.map_err(|_| Errno::IO)? > 0)
+        })?)
+    }
+
+    fn fsyncdir(&self, ctx: &Context, node: u64, datasync: bool, handle: u64) -> io::Result<()> {
+        self.fsync(ctx, node, datasync, handle)
+    }
+
+    fn releasedir(&self, _ctx: &Context, node: u64, _flags: u32, handle: u64) -> io::Result<()> {
+        Ok(self.handles.remove(handle, node)?)
+    }
+
+    fn access(&self, _ctx: &Context, node: u64, _mask: u32) -> io::Result<()> {
+        // The guest's kernel has checked the mode; it asks only for what it can't know, and there is nothing such.
+        self.inodes.get(node).map(drop).map_err(io::Error::from)
+    }
+
+    fn lseek(&self, _ctx: &Context, node: u64, handle: u64, offset: u64, whence: u32) -> io::Result<u64> {
+        let handle = self.handles.get(handle, node)?;
+        let position = match i32::try_from(whence) {
+            Ok(libc::SEEK_DATA) => fs::SeekFrom::Data(offset),
+            Ok(libc::SEEK_HOLE) => fs::SeekFrom::Hole(offset),
+            // The guest's kernel does the others itself.
+            _ => return Err(Errno::INVAL.into()),
+        };
+        let _position = handle.lock_position();
+        Ok(fs::seek(&handle.file, position)?)
+    }
+}

@@ -1,0 +1,156 @@
+//! The inodes that the guest knows, each held open as `O_PATH`.
+//!
+//! An inode's descriptor keeps its file from going away, so while it is here no other file can have the same device,
+//! inode number and mount: the key is safe to compare. Node ids are never used twice.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::FileType;
+use rustix::io::{Errno, Result};
+
+use super::mounts::Mount;
+
+/// The node id of the shared directory itself (`FUSE_ROOT_ID`).
+pub const ROOT: u64 = 1;
+
+/// Identifies a file on the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// Its file system.
+    pub device: (u32, u32),
+    /// Its number there.
+    pub number: u64,
+    /// The mount it was reached by: the same file below two mounts counts as two, since one may be read-only.
+    pub mount: u64,
+}
+
+/// Where in the shared tree an inode was first found, as far as that matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// The shared directory.
+    Top,
+    /// A container's directory in it.
+    Container,
+    /// Anywhere else.
+    Below,
+}
+
+/// A file, directory or anything else the guest has looked up.
+#[derive(Debug)]
+pub struct Inode {
+    path_fd: OwnedFd,
+    key: Key,
+    /// What it is; fixed for an inode's life.
+    pub kind: FileType,
+    /// Where it was found.
+    pub place: Place,
+    /// The mount it is on.
+    pub mount: Arc<Mount>,
+}
+
+impl Inode {
+    /// Wraps an `O_PATH` descriptor.
+    pub fn new(path_fd: OwnedFd, key: Key, kind: FileType, place: Place, mount: Arc<Mount>) -> Self {
+        Inode { path_fd, key, kind, place, mount }
+    }
+
+    /// Which mount of the host it is on.
+    pub fn mount_id(&self) -> u64 {
+        self.key.mount
+    }
+}
+
+impl AsFd for Inode {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.path_fd.as_fd()
+    }
+}
+
+/// All known inodes.
+pub struct Inodes {
+    limit: usize,
+    table: Mutex<Table>,
+}
+
+struct Table {
+    by_node: HashMap<u64, Entry>,
+    by_key: HashMap<Key, u64>,
+    next: u64,
+}
+
+struct Entry {
+    inode: Arc<Inode>,
+    /// How often the guest was told of it, less how often it forgot.
+    lookups: u64,
+}
+
+impl Inodes {
+    /// A table with the root in it, for at most `limit` inodes.
+    pub fn new(root: Inode, limit: usize) -> Self {
+        let by_key = HashMap::from([(root.key, ROOT)]);
+        let by_node = HashMap::from([(ROOT, Entry { inode: Arc::new(root), lookups: 1 })]);
+        Inodes { limit, table: Mutex::new(Table { by_node, by_key, next: ROOT + 1 }) }
+    }
+
+    /// The inode with this node id; `ESTALE` if the guest has none such.
+    pub fn get(&self, node: u64) -> Result<Arc<Inode>> {
+        self.lock().by_node.get(&node).map(|entry| entry.inode.clone()).ok_or(Errno::STALE)
+    }
+
+    /// Fails with `ENFILE` when another inode would be too many.
+    pub fn check_room(&self) -> Result<()> {
+        if self.lock().by_node.len() < self.limit { Ok(()) } else { Err(Errno::NFILE) }
+    }
+
+    /// Counts one lookup of this file, whether it is known or new, and tells its node id and inode.
+    pub fn look_up(&self, found: Inode) -> Result<(u64, Arc<Inode>)> {
+        let mut table = self.lock();
+        if let Some(&node) = table.by_key.get(&found.key)
+            && let Some(entry) = table.by_node.get_mut(&node)
+        {
+            entry.lookups = entry.lookups.saturating_add(1);
+            return Ok((node, entry.inode.clone()));
+        }
+        if table.by_node.len() >= self.limit {
+            return Err(Errno::NFILE);
+        }
+        let node = table.next;
+        table.next += 1;
+        let inode = Arc::new(found);
+        table.by_key.insert(inode.key, node);
+        table.by_node.insert(node, Entry { inode: inode.clone(), lookups: 1 });
+        Ok((node, inode))
+    }
+
+    /// Takes back so many lookups; the inode is dropped with the last. The root stays.
+    pub fn forget(&self, node: u64, lookups: u64) {
+        if node == ROOT {
+            return;
+        }
+        // Declared first, dropped last: closing may take the host time, nobody should wait for it.
+        let _forgotten;
+        let mut table = self.lock();
+        let Some(entry) = table.by_node.get_mut(&node) else { return };
+        entry.lookups = entry.lookups.saturating_sub(lookups);
+        if entry.lookups == 0 {
+            _forgotten = table.by_node.remove(&node);
+            if let Some(entry) = &_forgotten {
+                table.by_key.remove(&entry.inode.key);
+            }
+        }
+    }
+
+    /// Forgets everything but the root.
+    pub fn clear(&self) {
+        let mut table = self.lock();
+        table.by_node.retain(|&node, _| node == ROOT);
+        table.by_key.retain(|_, &mut node| node == ROOT);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        // The table is sound after each statement, whoever may have panicked.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

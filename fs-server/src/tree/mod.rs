@@ -1,0 +1,178 @@
+//! The shared directory as a FUSE file system: every request passes through to the host's files.
+//!
+//! It stands in the place of fuse-backend-rs's own `PassthroughFs`, whose protocol decoding is used as it is. Four
+//! things of that one don't do for pods: it remembers every file ever seen, or else gives up after 255 mounts; a guest
+//! can make it close a descriptor twice; its extended attributes need a whole `/proc` inside the shared tree; and it
+//! creates files with the caller's permissions but without its groups.
+//!
+//! Files are held as `O_PATH` descriptors ([`inodes`]), so no path of the guest's is ever resolved but a single name in
+//! a held directory, without following symbolic links. Only regular files and directories are opened; fifos, sockets
+//! and devices work inside the guest's kernel and never reach the host's. The guest's kernel checks permissions; the
+//! server acts with root's rights over files, and creates as the caller so that ownership comes out right.
+
+mod directory;
+mod filesystem;
+mod handles;
+mod host;
+mod inodes;
+mod mounts;
+mod transfer;
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use fuse_backend_rs::api::filesystem::{Entry, OpenOptions};
+use rustix::fs::{FileType, OFlags, copy_file_range};
+use rustix::io::{Errno, Result};
+
+use handles::Handles;
+use host::{Attributes, OwnFds, open_entry};
+use inodes::{Inode, Inodes, Place};
+use mounts::{Mounts, Sharing};
+
+/// The name of a container's root file system in its directory; its mount belongs to the guest alone.
+const ROOTFS: &[u8] = b"rootfs";
+
+/// The part of the descriptors that may be inodes; the rest may be open files, but for [`SPARE_FDS`].
+const INODE_SHARE: (usize, usize) = (3, 4);
+
+/// Descriptors that are neither: the socket, the root, one or two per request under way.
+const SPARE_FDS: usize = 64;
+
+/// The shared directory.
+pub struct SharedTree {
+    inodes: Inodes,
+    handles: Handles,
+    mounts: Mounts,
+    own_fds: OwnFds,
+}
+
+/// A range to copy from one open file to another: `struct fuse_copy_file_range_in`.
+#[derive(Debug, Clone, Copy)]
+pub struct CopyRange {
+    /// Node id and handle of the source, and where to start there.
+    pub from: (u64, u64, u64),
+    /// Node id and handle of the destination, and where to start there.
+    pub to: (u64, u64, u64),
+    /// How many bytes.
+    pub length: u64,
+}
+
+impl SharedTree {
+    /// Serves the process's root directory with at most `open_files` descriptors. `own_fds` is `/proc/self/fd`.
+    pub fn new(own_fds: OwnedFd, open_files: usize) -> Result<Self> {
+        // The guest's umask has been applied to the modes it sends.
+        rustix::process::umask(rustix::fs::Mode::empty());
+        let root = open_entry(rustix::fs::CWD, c"/")?;
+        let own_fds = OwnFds::new(own_fds)?;
+        let attributes = Attributes::of(&root)?;
+        let mounts = Mounts::default();
+        let key = attributes.key();
+        let mount = mounts.get(attributes.device(), key.mount, Sharing::WithHost)?;
+        let root = Inode::new(root, key, attributes.kind(), Place::Top, mount);
+        let room = open_files.saturating_sub(SPARE_FDS);
+        let for_inodes = room / INODE_SHARE.1 * INODE_SHARE.0;
+        Ok(SharedTree {
+            inodes: Inodes::new(root, for_inodes),
+            handles: Handles::new(room - for_inodes),
+            mounts,
+            own_fds,
+        })
+    }
+
+    /// Copies inside the host, as far as one system call goes; tells how many bytes.
+    pub fn copy_range(&self, range: &CopyRange) -> Result<usize> {
+        let (node, handle, mut from) = range.from;
+        let source = self.handles.get(handle, node)?;
+        let (node, handle, mut to) = range.to;
+        let destination = self.handles.get(handle, node)?;
+        // Bounded, so that one request can't keep a worker for long.
+        let length = range.length.min(MAX_COPY) as usize;
+        copy_file_range(&source.file, Some(&mut from), &destination.file, Some(&mut to), length)
+    }
+
+    fn look_up(&self, parent: u64, name: &CStr) -> Result<Entry> {
+        let parent = self.inodes.get(parent)?;
+        self.inodes.check_room()?;
+        let found = match open_entry(&*parent, name) {
+            // Told as "no such file, and you may rely on that", where nobody but the guest can create one.
+            Err(Errno::NOENT) if parent.mount.sharing == Sharing::GuestOnly => {
+                return Ok(Entry { entry_timeout: parent.mount.sharing.timeout(), ..Entry::default() });
+            }
+            found => found?,
+        };
+        self.enter(found, &parent, name)
+    }
+
+    /// Makes a file known to the guest that was found (or created) in `parent`.
+    fn enter(&self, path_fd: OwnedFd, parent: &Inode, name: &CStr) -> Result<Entry> {
+        let attributes = Attributes::of(&path_fd)?;
+        let key = attributes.key();
+        let crossed = key.mount != parent.mount_id();
+        let place = match parent.place {
+            Place::Top if !crossed => Place::Container,
+            _ => Place::Below,
+        };
+        let sharing = match parent.place {
+            Place::Container if crossed && name.to_bytes() == ROOTFS => Sharing::GuestOnly,
+            _ if crossed => Sharing::WithHost,
+            _ => parent.mount.sharing,
+        };
+        let mount = self.mounts.get(attributes.device(), key.mount, sharing)?;
+        let (node, inode) = self.inodes.look_up(Inode::new(path_fd, key, attributes.kind(), place, mount))?;
+        Ok(Entry {
+            inode: node,
+            generation: 0,
+            attr: attributes.to_stat(inode.mount.guest_number(key.number)),
+            attr_flags: 0,
+            attr_timeout: inode.mount.sharing.timeout(),
+            // The name is an entry of the parent's file system, whatever is mounted there.
+            entry_timeout: parent.mount.sharing.timeout(),
+        })
+    }
+
+    fn attributes(&self, inode: &Inode) -> Result<(libc::stat64, Duration)> {
+        let attributes = Attributes::of(inode)?;
+        let number = inode.mount.guest_number(attributes.key().number);
+        Ok((attributes.to_stat(number), inode.mount.sharing.timeout()))
+    }
+
+    /// Opens a regular file or directory and nothing else.
+    fn open(&self, node: u64, flags: OFlags) -> Result<(u64, OpenOptions)> {
+        self.handles.check_room()?;
+        let inode = self.inodes.get(node)?;
+        let file = self.open_inode(&inode, flags)?;
+        Ok((self.handles.insert(node, file)?, open_options(&inode)))
+    }
+
+    fn open_inode(&self, inode: &Inode, flags: OFlags) -> Result<File> {
+        match inode.kind {
+            FileType::RegularFile | FileType::Directory => self.own_fds.reopen(inode.as_fd(), flags),
+            _ => Err(Errno::NXIO),
+        }
+    }
+}
+
+/// The most bytes that one copy request moves.
+const MAX_COPY: u64 = 16 * 1024 * 1024;
+
+/// What the guest's kernel may do with an open file.
+///
+/// It keeps the data it has cached: when the host changes a file, its modification time tells, at the latest when the
+/// cached attributes run out (`FUSE_AUTO_INVAL_DATA`). Listings have no such check.
+fn open_options(inode: &Inode) -> OpenOptions {
+    match (inode.kind, inode.mount.sharing) {
+        (FileType::Directory, Sharing::WithHost) => OpenOptions::empty(),
+        (FileType::Directory, Sharing::GuestOnly) => OpenOptions::KEEP_CACHE | OpenOptions::CACHE_DIR,
+        _ => OpenOptions::KEEP_CACHE,
+    }
+}
+
+/// The open flags that mean something on the host. Not `O_DIRECT`: it asks for aligned buffers that messages don't
+/// have, and the guest's kernel already goes around its own cache. Not `O_APPEND`: each write says so itself.
+fn host_flags(guest: u32) -> OFlags {
+    let meaningful = OFlags::ACCMODE | OFlags::TRUNC | OFlags::SYNC | OFlags::DSYNC | OFlags::NOATIME;
+    OFlags::from_bits_truncate(guest) & meaningful
+}

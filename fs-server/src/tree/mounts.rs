@@ -1,0 +1,109 @@
+//! The mounts of the shared tree: what tells their inode numbers apart, and how long the guest may cache them.
+//!
+//! The guest sees one file system with one device number, so a file's number there must be unique across all mounts
+//! of the tree: each mount gets a small slot number, which is put into the upper bits. It stays the same while the guest
+//! knows any file of the mount, and is free for another mount afterwards, so pods may mount and unmount for ever.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use rustix::io::{Errno, Result};
+
+/// Bits of an inode number below the slot. Numbers that need more (overlayfs marks its layers in the topmost bits)
+/// are mixed with the slot, and stay unique as long as slots are small.
+const NUMBER_BITS: u32 = 48;
+
+/// The most mounts at a time.
+const MAX_SLOTS: u16 = u16::MAX;
+
+/// Who may change a mount's files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    /// The host too (volumes, `ConfigMap`s): the guest must look again soon.
+    WithHost,
+    /// Only the guest (a container's root file system).
+    GuestOnly,
+}
+
+impl Sharing {
+    /// How long the guest may rely on a name or attribute it was told.
+    ///
+    /// A second is what a change on the host may take to be seen. Nothing changes behind the guest's back otherwise; the
+    /// longer time is still limited so that attributes which only the host's file system knows (blocks in use) come right.
+    pub fn timeout(self) -> Duration {
+        match self {
+            Sharing::WithHost => Duration::from_secs(1),
+            Sharing::GuestOnly => Duration::from_secs(60),
+        }
+    }
+}
+
+/// One mount.
+#[derive(Debug)]
+pub struct Mount {
+    slot: u16,
+    /// Who may change its files.
+    pub sharing: Sharing,
+}
+
+impl Mount {
+    /// The number by which the guest knows the file with this number on this mount.
+    pub fn guest_number(&self, number: u64) -> u64 {
+        number ^ (u64::from(self.slot) << NUMBER_BITS)
+    }
+}
+
+/// A mount on the host: device and mount id.
+type MountKey = ((u32, u32), u64);
+
+/// All mounts that the guest knows files of.
+#[derive(Default)]
+pub struct Mounts {
+    known: Mutex<HashMap<MountKey, Weak<Mount>>>,
+}
+
+impl Mounts {
+    /// The mount, new if it isn't known; `sharing` counts only then.
+    pub fn get(&self, device: (u32, u32), mount: u64, sharing: Sharing) -> Result<Arc<Mount>> {
+        // The map is sound after each statement, whoever may have panicked.
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(mount) = known.get(&(device, mount)).and_then(Weak::upgrade) {
+            return Ok(mount);
+        }
+        known.retain(|_, mount| mount.strong_count() > 0);
+        let used: BTreeSet<u16> = known.values().filter_map(Weak::upgrade).map(|mount| mount.slot).collect();
+        let slot = (0..MAX_SLOTS).find(|slot| !used.contains(slot)).ok_or(Errno::NFILE)?;
+        let new = Arc::new(Mount { slot, sharing });
+        known.insert((device, mount), Arc::downgrade(&new));
+        Ok(new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_numbers_of_two_mounts_differ_for_the_guest() {
+        let mounts = Mounts::default();
+        let one = mounts.get((0, 1), 10, Sharing::WithHost).unwrap();
+        let other = mounts.get((0, 1), 11, Sharing::WithHost).unwrap();
+        assert_ne!(one.guest_number(42), other.guest_number(42));
+        let layer_bit = 1 << 62;
+        assert_ne!(one.guest_number(42 | layer_bit), other.guest_number(42));
+        assert_ne!(one.guest_number(42 | layer_bit), other.guest_number(42 | layer_bit));
+        let again = mounts.get((0, 1), 10, Sharing::WithHost).unwrap();
+        assert_eq!(one.guest_number(42), again.guest_number(42));
+    }
+
+    #[test]
+    fn slots_are_used_again_when_a_mount_is_forgotten() {
+        let mounts = Mounts::default();
+        let _stays = mounts.get((0, 1), 1, Sharing::WithHost).unwrap();
+        for mount in 2..200_000 {
+            let passing = mounts.get((0, 1), mount, Sharing::GuestOnly).unwrap();
+            assert_eq!(passing.slot, 1);
+        }
+    }
+}

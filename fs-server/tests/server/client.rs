@@ -1,0 +1,375 @@
+//! A file server started as the shim starts it, and a client that speaks FUSE to it by hand.
+
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+/// Opcodes of `enum fuse_opcode`.
+pub mod op {
+    pub const LOOKUP: u32 = 1;
+    pub const FORGET: u32 = 2;
+    pub const GETATTR: u32 = 3;
+    pub const SETATTR: u32 = 4;
+    pub const READLINK: u32 = 5;
+    pub const SYMLINK: u32 = 6;
+    pub const MKNOD: u32 = 8;
+    pub const MKDIR: u32 = 9;
+    pub const UNLINK: u32 = 10;
+    pub const RENAME: u32 = 12;
+    pub const RENAME2: u32 = 45;
+    pub const LINK: u32 = 13;
+    pub const OPEN: u32 = 14;
+    pub const READ: u32 = 15;
+    pub const WRITE: u32 = 16;
+    pub const STATFS: u32 = 17;
+    pub const RELEASE: u32 = 18;
+    pub const FSYNC: u32 = 20;
+    pub const SETXATTR: u32 = 21;
+    pub const GETXATTR: u32 = 22;
+    pub const LISTXATTR: u32 = 23;
+    pub const FLUSH: u32 = 25;
+    pub const INIT: u32 = 26;
+    pub const OPENDIR: u32 = 27;
+    pub const READDIR: u32 = 28;
+    pub const CREATE: u32 = 35;
+    pub const FALLOCATE: u32 = 43;
+    pub const READDIRPLUS: u32 = 44;
+    pub const LSEEK: u32 = 46;
+    pub const COPY_FILE_RANGE: u32 = 47;
+}
+
+/// The node id of the shared directory.
+pub const ROOT: u64 = 1;
+
+/// A server with a shared directory of its own: `c1/rootfs` is a mount, `c1/mounts/0` another.
+///
+/// The calling thread gets a mount namespace of its own, which the kernel takes down with it.
+pub struct Server {
+    pub shared: PathBuf,
+    child: Child,
+    pub fuse: Fuse,
+}
+
+impl Server {
+    pub fn start() -> Self {
+        Self::start_with_files(4096)
+    }
+
+    /// Starts a server that may have so many open files.
+    pub fn start_with_files(open_files: u64) -> Self {
+        assert!(nix::unistd::geteuid().is_root(), "these tests mount and start the server: run them as root");
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none).unwrap();
+        let shared = std::env::temp_dir().join(format!("bulkhead-fs-test-{}", std::process::id()));
+        std::fs::create_dir_all(&shared).unwrap();
+        mount_tmpfs(&shared);
+        mount(none, &shared, none, MsFlags::MS_SHARED, none).unwrap();
+        for directory in ["c1/rootfs", "c1/mounts/0"] {
+            std::fs::create_dir_all(shared.join(directory)).unwrap();
+            mount_tmpfs(&shared.join(directory));
+        }
+
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-fs"));
+        command.current_dir(&shared).stdin(Stdio::null()).stdout(Stdio::null()).env_clear();
+        let socket = theirs.into_raw_fd();
+        // SAFETY: only system calls between fork and exec.
+        unsafe {
+            command.pre_exec(move || {
+                use nix::sys::resource::{Resource, setrlimit};
+                setrlimit(Resource::RLIMIT_NOFILE, open_files, open_files)?;
+                // dup2 onto itself would leave close-on-exec set.
+                let moved = if socket == 3 { libc::dup(3) } else { socket };
+                match libc::dup2(moved, 3) {
+                    3 => Ok(()),
+                    _ => Err(std::io::Error::last_os_error()),
+                }
+            })
+        };
+        let child = command.spawn().unwrap();
+        // SAFETY: nobody else owns it.
+        drop(unsafe { OwnedFd::from_raw_fd(socket) });
+        let mut server = Server { shared, child, fuse: Fuse::new(ours) };
+        server.fuse.init();
+        server
+    }
+
+    /// Looks the path up, name by name.
+    pub fn node(&mut self, path: &str) -> u64 {
+        path.split('/').fold(ROOT, |node, name| self.fuse.lookup(node, name).unwrap().node)
+    }
+
+    /// The container's root file system.
+    pub fn rootfs(&mut self) -> u64 {
+        self.node("c1/rootfs")
+    }
+
+    pub fn path(&self, below: &str) -> PathBuf {
+        self.shared.join(below)
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// How the process ended, within some seconds.
+    pub fn wait(&mut self) -> ExitStatus {
+        let end = Instant::now() + Duration::from_secs(20);
+        while Instant::now() < end {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        panic!("the file server does not end");
+    }
+
+    pub fn assert_alive(&mut self) {
+        if let Some(status) = self.child.try_wait().unwrap() {
+            panic!("the file server died: {status}");
+        }
+        assert_eq!(self.fuse.call(op::STATFS, ROOT, &[]).map(|body| body.len()), Ok(80));
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _gone = self.child.kill();
+        let _gone = self.child.wait();
+        let _busy = nix::mount::umount2(&self.shared, nix::mount::MntFlags::MNT_DETACH);
+        let _gone = std::fs::remove_dir(&self.shared);
+    }
+}
+
+pub fn mount_tmpfs(target: &Path) {
+    mount(Some("none"), target, Some("tmpfs"), MsFlags::empty(), Some("mode=755")).unwrap();
+}
+
+/// A FUSE client. Calls answer with the reply's body, or its errno.
+pub struct Fuse {
+    pub socket: UnixDatagram,
+    unique: u64,
+    /// Ids in the header of each request.
+    pub ids: (u32, u32),
+}
+
+/// What a lookup tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    pub node: u64,
+    /// Seconds that the name and the attributes are valid.
+    pub valid: (u64, u64),
+    pub attr: Attr,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Attr {
+    pub number: u64,
+    pub size: u64,
+    pub mode: u32,
+    pub links: u32,
+    pub uid: u32,
+    pub gid: u32,
+}
+
+impl Fuse {
+    fn new(socket: OwnedFd) -> Self {
+        let socket = UnixDatagram::from(socket);
+        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        socket.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
+        Fuse { socket, unique: 0, ids: (0, 0) }
+    }
+
+    /// A whole request.
+    pub fn packet(&mut self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
+        self.unique += 1;
+        let mut packet = Vec::new();
+        packet.extend((40 + body.len() as u32).to_le_bytes());
+        packet.extend(opcode.to_le_bytes());
+        packet.extend(self.unique.to_le_bytes());
+        packet.extend(node.to_le_bytes());
+        packet.extend(self.ids.0.to_le_bytes());
+        packet.extend(self.ids.1.to_le_bytes());
+        packet.extend([0; 8]);
+        packet.extend(body);
+        packet
+    }
+
+    pub fn send(&self, packet: &[u8]) {
+        self.socket.send(packet).unwrap();
+    }
+
+    /// The next reply: its `unique`, and body or errno.
+    pub fn receive(&self) -> (u64, Result<Vec<u8>, i32>) {
+        let mut reply = vec![0; 256 * 1024];
+        let length = self.socket.recv(&mut reply).expect("a reply within the time limit");
+        assert!(length > 0, "the file server is gone");
+        reply.truncate(length);
+        assert_eq!(u32_at(&reply, 0) as usize, length, "the header's length is the packet's");
+        let error = u32_at(&reply, 4) as i32;
+        let body = reply.split_off(16);
+        (u64_at(&reply, 8), if error == 0 { Ok(body) } else { Err(-error) })
+    }
+
+    pub fn call(&mut self, opcode: u32, node: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
+        let packet = self.packet(opcode, node, body);
+        self.send(&packet);
+        let (unique, result) = self.receive();
+        assert_eq!(unique, self.unique, "the reply is for the request");
+        result
+    }
+
+    pub fn init(&mut self) -> Vec<u8> {
+        let mut body = bytes(&[7, 41, 128 * 1024, u32::MAX]);
+        body.resize(64, 0);
+        self.call(op::INIT, 0, &body).unwrap()
+    }
+
+    pub fn lookup(&mut self, parent: u64, name: &str) -> Result<Entry, i32> {
+        self.call(op::LOOKUP, parent, &name_bytes(name)).map(|body| entry(&body))
+    }
+
+    pub fn forget(&mut self, node: u64, count: u64) {
+        let packet = self.packet(op::FORGET, node, &count.to_le_bytes());
+        self.send(&packet);
+    }
+
+    pub fn getattr(&mut self, node: u64) -> Result<Attr, i32> {
+        self.call(op::GETATTR, node, &[0; 16]).map(|body| attr(&body[16..]))
+    }
+
+    /// Creates and opens; the handle too.
+    pub fn create(&mut self, parent: u64, name: &str, flags: i32, mode: u32) -> Result<(Entry, u64), i32> {
+        let body = [bytes(&[flags as u32, mode, 0, 0]), name_bytes(name)].concat();
+        self.call(op::CREATE, parent, &body).map(|body| (entry(&body), u64_at(&body, 128)))
+    }
+
+    pub fn mkdir(&mut self, parent: u64, name: &str, mode: u32) -> Result<Entry, i32> {
+        let body = [bytes(&[mode, 0]), name_bytes(name)].concat();
+        self.call(op::MKDIR, parent, &body).map(|body| entry(&body))
+    }
+
+    pub fn open(&mut self, node: u64, flags: i32) -> Result<u64, i32> {
+        self.call(op::OPEN, node, &bytes(&[flags as u32, 0])).map(|body| u64_at(&body, 0))
+    }
+
+    pub fn opendir(&mut self, node: u64) -> Result<u64, i32> {
+        self.call(op::OPENDIR, node, &bytes(&[0, 0])).map(|body| u64_at(&body, 0))
+    }
+
+    pub fn release(&mut self, node: u64, handle: u64) -> Result<Vec<u8>, i32> {
+        let mut body = handle.to_le_bytes().to_vec();
+        body.resize(24, 0);
+        self.call(op::RELEASE, node, &body)
+    }
+
+    pub fn read(&mut self, node: u64, handle: u64, offset: u64, size: u32) -> Result<Vec<u8>, i32> {
+        self.call(op::READ, node, &read_body(handle, offset, size))
+    }
+
+    pub fn write(
+        &mut self,
+        node: u64,
+        handle: u64,
+        offset: u64,
+        data: &[u8],
+        flags: i32,
+    ) -> Result<u32, i32> {
+        let mut body = [handle.to_le_bytes(), offset.to_le_bytes()].concat();
+        body.extend(bytes(&[data.len() as u32, 0, 0, 0, flags as u32, 0]));
+        body.extend(data);
+        self.call(op::WRITE, node, &body).map(|body| u32_at(&body, 0))
+    }
+
+    /// `struct fuse_setattr_in` with these fields.
+    pub fn setattr(
+        &mut self,
+        node: u64,
+        valid: u32,
+        size: u64,
+        mode: u32,
+        ids: (u32, u32),
+    ) -> Result<Attr, i32> {
+        let mut body = vec![0; 88];
+        body[0..4].copy_from_slice(&valid.to_le_bytes());
+        body[16..24].copy_from_slice(&size.to_le_bytes());
+        body[68..72].copy_from_slice(&mode.to_le_bytes());
+        body[76..80].copy_from_slice(&ids.0.to_le_bytes());
+        body[80..84].copy_from_slice(&ids.1.to_le_bytes());
+        self.call(op::SETATTR, node, &body).map(|body| attr(&body[16..]))
+    }
+
+    /// All names of a directory, by requests of `size` bytes.
+    pub fn names(&mut self, node: u64, handle: u64, size: u32) -> Result<Vec<String>, i32> {
+        let mut names = Vec::new();
+        let mut offset = 0;
+        loop {
+            let body = self.call(op::READDIR, node, &read_body(handle, offset, size))?;
+            if body.is_empty() {
+                return Ok(names);
+            }
+            let mut rest = &body[..];
+            while !rest.is_empty() {
+                let length = u32_at(rest, 16) as usize;
+                offset = u64_at(rest, 8);
+                names.push(String::from_utf8(rest[24..24 + length].to_vec()).unwrap());
+                rest = &rest[(24 + length).next_multiple_of(8)..];
+            }
+        }
+    }
+}
+
+/// `struct fuse_read_in`.
+pub fn read_body(handle: u64, offset: u64, size: u32) -> Vec<u8> {
+    let mut body = [handle.to_le_bytes(), offset.to_le_bytes()].concat();
+    body.extend(size.to_le_bytes());
+    body.resize(40, 0);
+    body
+}
+
+pub fn name_bytes(name: &str) -> Vec<u8> {
+    [name.as_bytes(), b"\0"].concat()
+}
+
+pub fn bytes(values: &[u32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+pub fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+}
+
+pub fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+/// `struct fuse_entry_out`.
+pub fn entry(body: &[u8]) -> Entry {
+    Entry { node: u64_at(body, 0), valid: (u64_at(body, 16), u64_at(body, 24)), attr: attr(&body[40..]) }
+}
+
+/// `struct fuse_attr`.
+fn attr(body: &[u8]) -> Attr {
+    Attr {
+        number: u64_at(body, 0),
+        size: u64_at(body, 8),
+        mode: u32_at(body, 60),
+        links: u32_at(body, 64),
+        uid: u32_at(body, 68),
+        gid: u32_at(body, 72),
+    }
+}
+
+/// Open descriptors of a process.
+pub fn open_fds(pid: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+}

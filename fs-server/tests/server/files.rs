@@ -1,0 +1,350 @@
+//! File system semantics, through the real binary.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+
+use crate::client::{ROOT, Server, bytes, entry, mount_tmpfs, name_bytes, op, read_body, u32_at, u64_at};
+use nix::mount::{MsFlags, mount, umount2};
+
+const FATTR_MODE: u32 = 1;
+const FATTR_UID_GID: u32 = 0b110;
+const FATTR_SIZE: u32 = 8;
+
+#[test]
+fn what_is_written_is_read_and_on_the_host() {
+    let mut server = Server::start();
+    let rootfs = server.rootfs();
+    let (file, handle) = server.fuse.create(rootfs, "f", libc::O_RDWR, 0o640).unwrap();
+    let data: Vec<u8> = (0..128 * 1024u32).map(|n| (n % 251) as u8).collect();
+    assert_eq!(server.fuse.write(file.node, handle, 0, &data, 0), Ok(data.len() as u32));
+    assert_eq!(server.fuse.write(file.node, handle, 128 * 1024, b"end", 0), Ok(3));
+    assert_eq!(server.fuse.read(file.node, handle, 0, 128 * 1024).unwrap(), data);
+    assert_eq!(server.fuse.read(file.node, handle, 128 * 1024 - 1, 4096).unwrap()[1..], b"end"[..]);
+    assert_eq!(server.fuse.read(file.node, handle, 1 << 40, 4096).unwrap(), b"");
+    server.fuse.call(op::FSYNC, file.node, &[&handle.to_le_bytes()[..], &[0; 8]].concat()).unwrap();
+    let mut flush = handle.to_le_bytes().to_vec();
+    flush.resize(24, 0);
+    server.fuse.call(op::FLUSH, file.node, &flush).unwrap();
+    assert_eq!(fs::read(server.path("c1/rootfs/f")).unwrap().len(), 128 * 1024 + 3);
+    server.fuse.release(file.node, handle).unwrap();
+    assert_eq!(server.fuse.read(file.node, handle, 0, 1), Err(libc::EBADF));
+    server.assert_alive();
+}
+
+#[test]
+fn new_files_belong_to_the_caller() {
+    let mut server = Server::start();
+    let rootfs = server.rootfs();
+    server.fuse.ids = (1000, 2000);
+    let (file, _) = server.fuse.create(rootfs, "f", libc::O_WRONLY, 0o4755).unwrap();
+    assert_eq!((file.attr.uid, file.attr.gid, file.attr.mode & 0o7777), (1000, 2000, 0o4755));
+    // rootfs belongs to root and is not writable for others: the guest's kernel decides, not the host's.
+    let directory = server.fuse.mkdir(rootfs, "d", 0o750).unwrap();
+    assert_eq!((directory.attr.uid, directory.attr.gid), (1000, 2000));
+    let fifo = [bytes(&[libc::S_IFIFO | 0o600, 0, 0, 0]), name_bytes("p")].concat();
+    let fifo = entry(&server.fuse.call(op::MKNOD, rootfs, &fifo).unwrap());
+    assert_eq!((fifo.attr.uid, fifo.attr.mode), (1000, libc::S_IFIFO | 0o600));
+    let link = [name_bytes("l"), name_bytes("../../../etc/passwd")].concat();
+    let link = entry(&server.fuse.call(op::SYMLINK, rootfs, &link).unwrap());
+    assert_eq!((link.attr.uid, link.attr.mode & libc::S_IFMT), (1000, libc::S_IFLNK));
+    assert_eq!(server.fuse.call(op::READLINK, link.node, &[]).unwrap(), b"../../../etc/passwd");
+    let on_host = fs::symlink_metadata(server.path("c1/rootfs/d")).unwrap();
+    assert_eq!((on_host.uid(), on_host.gid(), on_host.mode() & 0o7777), (1000, 2000, 0o750));
+    server.fuse.ids = (0, 0);
+    let (file, _) = server.fuse.create(rootfs, "roots", libc::O_WRONLY, 0o600).unwrap();
+    assert_eq!((file.attr.uid, file.attr.gid), (0, 0), "the thread is itself again");
+    for ids in [(u32::MAX, 0), (0, u32::MAX)] {
+        server.fuse.ids = ids;
+        assert_eq!(server.fuse.mkdir(rootfs, "nobodys", 0o700), Err(libc::EINVAL));
+    }
+}
+
+#[test]
+fn a_directory_with_setgid_passes_its_group_on() {
+    let mut server = Server::start();
+    let rootfs = server.rootfs();
+    let directory = server.fuse.mkdir(rootfs, "d", 0o755).unwrap();
+    server.fuse.setattr(directory.node, FATTR_UID_GID, 0, 0, (0, 3000)).unwrap();
+    let attr = server.fuse.setattr(directory.node, FATTR_MODE, 0, 0o2775, (0, 0)).unwrap();
+    assert_eq!(attr.mode & 0o7777, 0o2775);
+    server.fuse.ids = (1000, 2000);
+    let (file, _) = server.fuse.create(directory.node, "f", libc::O_WRONLY, 0o644).unwrap();
+    assert_eq!((file.attr.uid, file.attr.gid), (1000, 3000));
+}
+
+#[test]
+fn mode_owner_and_size_change() {
+    let mut server = Server::start();
+    let rootfs = server.rootfs();
+    let (file, handle) = server.fuse.create(rootfs, "f", libc::O_RDWR, 0o644).unwrap();
+    server.fuse.write(file.node, handle, 0, b"0123456789", 0).unwrap();
+    let attr = server.fuse.setattr(file.node, FATTR_SIZE, 4, 0, (0, 0)).unwrap();
+    assert_eq!(attr.size, 4);
+    assert_eq!(server.fuse.setattr(file.node, FATTR_SIZE, 1 << 20, 0, (0, 0)).unwrap().size, 1 << 20);
+    assert_eq!(server.fuse.setattr(file.node, FATTR_SIZE, u64::MAX, 0, (0, 0)), Err(libc::EFBIG));
+    let attr = server.fuse.setattr(file.node, FATTR_MODE, 0, 0o6755, (0, 0)).unwrap();
+    assert_eq!(attr.mode & 0o7777, 0o6755);
+    let attr = server.fuse.setattr(file.node, FATTR_UID_GID, 0, 0, (7, 8)).unwrap();
+    assert_eq!((attr.uid, attr.gid, attr.mode & 0o7777), (7, 8, 0o755), "set-id bits go with the owner");
+    let fallocate = |mode: u32, offset: u64, length: u64| {
+        [
+            &handle.to_le_bytes()[..],
+            &offset.to_le_bytes(),
+            &length.to_le_bytes(),
+            &mode.to_le_bytes(),
+            &[0; 4],
+        ]
+        .concat()
+    };
+    server.fuse.call(op::FALLOCATE, file.node, &fallocate(0, 1 << 20, 4096)).unwrap();
+    assert_eq!(server.fuse.getattr(file.node).unwrap().size, (1 << 20) + 4096);
+    // Punch a hole and find it: FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, SEEK_HOLE.
+    server.fuse.write(file.node, handle, 0, &[1; 65536], 0).unwrap();
+    server.fuse.call(op::FALLOCATE, file.node, &fallocate(3, 4096, 4096)).unwrap();
+    let seek = [&handle.to_le_bytes()[..], &0u64.to_le_bytes(), &4u32.to_le_bytes(), &[0; 4]].concat();
+    assert_eq!(u64_at(&server.fuse.call(op::LSEEK, file.node, &seek).unwrap(), 0), 4096);
+}
+
+#[test]
+fn appending_truncating_and_unlinked_files_work() {
+    let mut server = Server::start();
+    let rootfs = server.rootfs();
+    let (file, handle) = server.fuse.create(rootfs, "f", libc::O_RDWR, 0o644).unwrap();
+    server.fuse.write(file.node, handle, 0, b"one", 0).unwrap();
+    server.fuse.write(file.node, handle, 0, b"two", libc::O_APPEND).unwrap();
+    assert_eq!(server.fuse.read(file.node, handle, 0, 99).unwrap(), b"onetwo");
+    server.fuse.call(op::UNLINK, rootfs, &name_bytes("f")).unwrap();
+    assert_eq!(server.fuse.lookup(rootfs, "f").unwrap().node, 0, "told as absent, to be remembered");
+    assert_eq!(server.fuse.read(file.node, handle, 0, 99).unwrap(), b"onetwo");
+    assert_eq!(server.fuse.getattr(file.node).unwrap().links, 0);
+    let again = server.fuse.open(file.node, libc::O_RDWR | libc::O_TRUNC).unwrap();
+    assert_eq!(server.fuse.read(file.node, again, 0, 99).unwrap(), b"");
+    assert_eq!(server.fuse.create(rootfs, "f", libc::O_WRONLY | libc::O_EXCL, 0o644).map(|_| ()), Ok(()));
+    assert_eq!(
+        server.fuse.create(rootfs, "f", libc::O_WRONLY | libc::O_EXCL, 0o644).map(|_| ()),
+        Err(libc::EEXIST)
+    );
+    assert!(server.fuse.create(rootfs, "f", libc::O_WRONLY, 0o644).is_ok());
+}
+
+#[test]
+fn links_and_renames_work() {
+    let mut server = Server::start();
+    let rootfs = server.rootfs();
+    let (file, _) = server.fuse.create(rootfs, "a", libc::O_RDWR, 0o644).unwrap();
+    let link = [&file.node.to_le_bytes()[..], b"b\0"].concat();
+    let linked = entry(&server.fuse.call(op::LINK, rootfs, &link).unwrap());
+    assert_eq!((linked.node, linked.attr.links, linked.attr.number), (file.node, 2, file.attr.number));
+    let directory = server.fuse.mkdir(rootfs, "d", 0o755).unwrap();
+    let rename = [&directory.node.to_le_bytes()[..], b"b\0c\0"].concat();
+    server.fuse.call(op::RENAME, rootfs, &rename).unwrap();
+    assert_eq!(server.fuse.lookup(directory.node, "c").unwrap().node, file.node);
+    let rename2 = |flags: u32| [&rootfs.to_le_bytes()[..], &bytes(&[flags, 0]), b"a\0d\0"].concat();
+    assert_eq!(server.fuse.call(op::RENAME2, rootfs, &rename2(1)), Err(libc::EEXIST), "RENAME_NOREPLACE");
+    assert_eq!(server.fuse.call(op::RENAME2, rootfs, &rename2(2)), Ok(Vec::new()), "RENAME_EXCHANGE");
+    assert_eq!(server.fuse.call(op::RENAME2, rootfs, &rename2(4)), Err(libc::EINVAL), "RENAME_WHITEOUT");
+    assert_eq!(server.fuse.lookup(rootfs, "a").unwrap().node, directory.node);
+    // A symbolic link as such can be linked and given away.
+    symlink("target", server.path("c1/rootfs/s")).unwrap();
+    let symbolic = server.fuse.lookup(rootfs, "s").unwrap();
+    let attr = server.fuse.setattr(symbolic.node, FATTR_UID_GID, 0, 0, (5, 6)).unwrap();
+    assert_eq!((attr.uid, attr.gid), (5, 6));
+    let link = [&symbolic.node.to_le_bytes()[..], b"s2\0"].concat();
+    assert_eq!(entry(&server.fuse.call(op::LINK, rootfs, &link).unwrap()).node, symbolic.node);
+}
+
+#[test]
+fn extended_attributes_of_the_guest_work_and_the_hosts_do_not() {
+    let mut server = Server::start();
+    let rootfs = server.rootfs();
+    let (file, _) = server.fuse.create(rootfs, "f", libc::O_RDWR, 0o755).unwrap();
+    let set = |name: &str, value: &[u8]| {
+        [bytes(&[value.len() as u32, 0]), name_bytes(name), value.to_vec()].concat()
+    };
+    let get = |name: &str, size: u32| [bytes(&[size, 0]), name_bytes(name)].concat();
+    // struct vfs_cap_data, version 2: CAP_NET_BIND_SERVICE, effective.
+    let capability = bytes(&[0x0200_0001, 1 << 10, 0, 0, 0]);
+    server.fuse.call(op::SETXATTR, file.node, &set("security.capability", &capability)).unwrap();
+    let size = server.fuse.call(op::GETXATTR, file.node, &get("security.capability", 0)).unwrap();
+    assert_eq!(u32_at(&size, 0), 20);
+    assert_eq!(
+        server.fuse.call(op::GETXATTR, file.node, &get("security.capability", 64)).unwrap(),
+        capability
+    );
+    assert_eq!(server.fuse.call(op::GETXATTR, file.node, &get("security.capability", 3)), Err(libc::ERANGE));
+    assert_eq!(
+        server.fuse.call(op::GETXATTR, file.node, &get("security.capability", u32::MAX)).unwrap(),
+        capability,
+        "a giant size costs nothing"
+    );
+    for name in ["trusted.overlay.redirect", "security.selinux", "security.ima"] {
+        assert_eq!(
+            server.fuse.call(op::SETXATTR, file.node, &set(name, b"x")),
+            Err(libc::EOPNOTSUPP),
+            "{name}"
+        );
+        assert_eq!(server.fuse.call(op::GETXATTR, file.node, &get(name, 64)), Err(libc::ENODATA), "{name}");
+    }
+    let names = server.fuse.call(op::LISTXATTR, file.node, &bytes(&[4096, 0])).unwrap();
+    assert_eq!(names, b"security.capability\0");
+    assert_eq!(server.fuse.call(op::LISTXATTR, file.node, &bytes(&[3, 0])), Err(libc::ERANGE));
+}
+
+#[test]
+fn large_directories_are_listed_whole() {
+    let mut server = Server::start();
+    let rootfs = server.rootfs();
+    for number in 0..3000 {
+        fs::write(server.path(&format!("c1/rootfs/file-with-a-long-name-{number:05}")), "").unwrap();
+    }
+    let handle = server.fuse.opendir(rootfs).unwrap();
+    for size in [512, 4096, 128 * 1024] {
+        let mut names = server.fuse.names(rootfs, handle, size).unwrap();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), 3002, "with . and .., by {size} bytes");
+    }
+    let plus = server.fuse.call(op::READDIRPLUS, rootfs, &read_body(handle, 0, 4096)).unwrap();
+    let names: Vec<_> = direntplus(&plus);
+    // struct fuse_direntplus has 152 bytes before the name, and is padded to 8.
+    assert_eq!(names.len(), 2 + (4096 - 2 * 160) / 184, "{names:?}");
+    assert!(names.iter().all(|(name, node)| (*node == 0) == name.starts_with('.')), "{names:?}");
+}
+
+/// Name and node id of each `struct fuse_direntplus`.
+fn direntplus(mut rest: &[u8]) -> Vec<(String, u64)> {
+    let mut entries = Vec::new();
+    while !rest.is_empty() {
+        let length = u32_at(rest, 144) as usize;
+        entries.push((String::from_utf8(rest[152..152 + length].to_vec()).unwrap(), u64_at(rest, 0)));
+        rest = &rest[(152 + length).next_multiple_of(8)..];
+    }
+    entries
+}
+
+#[test]
+fn mounts_are_crossed_and_their_numbers_told_apart() {
+    let mut server = Server::start();
+    // Two fresh tmpfs give their first files the same numbers.
+    fs::write(server.path("c1/rootfs/f"), "root").unwrap();
+    fs::write(server.path("c1/mounts/0/f"), "volume").unwrap();
+    let on_host = |path| fs::metadata(path).unwrap().ino();
+    assert_eq!(on_host(server.path("c1/rootfs/f")), on_host(server.path("c1/mounts/0/f")));
+    let (rootfs, volume) = (server.rootfs(), server.node("c1/mounts/0"));
+    let one = server.fuse.lookup(rootfs, "f").unwrap();
+    let other = server.fuse.lookup(volume, "f").unwrap();
+    assert_ne!(one.node, other.node);
+    assert_ne!(one.attr.number, other.attr.number);
+    assert_eq!(server.fuse.lookup(rootfs, "f").unwrap().attr.number, one.attr.number);
+    assert_eq!(
+        (one.valid, other.valid),
+        ((60, 60), (1, 1)),
+        "only the root file system is the guest's alone"
+    );
+    assert_eq!(server.fuse.lookup(volume, "absent"), Err(libc::ENOENT), "the host may create it");
+
+    // Mounts that come and go later: another container.
+    fs::create_dir_all(server.path("c2/rootfs")).unwrap();
+    mount_tmpfs(&server.path("c2/rootfs"));
+    fs::write(server.path("c2/rootfs/late"), "late").unwrap();
+    fs::write(server.path("c2/hosts"), "").unwrap();
+    let file = server.path("c1/mounts/0/f");
+    mount(Some(&file), &server.path("c2/hosts"), None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+    let late = server.node("c2/rootfs/late");
+    let handle = server.fuse.open(late, libc::O_RDONLY).unwrap();
+    assert_eq!(server.fuse.read(late, handle, 0, 99).unwrap(), b"late");
+    let bound = server.node("c2/hosts");
+    assert_ne!(bound, other.node, "the same file below another mount is another inode");
+    let handle = server.fuse.open(bound, libc::O_RDWR).unwrap();
+    assert_eq!(server.fuse.read(bound, handle, 0, 99).unwrap(), b"volume");
+    umount2(&server.path("c2/rootfs"), nix::mount::MntFlags::MNT_DETACH).unwrap();
+    let container = server.node("c2");
+    let empty = server.fuse.lookup(container, "rootfs").unwrap();
+    assert_eq!(server.fuse.lookup(empty.node, "late"), Err(libc::ENOENT));
+}
+
+#[test]
+fn changes_on_the_host_show() {
+    let mut server = Server::start();
+    let volume = server.node("c1/mounts/0");
+    fs::write(server.path("c1/mounts/0/config"), "old").unwrap();
+    let file = server.fuse.lookup(volume, "config").unwrap();
+    fs::write(server.path("c1/mounts/0/config"), "newer").unwrap();
+    assert_eq!(server.fuse.getattr(file.node).unwrap().size, 5);
+    fs::write(server.path("c1/mounts/0/next"), "replaced").unwrap();
+    fs::rename(server.path("c1/mounts/0/next"), server.path("c1/mounts/0/config")).unwrap();
+    let replaced = server.fuse.lookup(volume, "config").unwrap();
+    assert_ne!(replaced.node, file.node);
+    assert_eq!(replaced.attr.size, 8);
+}
+
+#[test]
+fn the_top_and_read_only_mounts_can_not_be_written() {
+    let mut server = Server::start();
+    assert_eq!(server.fuse.mkdir(ROOT, "mine", 0o755), Err(libc::EROFS));
+    let container = server.node("c1");
+    assert_eq!(server.fuse.create(container, "mine", libc::O_WRONLY, 0o644).map(|_| ()), Err(libc::EROFS));
+    let rename = [&ROOT.to_le_bytes()[..], b"c1\0c9\0"].concat();
+    assert_eq!(server.fuse.call(op::RENAME, ROOT, &rename), Err(libc::EROFS));
+    let none = None::<&str>;
+    let volume = server.path("c1/mounts/0");
+    fs::write(volume.join("f"), "").unwrap();
+    mount(none, &volume, none, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY, none).unwrap();
+    // Flags of a mount do not propagate; a mount made read-only from the start does.
+    let read_only = server.path("c1/read-only");
+    fs::create_dir(&read_only).unwrap();
+    mount(Some(&volume), &read_only, none, MsFlags::MS_BIND, none).unwrap();
+    let before = server.node("c1/read-only/f");
+    assert!(server.fuse.open(before, libc::O_RDONLY).is_ok());
+    assert_eq!(server.fuse.open(before, libc::O_WRONLY), Err(libc::EROFS));
+}
+
+#[test]
+fn a_copy_stays_inside_the_host() {
+    let mut server = Server::start();
+    let rootfs = server.rootfs();
+    let (from, from_handle) = server.fuse.create(rootfs, "a", libc::O_RDWR, 0o644).unwrap();
+    let (to, to_handle) = server.fuse.create(rootfs, "b", libc::O_RDWR, 0o644).unwrap();
+    server.fuse.write(from.node, from_handle, 0, b"0123456789", 0).unwrap();
+    let body: Vec<u8> = [from_handle, 2, to.node, to_handle, 1, 5, 0]
+        .iter()
+        .flat_map(|value: &u64| value.to_le_bytes())
+        .collect();
+    let reply = server.fuse.call(op::COPY_FILE_RANGE, from.node, &body).unwrap();
+    assert_eq!(u32_at(&reply, 0), 5);
+    assert_eq!(server.fuse.read(to.node, to_handle, 0, 99).unwrap(), b"\x0023456");
+}
+
+#[test]
+fn an_overlay_as_root_file_system_keeps_ownership_and_numbers() {
+    let mut server = Server::start();
+    let layers = server.path("c1/mounts/0");
+    for directory in ["lower", "upper", "work"] {
+        fs::create_dir(layers.join(directory)).unwrap();
+    }
+    fs::write(layers.join("lower/suid"), "binary").unwrap();
+    fs::set_permissions(layers.join("lower/suid"), fs::Permissions::from_mode(0o4755)).unwrap();
+    fs::create_dir_all(server.path("c2/rootfs")).unwrap();
+    let [lower, upper, work] = ["lower", "upper", "work"].map(|name| layers.join(name).display().to_string());
+    let options = format!("lowerdir={lower},upperdir={upper},workdir={work}");
+    let target = server.path("c2/rootfs");
+    mount(Some("overlay"), &target, Some("overlay"), MsFlags::empty(), Some(&options[..])).unwrap();
+    let rootfs = server.node("c2/rootfs");
+    let before = server.fuse.lookup(rootfs, "suid").unwrap();
+    assert_eq!(before.attr.mode, libc::S_IFREG | 0o4755);
+    let attr = server.fuse.setattr(before.node, FATTR_UID_GID, 0, 0, (1234, 4321)).unwrap();
+    assert_eq!((attr.uid, attr.gid), (1234, 4321), "copied up");
+    let after = server.fuse.lookup(rootfs, "suid").unwrap();
+    assert_eq!((after.node, after.attr.number), (before.node, before.attr.number));
+    assert_eq!(fs::metadata(layers.join("upper/suid")).unwrap().uid(), 1234, "writes land in the snapshot");
+    server.fuse.call(op::UNLINK, rootfs, &name_bytes("suid")).unwrap();
+    let rename = [&rootfs.to_le_bytes()[..], b"d\0e\0"].concat();
+    server.fuse.mkdir(rootfs, "d", 0o755).unwrap();
+    server.fuse.call(op::RENAME, rootfs, &rename).unwrap();
+    let (_, handle) = server.fuse.create(rootfs, "new", libc::O_RDWR, 0o600).unwrap();
+    assert!(handle > 0);
+    let handle = server.fuse.opendir(rootfs).unwrap();
+    let mut names = server.fuse.names(rootfs, handle, 4096).unwrap();
+    names.sort();
+    assert_eq!(names, [".", "..", "e", "new"]);
+}
