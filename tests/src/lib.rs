@@ -1,1 +1,18 @@
-//! Test harness, demo and end-to-end suite.
+//! Test harness of the end-to-end suite and the demo.
+//!
+//! Two ways to a container: [`containerd::PrivateContainerd`] with the real `ctr`, and [`shim::ShimServer`], which drives a shim
+//! over ttrpc just as containerd does and costs a fraction. [`leaks`] compares the node before and after either.
+
+pub mod bundle;
+pub mod cases;
+pub mod cleanup;
+pub mod containerd;
+pub mod events;
+pub mod failure;
+pub mod layout;
+pub mod leaks;
+pub mod node;
+pub mod process;
+pub mod runner;
+pub mod shim;
+pub mod stdio;

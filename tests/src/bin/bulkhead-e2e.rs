@@ -1,0 +1,58 @@
+//! The end-to-end suite: real containers in real microVMs, through the shim's API and through containerd.
+
+use std::process::ExitCode;
+
+use bulkhead_tests::cases::{self, Environment, Runtime};
+use bulkhead_tests::cleanup;
+use bulkhead_tests::failure::{Failure, Outcome};
+use bulkhead_tests::layout::Layout;
+use bulkhead_tests::runner::{self, Selection};
+
+const USAGE: &str = "usage: bulkhead-e2e [--list] [--shard I/N] [--reference] [NAME...]
+
+Runs the cases whose names contain one of the NAMEs; without any, all. --shard 1/2 runs one half of them.
+--reference runs the suite against runc's shim: the cases that are not about Bulkhead alone have to pass there too.";
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(Failure(reason)) => {
+            eprintln!("bulkhead-e2e: {reason}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run() -> Outcome<bool> {
+    let mut selection = Selection::default();
+    let mut runtime = Runtime::Bulkhead;
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--help" => {
+                println!("{USAGE}");
+                return Ok(true);
+            }
+            "--list" => {
+                cases::all().iter().for_each(|case| println!("{}", case.name));
+                return Ok(true);
+            }
+            "--reference" => runtime = Runtime::Runc,
+            "--shard" => selection.shard = Some(shard(&arguments.next().unwrap_or_default())?),
+            option if option.starts_with('-') => return Err(Failure(format!("unknown option {option}\n{USAGE}"))),
+            name => selection.names.push(name.to_owned()),
+        }
+    }
+    cleanup::guard()?;
+    let mut environment = Environment::new(Layout::locate()?, runtime);
+    Ok(runner::run(&cases::all(), &selection, &mut environment))
+}
+
+fn shard(text: &str) -> Outcome<(usize, usize)> {
+    let parsed = text.split_once('/').and_then(|(index, count)| Some((index.parse().ok()?, count.parse().ok()?)));
+    match parsed {
+        Some((index, count)) if (1..=count).contains(&index) => Ok((index, count)),
+        _ => Err(Failure(format!("--shard {text:?}: expected I/N with I from 1 to N"))),
+    }
+}

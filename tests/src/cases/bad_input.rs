@@ -1,0 +1,4 @@
+//! bad_input
+use super::Case;
+/// The cases of this theme.
+pub const CASES: &[Case] = &[];

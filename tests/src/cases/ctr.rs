@@ -1,0 +1,4 @@
+//! ctr
+use super::Case;
+/// The cases of this theme.
+pub const CASES: &[Case] = &[];

@@ -1,0 +1,4 @@
+//! death
+use super::Case;
+/// The cases of this theme.
+pub const CASES: &[Case] = &[];

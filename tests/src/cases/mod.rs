@@ -1,0 +1,359 @@
+//! The cases of the end-to-end suite, a module per theme, and what they run in.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use containerd_shim_protos::api::WaitResponse;
+use serde_json::Value;
+
+use crate::bundle::{self, Bundle};
+use crate::containerd::PrivateContainerd;
+use crate::ensure;
+use crate::failure::{Explain, Outcome};
+use crate::layout::Layout;
+use crate::node;
+use crate::process::eventually;
+use crate::shim::{CALL_LIMIT, CreateOptions, Shim, ShimHost};
+use crate::stdio::{Stdio, Streams};
+
+pub mod bad_input;
+pub mod control;
+pub mod ctr;
+pub mod death;
+pub mod exec;
+pub mod io;
+pub mod lifecycle;
+pub mod oci;
+pub mod rootfs;
+
+/// The status of a task as containerd numbers it.
+pub mod status {
+    /// Created, not started.
+    pub const CREATED: i32 = 1;
+    /// Running.
+    pub const RUNNING: i32 = 2;
+    /// Ended.
+    pub const STOPPED: i32 = 3;
+    /// Frozen.
+    pub const PAUSED: i32 = 4;
+}
+
+/// What has to be there before a case starts, cheapest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fixture {
+    /// A [`ShimHost`].
+    Shim,
+    /// A container that runs and is shared by the cases that only look at it or exec into it.
+    Pod,
+    /// A [`PrivateContainerd`] with the busybox image.
+    Containerd,
+}
+
+/// The runtime under test.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Runtime {
+    /// Ours.
+    Bulkhead,
+    /// containerd's own for runc: shows that the suite asks for what containerd's users are used to.
+    Runc,
+}
+
+impl Runtime {
+    /// containerd's name for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bulkhead => "io.containerd.bulkhead.v1",
+            Self::Runc => "io.containerd.runc.v2",
+        }
+    }
+
+    /// The file name of its shim.
+    pub fn program(self) -> &'static str {
+        match self {
+            Self::Bulkhead => "containerd-shim-bulkhead-v1",
+            Self::Runc => "containerd-shim-runc-v2",
+        }
+    }
+}
+
+/// One case.
+#[derive(Debug, Clone, Copy)]
+pub struct Case {
+    /// `THEME-WHAT`.
+    pub name: &'static str,
+    /// What has to be there.
+    pub fixture: Fixture,
+    /// Whether it is about what only our runtime has.
+    pub bulkhead_only: bool,
+    /// How long it may take, seconds.
+    pub limit: u64,
+    /// The case itself; returns its evidence.
+    pub run: fn(&mut Environment) -> Outcome<String>,
+}
+
+impl Case {
+    /// A case on a [`ShimHost`] that any runtime should pass.
+    pub const fn new(name: &'static str, run: fn(&mut Environment) -> Outcome<String>) -> Self {
+        Self { name, fixture: Fixture::Shim, bulkhead_only: false, limit: 30, run }
+    }
+
+    /// The same on another fixture.
+    pub const fn on(mut self, fixture: Fixture) -> Self {
+        self.fixture = fixture;
+        self
+    }
+
+    /// The same for our runtime only.
+    pub const fn bulkhead_only(mut self) -> Self {
+        self.bulkhead_only = true;
+        self
+    }
+}
+
+/// Every case.
+pub fn all() -> Vec<Case> {
+    [
+        lifecycle::CASES,
+        exec::CASES,
+        io::CASES,
+        oci::CASES,
+        rootfs::CASES,
+        control::CASES,
+        ctr::CASES,
+        bad_input::CASES,
+        death::CASES,
+    ]
+    .concat()
+}
+
+/// What cases run in; fixtures are started when first needed.
+pub struct Environment {
+    /// Where the parts are.
+    pub layout: Layout,
+    /// The runtime under test.
+    pub runtime: Runtime,
+    shared: Option<Container>,
+    containerd: Option<PrivateContainerd>,
+    host: Option<ShimHost>,
+    counter: AtomicU32,
+}
+
+impl Environment {
+    /// An environment without any fixture yet.
+    pub fn new(layout: Layout, runtime: Runtime) -> Self {
+        Self { layout, runtime, shared: None, containerd: None, host: None, counter: AtomicU32::new(0) }
+    }
+
+    /// Why a case can't run here, if so.
+    pub fn skip_reason(&self, case: &Case) -> Option<&'static str> {
+        (case.bulkhead_only && self.runtime != Runtime::Bulkhead).then_some("about our runtime only")
+    }
+
+    /// Starts a fixture unless it runs; returns the directories in which a case must leave nothing.
+    ///
+    /// # Errors
+    /// When the fixture can't be had.
+    pub fn prepare(&mut self, fixture: Fixture) -> Outcome<Vec<PathBuf>> {
+        if self.host.is_none() {
+            self.host = Some(ShimHost::new(&self.layout, self.runtime.program())?);
+        }
+        if fixture == Fixture::Pod && self.shared.is_none() {
+            let container = self.started("shared", bundle::shell("while :; do sleep 1000; done"), Streams::default())?;
+            self.shared = Some(container);
+        }
+        if fixture == Fixture::Containerd && self.containerd.is_none() {
+            let containerd = PrivateContainerd::start(&self.layout)?;
+            containerd.import("busybox")?;
+            self.containerd = Some(containerd);
+        }
+        let bundles = self.host()?.path().join("bundles");
+        let state = self.containerd.as_ref().map(|containerd| containerd.path().join("state"));
+        // Processes of the shared container have their FIFOs in its bundle.
+        Ok([Some(bundles), state].into_iter().flatten().filter(|_| fixture != Fixture::Pod).collect())
+    }
+
+    /// Takes every fixture down.
+    pub fn reset(&mut self) {
+        if let Some(shared) = self.shared.take() {
+            let _ = shared.finish();
+        }
+        self.containerd.take();
+        self.host.take();
+    }
+
+    /// The shim host.
+    ///
+    /// # Errors
+    /// When the case did not ask for it.
+    pub fn host(&self) -> Outcome<&ShimHost> {
+        self.host.as_ref().explain(|| "no shim host was started".into())
+    }
+
+    /// The shared container.
+    ///
+    /// # Errors
+    /// When the case did not ask for it.
+    pub fn shared(&self) -> Outcome<&Container> {
+        self.shared.as_ref().explain(|| "no shared container was started".into())
+    }
+
+    /// containerd.
+    ///
+    /// # Errors
+    /// When the case did not ask for it.
+    pub fn containerd(&mut self) -> Outcome<&mut PrivateContainerd> {
+        self.containerd.as_mut().explain(|| "no containerd was started".into())
+    }
+
+    /// An id that no other container has.
+    pub fn id(&self, name: &str) -> String {
+        format!("{name}-{}", self.counter.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Logs of the fixtures, for a failure.
+    pub fn logs(&self) -> String {
+        self.containerd.as_ref().map(PrivateContainerd::log).unwrap_or_default()
+    }
+
+    /// Creates and starts a container with a process.
+    ///
+    /// # Errors
+    /// What the shim refuses.
+    pub fn started(&self, name: &str, process: Value, streams: Streams) -> Outcome<Container> {
+        let id = self.id(name);
+        let container = self.created(&id, &bundle::spec(&id, process), streams)?;
+        container.shim.start("")?;
+        Ok(container)
+    }
+
+    /// Creates a container with a specification.
+    ///
+    /// # Errors
+    /// What the shim refuses.
+    pub fn created(&self, id: &str, spec: &Value, streams: Streams) -> Outcome<Container> {
+        let host = self.host()?;
+        let bundle = host.bundle(id, spec)?;
+        let shim = host.start(&bundle)?;
+        let stdio = shim.stdio("init", streams)?;
+        shim.create(&stdio, CreateOptions::default())?;
+        Ok(Container { bundle, shim, stdio })
+    }
+
+    /// Runs a container to its end and releases it.
+    ///
+    /// # Errors
+    /// What the shim refuses, and an end later than [`CALL_LIMIT`].
+    pub fn run_to_end(&self, id: &str, spec: &Value) -> Outcome<Ended> {
+        let container = self.created(id, spec, Streams::default())?;
+        container.shim.start("")?;
+        let exit = container.shim.wait("", CALL_LIMIT)?;
+        let (stdout, stderr) = (container.stdio.stdout.to_end(CALL_LIMIT)?, container.stdio.stderr.to_end(CALL_LIMIT)?);
+        container.finish()?;
+        Ok(Ended { exit_status: exit.exit_status, stdout, stderr })
+    }
+
+    /// Runs a shell script in a container of its own with the default specification.
+    ///
+    /// # Errors
+    /// As [`run_to_end`](Self::run_to_end).
+    pub fn run_script(&self, name: &str, script: &str) -> Outcome<Ended> {
+        let id = self.id(name);
+        self.run_to_end(&id, &bundle::spec(&id, bundle::shell(script)))
+    }
+}
+
+/// A process that came to its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ended {
+    /// Exit code, or 128 plus the signal.
+    pub exit_status: u32,
+    /// Everything that it wrote to its standard output.
+    pub stdout: String,
+    /// Everything that it wrote to its standard error.
+    pub stderr: String,
+}
+
+impl Ended {
+    /// The output, if the exit code is 0.
+    ///
+    /// # Errors
+    /// Any other exit code.
+    pub fn success(self) -> Outcome<String> {
+        ensure!(self.exit_status == 0, "exit status {}, stdout {:?}, stderr {:?}", self.exit_status, self.stdout, self.stderr);
+        Ok(self.stdout)
+    }
+}
+
+/// A container that a shim of its own runs.
+pub struct Container {
+    /// Its bundle.
+    pub bundle: Bundle,
+    /// Its shim.
+    pub shim: Shim,
+    /// Its streams.
+    pub stdio: Stdio,
+}
+
+impl Container {
+    /// Adds and starts an exec.
+    ///
+    /// # Errors
+    /// What the shim refuses.
+    pub fn exec(&self, name: &str, process: &Value, streams: Streams) -> Outcome<Stdio> {
+        let stdio = self.shim.stdio(name, streams)?;
+        self.shim.exec(name, process, &stdio)?;
+        self.shim.start(name)?;
+        Ok(stdio)
+    }
+
+    /// Runs a shell script in the container to its end and releases the exec.
+    ///
+    /// # Errors
+    /// What the shim refuses, and an end later than [`CALL_LIMIT`].
+    pub fn exec_script(&self, name: &str, script: &str) -> Outcome<Ended> {
+        let stdio = self.exec(name, &bundle::shell(script), Streams::default())?;
+        let exit = self.shim.wait(name, CALL_LIMIT)?;
+        let (stdout, stderr) = (stdio.stdout.to_end(CALL_LIMIT)?, stdio.stderr.to_end(CALL_LIMIT)?);
+        self.shim.delete(name)?;
+        Ok(Ended { exit_status: exit.exit_status, stdout, stderr })
+    }
+
+    /// Kills the container's process and waits for its end.
+    ///
+    /// # Errors
+    /// What the shim refuses.
+    pub fn kill(&self) -> Outcome<WaitResponse> {
+        self.shim.kill("", 9, false)?;
+        Ok(self.shim.wait("", CALL_LIMIT)?)
+    }
+
+    /// Deletes the container, killing it first if need be, and waits for the shim's end, as containerd does.
+    ///
+    /// # Errors
+    /// When any of that does not work.
+    pub fn finish(self) -> Outcome {
+        if self.shim.state("")?.status.value() != status::STOPPED {
+            let _ = self.shim.kill("", 9, true);
+            if self.shim.state("")?.status.value() == status::RUNNING {
+                self.shim.wait("", CALL_LIMIT)?;
+            }
+        }
+        self.shim.delete("")?;
+        self.release()
+    }
+
+    /// Ends the shim after the delete, and removes the bundle.
+    ///
+    /// # Errors
+    /// When the shim stays, or something of the bundle does.
+    pub fn release(self) -> Outcome {
+        let pid = self.shim.pid()?;
+        self.shim.shutdown()?;
+        eventually("the shim ends after shutdown", Duration::from_secs(5), || {
+            ensure!(node::process(pid).is_none_or(|process| process.state == 'Z'), "process {pid} is still there");
+            Ok(())
+        })?;
+        self.bundle.remove()
+    }
+}

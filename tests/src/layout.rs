@@ -1,0 +1,68 @@
+//! Where the parts under test are: the installation prefix that this program was started from.
+
+use std::env;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use crate::failure::{Explain, Outcome};
+
+/// An installation prefix: `bin/`, `libexec/bulkhead/`, `share/bulkhead/`, and the test images in `images/`.
+#[derive(Debug, Clone)]
+pub struct Layout {
+    prefix: PathBuf,
+}
+
+impl Layout {
+    /// The prefix whose `bin/` this program is in.
+    ///
+    /// # Errors
+    /// When the program's own path can't be told.
+    pub fn locate() -> Outcome<Self> {
+        let program = env::current_exe().explain(|| "own path".into())?;
+        let prefix = program.parent().and_then(Path::parent).explain(|| format!("{} is in no bin/", program.display()))?;
+        Ok(Self { prefix: prefix.to_owned() })
+    }
+
+    /// A program in `bin/`.
+    pub fn bin(&self, name: &str) -> PathBuf {
+        self.prefix.join("bin").join(name)
+    }
+
+    /// A program that only the shim starts.
+    pub fn libexec(&self, name: &str) -> PathBuf {
+        self.prefix.join("libexec/bulkhead").join(name)
+    }
+
+    /// The guest kernel or the guest image.
+    pub fn share(&self, name: &str) -> PathBuf {
+        self.prefix.join("share/bulkhead").join(name)
+    }
+
+    /// The OCI archive of a test image.
+    pub fn image(&self, name: &str) -> PathBuf {
+        self.prefix.join("images").join(format!("{name}.tar"))
+    }
+
+    /// The unpacked root file system of a test image.
+    pub fn rootfs(&self, name: &str) -> PathBuf {
+        self.prefix.join("images").join(name).join("rootfs")
+    }
+
+    /// A search path that finds our programs first.
+    pub fn search_path(&self) -> OsString {
+        let mut path = OsString::from(self.prefix.join("bin"));
+        path.push(":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+        path
+    }
+
+    /// The program that [`search_path`](Self::search_path) finds for a name.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn find(&self, name: &str) -> Outcome<PathBuf> {
+        env::split_paths(&self.search_path())
+            .map(|directory| directory.join(name))
+            .find(|candidate| candidate.is_file())
+            .explain(|| format!("no program {name} in {}", self.search_path().display()))
+    }
+}

@@ -1,0 +1,93 @@
+//! Whether anything is left of a pod: the node's state before and after.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::fail;
+use crate::failure::Outcome;
+use crate::node;
+use crate::process::eventually;
+
+/// How long what is being released may take to be gone.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// Directories outside our own ones where a shim, or containerd for it, puts something.
+const WATCHED: [&str; 3] = ["/run/containerd", "/run/bulkhead", "/var/lib/bulkhead"];
+
+/// Everything on the node that a pod could leave behind, as lines for a person.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    directories: Vec<PathBuf>,
+    items: BTreeSet<String>,
+}
+
+impl Snapshot {
+    /// The node as it is: processes, mounts, interfaces, sockets, control groups, and what is in `directories`.
+    pub fn take(directories: &[&Path]) -> Self {
+        let directories: Vec<PathBuf> =
+            directories.iter().copied().chain(WATCHED.iter().map(Path::new)).map(Path::to_owned).collect();
+        let mut items = BTreeSet::new();
+        // A zombie is PID 1's to reap unless its parent is one of us.
+        let processes = node::processes().into_iter().filter(|process| process.state != 'Z' || process.parent != 1);
+        items.extend(processes.map(|p| format!("process {} {} {}", p.pid, p.name, p.command)));
+        items.extend(node::mount_points().iter().map(|path| format!("mount {}", path.display())));
+        items.extend(node::interfaces().iter().map(|name| format!("network interface {name}")));
+        items.extend(node::unix_sockets().iter().map(|path| format!("socket {path}")));
+        items.extend(node::control_groups().iter().map(|path| format!("control group {}", path.display())));
+        let files = directories.iter().flat_map(|directory| node::tree(directory));
+        items.extend(files.map(|path| format!("file {}", path.display())));
+        Self { directories, items }
+    }
+
+    /// What is there now that was not there then.
+    pub fn since(&self) -> Vec<String> {
+        let directories: Vec<&Path> = self.directories.iter().map(PathBuf::as_path).collect();
+        Self::take(&directories).items.difference(&self.items).cloned().collect()
+    }
+
+    /// How many things of each kind the snapshot has, for evidence.
+    pub fn summary(&self) -> String {
+        let count = |kind: &str| self.items.iter().filter(|item| item.starts_with(kind)).count();
+        format!(
+            "processes {}, mounts {}, interfaces {}, sockets {}, control groups {}, files {}",
+            count("process "),
+            count("mount "),
+            count("network interface "),
+            count("socket "),
+            count("control group "),
+            count("file ")
+        )
+    }
+
+    /// Waits until nothing new is left.
+    ///
+    /// # Errors
+    /// What is still there after [`LIMIT`].
+    pub fn expect_nothing_left(&self) -> Outcome {
+        eventually("everything released", LIMIT, || match self.since() {
+            left if left.is_empty() => Ok(()),
+            left => fail!("left behind: {}", left.join("; ")),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_and_a_process_are_noticed() {
+        let directory = std::env::temp_dir().join(format!("bulkhead-leaks-{}", std::process::id()));
+        std::fs::create_dir(&directory).unwrap();
+        let before = Snapshot::take(&[&directory]);
+        std::fs::write(directory.join("left"), "").unwrap();
+        let mut child = std::process::Command::new("sleep").arg("61").spawn().unwrap();
+        let left = before.since();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        std::fs::remove_dir_all(&directory).unwrap();
+        assert!(left.iter().any(|item| item.ends_with("/left")), "{left:?}");
+        assert!(left.iter().any(|item| item.starts_with("process ") && item.ends_with("sleep 61")), "{left:?}");
+    }
+}

@@ -1,0 +1,192 @@
+//! What the node's kernel says about processes, mounts, devices and control groups.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::failure::{Explain, Outcome};
+
+/// One process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    /// Process id.
+    pub pid: i32,
+    /// Parent's process id.
+    pub parent: i32,
+    /// State letter of `/proc/PID/stat`; `Z` is a zombie.
+    pub state: char,
+    /// Start time in clock ticks since boot: with the id it names a process for good.
+    pub started: u64,
+    /// The program's name as the kernel has it, at most 15 bytes.
+    pub name: String,
+    /// Arguments, joined by spaces; empty for kernel threads and zombies.
+    pub command: String,
+}
+
+/// Every process that is not a kernel thread.
+pub fn processes() -> Vec<Process> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    entries
+        .flatten()
+        .filter_map(|entry| process(entry.file_name().to_str()?.parse().ok()?))
+        .filter(|process| process.pid != 2 && process.parent != 2)
+        .collect()
+}
+
+/// One process, unless it is gone.
+pub fn process(pid: i32) -> Option<Process> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (name, rest) = stat.split_once('(')?.1.rsplit_once(')')?;
+    let fields: Vec<&str> = rest.split_whitespace().collect();
+    let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    Some(Process {
+        pid,
+        parent: fields.get(1)?.parse().ok()?,
+        state: fields.first()?.chars().next()?,
+        started: fields.get(19)?.parse().ok()?,
+        name: name.to_owned(),
+        command: String::from_utf8_lossy(&command).replace('\0', " ").trim_end().to_owned(),
+    })
+}
+
+/// The processes below `ancestor`, children and children's children, whose name (cut to 15 bytes as the kernel does) is `name`.
+pub fn descendants(ancestor: i32, name: &str) -> Vec<Process> {
+    let all: BTreeMap<i32, Process> = processes().into_iter().map(|process| (process.pid, process)).collect();
+    let below = |process: &Process| {
+        let mut parent = process.parent;
+        while parent > 1 && parent != ancestor {
+            parent = all.get(&parent).map_or(0, |process| process.parent);
+        }
+        parent == ancestor
+    };
+    let name: String = name.chars().take(15).collect();
+    all.values().filter(|process| process.name == name && process.state != 'Z' && below(process)).cloned().collect()
+}
+
+/// Sends SIGKILL.
+///
+/// # Errors
+/// When there is no such process.
+pub fn kill_hard(pid: i32) -> Outcome {
+    kill(Pid::from_raw(pid), Signal::SIGKILL).explain(|| format!("kill process {pid}"))
+}
+
+/// Where something is mounted, in mount order.
+pub fn mount_points() -> Vec<PathBuf> {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    table.lines().filter_map(|line| line.split(' ').nth(4)).map(|path| PathBuf::from(unescape(path))).collect()
+}
+
+/// The kernel writes blanks and the like in octal.
+fn unescape(path: &str) -> String {
+    path.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
+}
+
+/// Network interfaces of this network namespace.
+pub fn interfaces() -> Vec<String> {
+    names(Path::new("/sys/class/net"))
+}
+
+/// Paths of bound Unix sockets, abstract ones with an `@`.
+pub fn unix_sockets() -> Vec<String> {
+    let table = fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    table.lines().skip(1).filter_map(|line| line.split_whitespace().nth(7)).map(str::to_owned).collect()
+}
+
+/// Every control group below the mount point, version 2 or, on a hybrid node, of every hierarchy.
+pub fn control_groups() -> Vec<PathBuf> {
+    let mut groups = Vec::new();
+    let mut pending = vec![PathBuf::from("/sys/fs/cgroup")];
+    while let Some(directory) = pending.pop() {
+        let Ok(entries) = fs::read_dir(&directory) else { continue };
+        let below = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path());
+        pending.extend(below);
+        groups.push(directory);
+    }
+    groups
+}
+
+/// Every file and directory below a directory, without crossing into what is mounted there.
+pub fn tree(directory: &Path) -> Vec<PathBuf> {
+    let mounts = mount_points();
+    let mut found = Vec::new();
+    let mut pending = vec![directory.to_owned()];
+    while let Some(directory) = pending.pop() {
+        for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) && !mounts.contains(&path) {
+                pending.push(path.clone());
+            }
+            found.push(path);
+        }
+    }
+    found
+}
+
+/// Resident memory of a process by the kernel's classes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Resident {
+    /// Anonymous memory, bytes.
+    pub anonymous: u64,
+    /// Mapped files, bytes.
+    pub file: u64,
+    /// Shared memory, bytes.
+    pub shared: u64,
+}
+
+/// A process's resident memory.
+///
+/// # Errors
+/// When it is gone.
+pub fn resident(pid: i32) -> Outcome<Resident> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).explain(|| format!("status of process {pid}"))?;
+    let field = |key: &str| -> Outcome<u64> {
+        let kib = status.lines().find_map(|line| line.strip_prefix(key)?.trim().strip_suffix(" kB"));
+        Ok(1024 * kib.and_then(|kib| kib.trim().parse::<u64>().ok()).explain(|| format!("process {pid} has no {key}"))?)
+    };
+    Ok(Resident { anonymous: field("RssAnon:")?, file: field("RssFile:")?, shared: field("RssShmem:")? })
+}
+
+/// Time since boot: in the nested host, the virtual time.
+pub fn uptime() -> Duration {
+    let text = fs::read_to_string("/proc/uptime").unwrap_or_default();
+    let seconds = text.split(' ').next().and_then(|seconds| seconds.parse().ok()).unwrap_or(0.0);
+    Duration::from_secs_f64(seconds)
+}
+
+fn names(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_is_found_and_named() {
+        let pid = std::process::id() as i32;
+        let own = processes().into_iter().find(|process| process.pid == pid).unwrap();
+        assert!(own.command.contains("bulkhead") && own.started > 0, "{own:?}");
+        assert!(resident(pid).unwrap().anonymous > 0);
+    }
+
+    #[test]
+    fn a_child_is_a_descendant() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let found = descendants(std::process::id() as i32, "sleep");
+        kill_hard(child.id() as i32).unwrap();
+        child.wait().unwrap();
+        assert!(found.iter().any(|process| process.pid == child.id() as i32), "{found:?}");
+    }
+
+    #[test]
+    fn the_root_is_a_mount_point() {
+        assert!(mount_points().contains(&PathBuf::from("/")));
+        assert_eq!(unescape(r"/a\040b\134c"), r"/a b\c");
+    }
+}
