@@ -220,14 +220,14 @@ mod tests {
     fn an_unmasked_entry_becomes_a_route() {
         let recorder = Recorder::default();
         let mut ioapic = IoApic::new(0, Box::new(recorder.clone()));
-        write(&mut ioapic, 0x10 + 2 * 5 + 1, 3 << 24);
+        write(&mut ioapic, 0x10 + 2 * 9 + 1, 3 << 24);
         assert!(recorder.routes.lock().unwrap().is_empty());
-        write(&mut ioapic, 0x10 + 2 * 5, 0x31 | LOGICAL as u32);
-        let route = MsiRoute { pin: 5, address: 0xfee0_3004, data: 0x31 };
+        write(&mut ioapic, 0x10 + 2 * 9, 0x31 | LOGICAL as u32);
+        let route = MsiRoute { pin: 9, address: 0xfee0_3004, data: 0x31 };
         assert_eq!(*recorder.routes.lock().unwrap(), [vec![route]]);
-        assert_eq!(*recorder.raised.lock().unwrap(), [5]);
+        assert_eq!(*recorder.raised.lock().unwrap(), [9]);
 
-        write(&mut ioapic, 0x10 + 2 * 5, MASKED as u32 | 0x31);
+        write(&mut ioapic, 0x10 + 2 * 9, MASKED as u32 | 0x31);
         assert_eq!(recorder.routes.lock().unwrap().last(), Some(&Vec::new()));
     }
 

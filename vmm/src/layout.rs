@@ -50,8 +50,8 @@ pub const RAM_ABOVE_4G: u64 = 1 << 32;
 
 /// Pins of the IOAPIC, which are the interrupt numbers of the guest.
 pub const IRQ_PINS: u32 = 24;
-/// The first pin for devices; the lower ones belong to the parts of a PC that we don't have.
-pub const FIRST_IRQ: u32 = 5;
+/// The first pin for devices; kernels look for parts of a PC that we don't have at the lower ones (8 is the clock).
+pub const FIRST_IRQ: u32 = 9;
 /// The most devices.
 pub const MAX_DEVICES: usize = (IRQ_PINS - FIRST_IRQ) as usize;
 

@@ -9,6 +9,7 @@
 
 pub mod boot;
 pub mod bus;
+pub mod calibrate;
 pub mod control;
 pub mod cpu;
 pub mod device_loop;

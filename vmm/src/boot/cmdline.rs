@@ -12,8 +12,8 @@ use crate::memory::GuestRam;
 /// - `console=hvc0`: the console is virtio;
 /// - `reboot=k,panic_warm panic=-1`: reset through the keyboard controller, at once after a panic, and then leave the
 ///   "warm" mark at [`crate::layout::RESET_FLAG`] that tells a panic from a reset;
-/// - `8250.nr_uarts=0 i8042.noaux`: no search for devices that we don't have.
-const BASE: &str = "console=hvc0 reboot=k,panic_warm panic=-1 8250.nr_uarts=0 i8042.noaux";
+/// - `initcall_blacklist=cmos_init`: no search for a battery-backed clock, which would take a second to be given up.
+const BASE: &str = "console=hvc0 reboot=k,panic_warm panic=-1 initcall_blacklist=cmos_init";
 
 /// Why a command line can't be used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -67,8 +67,8 @@ mod tests {
         let line = command_line(2, "root=/dev/vda quiet").unwrap();
         assert!(line.starts_with("console=hvc0 "));
         assert!(line.ends_with(
-            " bulkhead.power_port=0x604 virtio_mmio.device=4K@0xd0000000:5 \
-             virtio_mmio.device=4K@0xd0001000:6 root=/dev/vda quiet"
+            " bulkhead.power_port=0x604 virtio_mmio.device=4K@0xd0000000:9 \
+             virtio_mmio.device=4K@0xd0001000:10 root=/dev/vda quiet"
         ));
     }
 

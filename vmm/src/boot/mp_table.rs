@@ -26,7 +26,7 @@ const EXTERNAL: u8 = 3;
 const ACTIVE_HIGH_EDGE: u16 = 1 | 1 << 2;
 const ALL_LAPICS: u8 = 0xff;
 
-/// The table's size is bounded by the limits on vCPUs (16) and devices (19): it fits its KiB.
+/// The table's size is bounded by the limits on vCPUs (16) and devices (15): it fits its KiB.
 pub(super) fn write(ram: &GuestRam, vcpus: u8, devices: usize) -> Result<(), BootError> {
     let mut bytes = floating_pointer(MP_TABLE + 16);
     bytes.extend(configuration(vcpus, devices));
@@ -104,7 +104,7 @@ mod tests {
         let pointer = floating_pointer(MP_TABLE + 16);
         assert_eq!(pointer.len(), 16);
         assert_eq!(sum(&pointer), 0);
-        let table = configuration(16, 19);
+        let table = configuration(16, 15);
         assert_eq!(sum(&table), 0);
         assert_eq!(usize::from(u16::from_le_bytes([table[4], table[5]])), table.len());
         assert!(pointer.len() + table.len() <= 1024);
