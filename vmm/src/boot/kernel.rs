@@ -1,5 +1,6 @@
 //! Loading a kernel image: ELF `vmlinux` or bzImage, told apart by their magic numbers.
 
+use std::error::Error;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 
@@ -36,7 +37,7 @@ pub enum KernelError {
         ram_mib: u64,
         /// Where it stopped.
         #[source]
-        source: LoaderError,
+        source: Box<dyn Error + Send + Sync>,
     },
     /// Loaded, but there is no sense in starting it.
     #[error("the kernel's entry {entry:#x} is outside of what was loaded, {HIGH_RAM:#x} to {end:#x}")]
@@ -104,7 +105,13 @@ fn load_bzimage(ram: &GuestRam, file: &mut File) -> Result<Loaded, KernelError> 
     Ok(Loaded { entry: result.kernel_load.0 + BZIMAGE_ENTRY_64, setup_header: Some(header) })
 }
 
-fn load_failed(ram: &GuestRam, source: LoaderError) -> KernelError {
+fn load_failed(ram: &GuestRam, error: LoaderError) -> KernelError {
+    // The outer error only repeats the inner one.
+    let source: Box<dyn Error + Send + Sync> = match error {
+        LoaderError::Elf(inner) => Box::new(inner),
+        LoaderError::Bzimage(inner) => Box::new(inner),
+        other => Box::new(other),
+    };
     KernelError::Load { ram_mib: low_ram_end(ram) >> 20, source }
 }
 

@@ -266,3 +266,172 @@ fn set_low(address: &mut u64, value: u32) {
 fn set_high(address: &mut u64, value: u32) {
     *address = *address & 0xffff_ffff | u64::from(value) << 32;
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use super::super::testing::{BUFFERS, Echo, Nonsense, TestDriver, readable, writable};
+    use super::*;
+
+    fn fresh() -> TestDriver {
+        TestDriver::new(Box::new(Echo::default()))
+    }
+
+    #[test]
+    fn the_identification_registers() {
+        let driver = fresh();
+        assert_eq!(driver.get(0x00), 0x7472_6976);
+        assert_eq!(driver.get(0x04), 2);
+        assert_eq!(driver.get(0x08), 4);
+        assert_eq!(driver.get(0xb0), u32::MAX);
+    }
+
+    #[test]
+    fn features_are_offered_in_two_halves() {
+        let mut driver = fresh();
+        assert_eq!(driver.get(0x10), 1 << 3 | 1 << 28 | 1 << 29);
+        driver.set(0x14, 1);
+        assert_eq!(driver.get(0x10), 1);
+        driver.set(0x14, 2);
+        assert_eq!(driver.get(0x10), 0);
+    }
+
+    #[test]
+    fn the_configuration_space_takes_any_access() {
+        let driver = fresh();
+        let read = |offset, size| {
+            let mut data = vec![0xee; size];
+            driver.transport.read(offset, &mut data);
+            data
+        };
+        assert_eq!(read(0x100, 1), [1]);
+        assert_eq!(read(0x102, 2), [3, 4]);
+        assert_eq!(read(0x104, 4), [5, 6, 7, 8]);
+        assert_eq!(read(0x100, 8), [1, 2, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(read(0x107, 4), [8, 0, 0, 0]);
+        assert_eq!(read(0x0, 2), [0, 0]);
+    }
+
+    #[test]
+    fn steps_out_of_order_are_not_taken() {
+        let mut driver = fresh();
+        driver.set(0x70, DRIVER);
+        assert_eq!(driver.get(0x70), 0);
+        driver.set(0x70, ACKNOWLEDGE | DRIVER | DRIVER_OK);
+        assert_eq!(driver.get(0x70), ACKNOWLEDGE | DRIVER);
+        // VERSION_1 must be accepted.
+        driver.set(0x70, ACKNOWLEDGE | DRIVER | FEATURES_OK);
+        assert_eq!(driver.get(0x70), ACKNOWLEDGE | DRIVER);
+    }
+
+    #[test]
+    fn features_that_were_not_offered_are_refused() {
+        let mut driver = fresh();
+        driver.set(0x70, ACKNOWLEDGE | DRIVER);
+        driver.set(0x24, 1);
+        driver.set(0x20, 1);
+        driver.set(0x24, 0);
+        driver.set(0x20, 1 << 4);
+        driver.set(0x70, ACKNOWLEDGE | DRIVER | FEATURES_OK);
+        assert_eq!(driver.get(0x70) & FEATURES_OK, 0);
+        driver.set(0x20, 1 << 3);
+        driver.set(0x70, ACKNOWLEDGE | DRIVER | FEATURES_OK);
+        assert_eq!(driver.get(0x70) & FEATURES_OK, FEATURES_OK);
+        // Settled now.
+        driver.set(0x20, 0);
+        assert_eq!(driver.transport.state().driver_features, 1 << 32 | 1 << 3);
+    }
+
+    #[test]
+    fn queue_registers_are_frozen_once_the_driver_is_ready() {
+        let mut driver = TestDriver::activated(Box::new(Echo::default()), 0);
+        let before = driver.transport.state().clone();
+        driver.write_queue(0, QueueRegisters { descriptors: 0x4000, ..driver.queue_registers(0) });
+        driver.set(0x44, 0);
+        assert_eq!(driver.transport.state().queues, before.queues);
+    }
+
+    #[test]
+    fn unsound_queues_are_refused_at_activation() {
+        let sound = fresh().queue_registers(0);
+        let cases = [
+            QueueRegisters { size: 0, ..sound },
+            QueueRegisters { size: 3, ..sound },
+            QueueRegisters { size: 32, ..sound },
+            QueueRegisters { descriptors: 0, ..sound },
+            QueueRegisters { descriptors: sound.descriptors + 8, ..sound },
+            QueueRegisters { available: sound.available + 1, ..sound },
+            QueueRegisters { used: sound.used + 2, ..sound },
+            QueueRegisters { descriptors: 0x3f_fff0, ..sound },
+            QueueRegisters { used: u64::MAX - 3, ..sound },
+            QueueRegisters { available: 1 << 40, ..sound },
+        ];
+        for registers in cases {
+            let mut driver = fresh();
+            driver.negotiate(0);
+            driver.write_queue(0, registers);
+            driver.set(0x70, 15);
+            assert!(driver.needs_reset(), "{registers:?}");
+            driver.kick(0);
+            assert_eq!(driver.take_used(0), None);
+        }
+    }
+
+    #[test]
+    fn a_queue_that_was_left_out_stays_empty() {
+        let mut driver = fresh();
+        driver.negotiate(0);
+        driver.write_queue(1, driver.queue_registers(1));
+        driver.set(0x70, 15);
+        driver.run();
+        driver.kick(0);
+        assert_eq!(driver.request(1, &[readable(BUFFERS, 4), writable(BUFFERS, 4)]), Some(4));
+        assert!(!driver.needs_reset());
+    }
+
+    #[test]
+    fn a_reset_takes_the_queues_away_at_once() {
+        let echo = Echo::default();
+        let resets = echo.resets.clone();
+        let mut driver = TestDriver::activated(Box::new(echo), 0);
+        let before = resets.load(Ordering::SeqCst);
+        driver.add(0, &[readable(BUFFERS, 4), writable(BUFFERS, 4)]);
+        driver.set(0x50, 0);
+        driver.set(0x70, 0);
+        driver.run();
+        assert_eq!(driver.take_used(0), None);
+        assert_eq!(resets.load(Ordering::SeqCst), before + 1);
+        assert_eq!(driver.get(0x70), 0);
+        assert_eq!(driver.get(0x44), 0);
+    }
+
+    #[test]
+    fn interrupts_are_acknowledged() {
+        let mut driver = TestDriver::activated(Box::new(Echo::default()), 0);
+        driver.request(0, &[writable(BUFFERS, 4)]);
+        assert_eq!(driver.get(0x60), 1);
+        driver.set(0x64, 1);
+        assert_eq!(driver.get(0x60), 0);
+    }
+
+    #[test]
+    fn random_accesses_never_panic() {
+        let mut nonsense = Nonsense(99);
+        let mut driver = fresh();
+        for _ in 0..200_000 {
+            let offset = nonsense.below(0x120);
+            let size = 1 << nonsense.below(4);
+            if nonsense.below(4) == 0 {
+                driver.transport.read(offset, &mut [0; 8][..size]);
+            } else {
+                let value = nonsense.next() >> nonsense.below(64);
+                driver.transport.write(offset, &value.to_le_bytes()[..size]);
+            }
+            if nonsense.below(50) == 0 {
+                driver.negotiate(0);
+            }
+        }
+        driver.run();
+    }
+}

@@ -239,3 +239,211 @@ fn check_ring(ram: &SharedRam, address: u64, length: usize, alignment: u64) -> R
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{BUFFERS, Buffer, Echo, Nonsense, RAM_SIZE, TestDriver, readable, writable};
+
+    const NEXT: u16 = 1;
+    const WRITE: u16 = 2;
+    const INDIRECT: u16 = 4;
+    const EVENT_IDX: u64 = 1 << 29;
+
+    fn echo() -> TestDriver {
+        TestDriver::activated(Box::new(Echo::default()), 0)
+    }
+
+    /// Makes descriptor 0 available and expects the device to give up.
+    fn assert_fatal(mut driver: TestDriver, why: &str) {
+        driver.make_available(0, 0);
+        driver.kick(0);
+        assert!(driver.needs_reset(), "accepted: {why}");
+        assert_eq!(driver.take_used(0), None, "served: {why}");
+    }
+
+    #[test]
+    fn a_chain_is_served_across_its_buffers() {
+        let mut driver = echo();
+        driver.write_bytes(BUFFERS, b"abcdef");
+        let chain = [
+            readable(BUFFERS, 2),
+            readable(BUFFERS + 2, 0),
+            readable(BUFFERS + 2, 4),
+            writable(BUFFERS + 0x100, 1),
+            writable(BUFFERS + 0x200, 100),
+        ];
+        assert_eq!(driver.request(0, &chain), Some(6));
+        assert_eq!(driver.read_bytes(BUFFERS + 0x100, 1), b"a");
+        assert_eq!(driver.read_bytes(BUFFERS + 0x200, 5), b"bcdef");
+    }
+
+    #[test]
+    fn the_rings_wrap() {
+        let mut driver = echo();
+        for round in 0..70_000u32 {
+            assert_eq!(driver.request(0, &[readable(BUFFERS, round % 7), writable(BUFFERS, 7)]), Some(round % 7));
+        }
+    }
+
+    #[test]
+    fn an_indirect_table_is_followed() {
+        let mut driver = echo();
+        let table = BUFFERS + 0x1000;
+        driver.write_bytes(BUFFERS, b"text");
+        for (index, address, length, flags) in [(0, BUFFERS, 4, NEXT), (1, BUFFERS + 64, 4, WRITE)] {
+            let mut entry = u64::to_le_bytes(address).to_vec();
+            entry.extend(u32::to_le_bytes(length));
+            entry.extend(u16::to_le_bytes(flags));
+            entry.extend(u16::to_le_bytes(1));
+            driver.write_bytes(table + 16 * index, &entry);
+        }
+        driver.write_raw_descriptor(0, 0, table, 32, INDIRECT, 0);
+        driver.make_available(0, 0);
+        driver.kick(0);
+        assert_eq!(driver.take_used(0), Some((0, 4)));
+        assert_eq!(driver.read_bytes(BUFFERS + 64, 4), b"text");
+    }
+
+    #[test]
+    fn broken_chains_are_fatal() {
+        let cases: [(&str, &[(u64, u32, u16, u16)]); 9] = [
+            ("a loop", &[(BUFFERS, 1, NEXT, 0)]),
+            ("a loop of two", &[(BUFFERS, 1, NEXT, 1), (BUFFERS, 1, NEXT, 0)]),
+            ("a link past the table", &[(BUFFERS, 1, NEXT, 16)]),
+            ("a buffer past memory", &[(RAM_SIZE as u64 - 1, 2, 0, 0)]),
+            ("a buffer that wraps", &[(u64::MAX, 2, 0, 0)]),
+            ("a huge buffer", &[(BUFFERS, u32::MAX, 0, 0)]),
+            ("a readable buffer after a writable one", &[(BUFFERS, 1, NEXT | WRITE, 1), (BUFFERS, 1, 0, 0)]),
+            ("an indirect table of odd size", &[(BUFFERS, 17, INDIRECT, 0)]),
+            ("an indirect table outside memory", &[(RAM_SIZE as u64, 16, INDIRECT, 0)]),
+        ];
+        for (why, descriptors) in cases {
+            let mut driver = echo();
+            for (index, (address, length, flags, next)) in descriptors.iter().enumerate() {
+                driver.write_raw_descriptor(0, index as u16, *address, *length, *flags, *next);
+            }
+            assert_fatal(driver, why);
+        }
+    }
+
+    #[test]
+    fn an_empty_or_nested_indirect_table_is_fatal() {
+        let mut driver = echo();
+        driver.write_raw_descriptor(0, 0, BUFFERS, 0, INDIRECT, 0);
+        assert_fatal(driver, "an empty table");
+
+        let mut driver = echo();
+        let mut inner = BUFFERS.to_le_bytes().to_vec();
+        inner.extend(16u32.to_le_bytes());
+        inner.extend(INDIRECT.to_le_bytes());
+        inner.extend([0; 2]);
+        driver.write_bytes(BUFFERS, &inner);
+        driver.write_raw_descriptor(0, 0, BUFFERS, 16, INDIRECT, 0);
+        assert_fatal(driver, "a nested table");
+    }
+
+    #[test]
+    fn a_chain_longer_than_the_queue_is_fatal() {
+        let mut driver = echo();
+        let table = BUFFERS + 0x1000;
+        for index in 0..17u16 {
+            let mut entry = BUFFERS.to_le_bytes().to_vec();
+            entry.extend(1u32.to_le_bytes());
+            entry.extend((if index < 16 { NEXT } else { 0 }).to_le_bytes());
+            entry.extend((index + 1).to_le_bytes());
+            driver.write_bytes(table + 16 * u64::from(index), &entry);
+        }
+        driver.write_raw_descriptor(0, 0, table, 17 * 16, INDIRECT, 0);
+        assert_fatal(driver, "17 buffers in a queue of 16");
+    }
+
+    #[test]
+    fn an_available_index_that_runs_ahead_is_fatal() {
+        let mut driver = echo();
+        driver.set_available_index(0, 17);
+        driver.kick(0);
+        assert!(driver.needs_reset());
+        assert!(driver.interrupts() > 0, "the driver isn't told");
+    }
+
+    #[test]
+    fn a_head_past_the_table_is_fatal() {
+        let mut driver = echo();
+        driver.make_available(0, 16);
+        driver.kick(0);
+        assert!(driver.needs_reset());
+    }
+
+    #[test]
+    fn a_reset_brings_a_dead_device_back() {
+        let mut driver = echo();
+        driver.set_available_index(0, 1000);
+        driver.kick(0);
+        assert!(driver.needs_reset());
+
+        driver.set(0x70, 0);
+        assert!(!driver.needs_reset());
+        let registers = driver.queue_registers(0);
+        driver.write_bytes(registers.available, &[0; 4]);
+        driver.negotiate(0);
+        driver.write_queue(0, registers);
+        driver.set(0x70, 15);
+        driver.kick(0);
+        assert_eq!(driver.request(0, &[readable(BUFFERS, 3), writable(BUFFERS + 8, 3)]), Some(3));
+    }
+
+    #[test]
+    fn interrupts_are_held_back_when_the_driver_says_so() {
+        let mut driver = echo();
+        let registers = driver.queue_registers(0);
+        // Event index: not before the tenth used entry.
+        driver.write_bytes(registers.available + 4 + 2 * 16, &9u16.to_le_bytes());
+        driver.interrupts();
+        for _ in 0..9 {
+            driver.request(0, &[writable(BUFFERS, 1)]);
+        }
+        assert_eq!(driver.interrupts(), 0);
+        driver.request(0, &[writable(BUFFERS, 1)]);
+        assert_eq!(driver.interrupts(), 1);
+    }
+
+    #[test]
+    fn without_the_event_index_every_batch_interrupts() {
+        let mut driver = TestDriver::activated(Box::new(Echo::default()), EVENT_IDX);
+        driver.interrupts();
+        for _ in 0..3 {
+            driver.request(0, &[writable(BUFFERS, 1)]);
+        }
+        assert_eq!(driver.interrupts(), 3);
+    }
+
+    #[test]
+    fn random_rings_never_panic_and_always_come_to_rest() {
+        let mut nonsense = Nonsense(0x1234_5678);
+        let mut faults = 0;
+        for _ in 0..3000 {
+            let mut driver = echo();
+            for index in 0..16 {
+                // Mostly plausible, so that the walk gets somewhere.
+                let buffer = Buffer {
+                    address: BUFFERS + nonsense.below(0x1_0000),
+                    length: nonsense.below(300) as u32,
+                    writable: nonsense.below(2) == 0,
+                };
+                let next = (nonsense.below(3) != 0).then(|| nonsense.below(18) as u16);
+                driver.write_descriptor(0, index, buffer, next);
+                if nonsense.below(8) == 0 {
+                    let (address, length) = (nonsense.next() >> nonsense.below(64), nonsense.next() as u32);
+                    let flags = nonsense.below(8) as u16;
+                    driver.write_raw_descriptor(0, index, address, length, flags, nonsense.next() as u16);
+                }
+            }
+            for _ in 0..nonsense.below(20) {
+                driver.make_available(0, nonsense.below(17) as u16);
+            }
+            driver.kick(0);
+            faults += u32::from(driver.needs_reset());
+        }
+        assert!((1000..3000).contains(&faults), "{faults} of 3000 rings were faulty");
+    }
+}

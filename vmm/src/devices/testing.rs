@@ -1,6 +1,7 @@
 //! A driver in miniature, for tests of devices: memory, rings, and a worker that runs in the test's own thread.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use event_manager::{EventManager, SubscriberOps};
 use vm_memory::{Bytes, GuestAddress};
@@ -8,7 +9,10 @@ use vm_memory::{Bytes, GuestAddress};
 use super::mmio::MmioTransport;
 use super::slot::DeviceSlot;
 use super::worker::DeviceWorker;
-use super::{QueueRegisters, VirtioDevice};
+use super::{
+    Activated, ConfigSpace, DeviceEvents, DeviceFault, DeviceInfo, DeviceKind, Progress, QueueRegisters,
+    VirtioDevice,
+};
 use crate::memory::{GuestRam, SharedRam};
 
 /// Size of the test's guest memory, in bytes.
@@ -268,6 +272,40 @@ impl TestDriver {
     /// Takes the interrupts raised since the last call: the count of edges on the line.
     pub fn interrupts(&self) -> u64 {
         self.transport.slot().interrupt().line().read().unwrap_or(0)
+    }
+}
+
+/// A device of two queues that copies what it reads to what it writes, for tests of the framework.
+#[derive(Debug, Default)]
+pub(crate) struct Echo {
+    pub resets: Arc<AtomicU32>,
+}
+
+impl VirtioDevice for Echo {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            kind: DeviceKind::Entropy,
+            features: 1 << 3,
+            queue_sizes: vec![16, 256],
+            config: Arc::new(ConfigSpace::new(vec![1, 2, 3, 4, 5, 6, 7, 8])),
+        }
+    }
+
+    fn queue_ready(
+        &mut self,
+        queue: usize,
+        active: &mut Activated,
+        _events: &mut DeviceEvents<'_, '_>,
+    ) -> Result<Progress, DeviceFault> {
+        active.queues[queue].serve(|chain| {
+            let mut buffer = [0; 4096];
+            let length = chain.reader().read(&mut buffer)?;
+            Ok(chain.writer().write(&buffer[..length])? as u32)
+        })
+    }
+
+    fn reset(&mut self, _events: &mut DeviceEvents<'_, '_>) {
+        self.resets.fetch_add(1, Ordering::SeqCst);
     }
 }
 
