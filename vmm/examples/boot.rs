@@ -99,11 +99,8 @@ fn spawn(vmm: &str, control: Channel) -> Result<Child, Box<dyn Error>> {
     // SAFETY: dup2 and fcntl are async-signal-safe and have no memory arguments; `control` outlives the spawn.
     unsafe {
         command.pre_exec(move || {
-            let result = if fd == CONTROL_FD {
-                libc::fcntl(fd, libc::F_SETFD, 0)
-            } else {
-                libc::dup2(fd, CONTROL_FD)
-            };
+            let result =
+                if fd == CONTROL_FD { libc::fcntl(fd, libc::F_SETFD, 0) } else { libc::dup2(fd, CONTROL_FD) };
             if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
         });
     }

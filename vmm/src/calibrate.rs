@@ -126,8 +126,7 @@ fn enter_protected_mode(vcpu: &VcpuFd) -> Result<(), CalibrateError> {
 }
 
 fn count_down(vcpu: &mut VcpuFd, rounds: u32) -> Result<Duration, CalibrateError> {
-    let regs =
-        kvm_regs { rip: CODE, rcx: rounds.into(), rflags: RFLAGS_RESERVED, ..kvm_regs::default() };
+    let regs = kvm_regs { rip: CODE, rcx: rounds.into(), rflags: RFLAGS_RESERVED, ..kvm_regs::default() };
     vcpu.set_regs(&regs).map_err(kvm_failed("set the registers"))?;
     let start = Instant::now();
     loop {

@@ -130,7 +130,9 @@ fn refusal(error: &MachineError) -> Refusal {
         MachineError::Boot(crate::boot::BootError::CommandLine(_)) => RefusalKind::InvalidRequest,
         MachineError::Boot(_) => RefusalKind::Kernel,
         MachineError::NoKvm(_) | MachineError::Kvm { .. } | MachineError::Vcpu { .. } => RefusalKind::Kvm,
-        MachineError::Memory(_) | MachineError::Host { .. } | MachineError::Devices(_) => RefusalKind::Resources,
+        MachineError::Memory(_) | MachineError::Host { .. } | MachineError::Devices(_) => {
+            RefusalKind::Resources
+        }
     };
     let mut message = chain_of(error);
     message.truncate(message.floor_char_boundary(REFUSAL_MAX));
@@ -156,7 +158,9 @@ impl Watch {
     fn new(channel: &Channel, machine: Option<&RunningMachine>) -> Result<Self, ControlError> {
         let epoll = Epoll::new().map_err(ControlError::Wait)?;
         let add = |fd, token| {
-            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token)).map_err(ControlError::Wait)
+            epoll
+                .ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token))
+                .map_err(ControlError::Wait)
         };
         add(channel.as_raw_fd(), CHANNEL)?;
         if let Some(machine) = machine {

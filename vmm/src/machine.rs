@@ -32,7 +32,7 @@ use crate::devices::worker::{DeviceWorker, chain_of};
 use crate::ioapic::{InterruptRouter, IoApic, MsiRoute};
 use crate::layout::{FIRST_IRQ, IRQ_PINS, KVM_TSS, irq, mmio_address};
 use crate::memory::{MemoryError, SharedRam, map_ram};
-use crate::resources::{Resources, ResourceError};
+use crate::resources::{ResourceError, Resources};
 use crate::vcpu::{self, Vcpu};
 
 /// Stack of the device and vCPU threads, in bytes.
@@ -156,7 +156,10 @@ fn routing_entry(route: &MsiRoute) -> kvm_irq_routing_entry {
 
 impl Machine {
     /// Builds a machine from its configuration and the descriptors that came with it.
-    pub fn build(config: &VmConfig, fds: Vec<OwnedFd>) -> Result<(Self, crate::resources::Handles), MachineError> {
+    pub fn build(
+        config: &VmConfig,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(Self, crate::resources::Handles), MachineError> {
         let Resources { kvm, mut kernel, devices, handles } = Resources::take(config, fds)?;
         let kvm = open_kvm(kvm)?;
 
@@ -174,7 +177,8 @@ impl Machine {
         let mut slots = Vec::new();
         for device in devices {
             let info = device.info();
-            let slot = DeviceSlot::new(info.queue_sizes.len()).map_err(host_failed("eventfds for a device"))?;
+            let slot =
+                DeviceSlot::new(info.queue_sizes.len()).map_err(host_failed("eventfds for a device"))?;
             transports.push(MmioTransport::new(info, slot.clone(), ram.clone()));
             workers.push(DeviceWorker::new(device, slot.clone()));
             slots.push(slot);
@@ -206,11 +210,12 @@ impl Machine {
         let gate = Arc::new(Barrier::new(self.vcpus.len() + 1));
         let mut vcpus = Vec::new();
         for (fd, id) in self.vcpus.into_iter().zip(0..) {
-            let vcpu =
-                Vcpu { id, fd, bus: self.bus.clone(), ram: self.ram.clone(), stop: stop.clone() };
+            let vcpu = Vcpu { id, fd, bus: self.bus.clone(), ram: self.ram.clone(), stop: stop.clone() };
             vcpus.push(start_vcpu(vcpu, reporter.clone(), gate.clone())?);
         }
-        Filter::VmmControl.install().map_err(|error| host_failed("the control thread's filter")(io::Error::other(error)))?;
+        Filter::VmmControl
+            .install()
+            .map_err(|error| host_failed("the control thread's filter")(io::Error::other(error)))?;
         gate.wait();
         Ok(RunningMachine { stop, vcpus, devices, exits, exit_event: reporter.event })
     }
@@ -340,4 +345,3 @@ fn wire(vm: &VmFd, slots: &[Arc<DeviceSlot>]) -> Result<(), MachineError> {
     }
     Ok(())
 }
-

@@ -63,10 +63,7 @@ struct Fds(Vec<Option<OwnedFd>>);
 
 impl Fds {
     fn take(&mut self, index: FdIndex) -> Result<OwnedFd, ResourceError> {
-        self.0
-            .get_mut(usize::from(index.0))
-            .and_then(Option::take)
-            .ok_or(ResourceError::NamedTwice(index.0))
+        self.0.get_mut(usize::from(index.0)).and_then(Option::take).ok_or(ResourceError::NamedTwice(index.0))
     }
 }
 

@@ -132,9 +132,9 @@ impl Vcpu {
             }
             VcpuExit::Intr | VcpuExit::IrqWindowOpen => None,
             VcpuExit::Shutdown => Some(ExitReason::TripleFault),
-            VcpuExit::FailEntry(reason, cpu) => {
-                Some(self.failed(format!("the CPU refused to enter the guest: reason {reason:#x} on CPU {cpu}")))
-            }
+            VcpuExit::FailEntry(reason, cpu) => Some(
+                self.failed(format!("the CPU refused to enter the guest: reason {reason:#x} on CPU {cpu}")),
+            ),
             VcpuExit::InternalError => {
                 let detail = self.internal_error();
                 Some(self.failed(detail))

@@ -48,7 +48,9 @@ pub enum KernelError {
         end: u64,
     },
     /// The kernel's zero-initialised data lie past the end of memory.
-    #[error("the kernel needs memory up to {end:#x}, the guest has it up to {ram_end:#x}: give it more memory")]
+    #[error(
+        "the kernel needs memory up to {end:#x}, the guest has it up to {ram_end:#x}: give it more memory"
+    )]
     TooLarge {
         /// Guest-physical address.
         end: u64,

@@ -90,7 +90,8 @@ impl Block {
 
     fn config(&self) -> Vec<u8> {
         let mut config = vec![0; 60];
-        let mut put = |offset: usize, bytes: &[u8]| config[offset..offset + bytes.len()].copy_from_slice(bytes);
+        let mut put =
+            |offset: usize, bytes: &[u8]| config[offset..offset + bytes.len()].copy_from_slice(bytes);
         put(0, &self.sectors.to_le_bytes());
         put(8, &SIZE_MAX.to_le_bytes());
         put(12, &SEG_MAX.to_le_bytes());
@@ -266,7 +267,10 @@ impl Block {
 
     fn failed(&mut self, what: &'static str, error: &io::Error) -> Failure {
         if !std::mem::replace(&mut self.warned, true) {
-            warn!("disk {}: {what} failed: {error}", String::from_utf8_lossy(&self.id).trim_end_matches('\0'));
+            warn!(
+                "disk {}: {what} failed: {error}",
+                String::from_utf8_lossy(&self.id).trim_end_matches('\0')
+            );
         }
         Failure::Io
     }
@@ -345,16 +349,14 @@ mod tests {
     /// A request whose data the device writes; returns (length, status).
     fn fetch(driver: &mut TestDriver, kind: u32, sector: u64, length: u32) -> (Option<u32>, u32) {
         put_header(driver, kind, sector);
-        let written =
-            driver.request(0, &[readable(HEADER, 16), writable(DATA, length), writable(STATUS, 1)]);
+        let written = driver.request(0, &[readable(HEADER, 16), writable(DATA, length), writable(STATUS, 1)]);
         (written, driver.read_bytes(STATUS, 1)[0].into())
     }
 
     /// A request whose data the device reads; returns the status.
     fn store(driver: &mut TestDriver, kind: u32, sector: u64, length: u32) -> u32 {
         put_header(driver, kind, sector);
-        let written =
-            driver.request(0, &[readable(HEADER, 16), readable(DATA, length), writable(STATUS, 1)]);
+        let written = driver.request(0, &[readable(HEADER, 16), readable(DATA, length), writable(STATUS, 1)]);
         assert_eq!(written, Some(1));
         driver.read_bytes(STATUS, 1)[0].into()
     }

@@ -281,7 +281,10 @@ mod tests {
     fn the_rings_wrap() {
         let mut driver = echo();
         for round in 0..70_000u32 {
-            assert_eq!(driver.request(0, &[readable(BUFFERS, round % 7), writable(BUFFERS, 7)]), Some(round % 7));
+            assert_eq!(
+                driver.request(0, &[readable(BUFFERS, round % 7), writable(BUFFERS, 7)]),
+                Some(round % 7)
+            );
         }
     }
 

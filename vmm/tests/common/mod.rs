@@ -1,0 +1,6 @@
+//! What the tests of the real program share: starting it, and guests of a few instructions.
+
+#![allow(dead_code, missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+pub mod guest;
+pub mod process;

@@ -1,0 +1,226 @@
+//! A `bulkhead-vmm` process and the shim's end of its control socket.
+
+use std::fs::OpenOptions;
+use std::io::{PipeReader, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use bulkhead_vmm_protocol::{
+    BlockConfig, CONTROL_FD, Channel, ChannelError, Event, ExitReason, FdIndex, FromVmm, Refusal, Request,
+    VmConfig, VsockConfig,
+};
+
+/// How long anything may take.
+pub const LIMIT: Duration = Duration::from_secs(20);
+
+/// A running VMM; killed when dropped.
+pub struct Vmm {
+    child: VmmProcess,
+    pub control: Channel,
+    console: Option<PipeReader>,
+}
+
+/// The process alone.
+pub struct VmmProcess(Child);
+
+/// What to boot; descriptors are gathered as they are named.
+pub struct Boot {
+    pub config: VmConfig,
+    pub fds: Vec<OwnedFd>,
+    console: PipeReader,
+}
+
+/// Whether this machine has a KVM that we may use. If not, says so where `make test` looks, and on standard error.
+pub fn kvm_or_skip(test: &str) -> bool {
+    let error = match open_kvm() {
+        Ok(_) => return true,
+        Err(error) => error,
+    };
+    let line = format!("SKIPPED {test}: /dev/kvm can't be opened ({error})\n");
+    eprint!("{line}");
+    let list = concat!(env!("CARGO_TARGET_TMPDIR"), "/skipped-tests.txt");
+    let mut file = OpenOptions::new().create(true).append(true).open(list).unwrap();
+    file.write_all(line.as_bytes()).unwrap();
+    false
+}
+
+fn open_kvm() -> std::io::Result<OwnedFd> {
+    Ok(OpenOptions::new().read(true).write(true).open("/dev/kvm")?.into())
+}
+
+impl Boot {
+    /// One vCPU, 64 MiB, console, entropy device, and the given kernel file's contents.
+    pub fn new(kernel: &[u8]) -> Self {
+        let (console, console_end) = std::io::pipe().unwrap();
+        let mut boot = Boot {
+            config: VmConfig {
+                vcpus: 1,
+                memory_mib: 64,
+                kvm: FdIndex(0),
+                kernel: FdIndex(1),
+                cmdline: String::new(),
+                console: Some(FdIndex(2)),
+                disks: Vec::new(),
+                fs: None,
+                vsock: VsockConfig { guest_cid: 3, guest_streams: Vec::new() },
+            },
+            fds: Vec::new(),
+            console,
+        };
+        boot.pass(open_kvm().unwrap());
+        boot.pass(file_with(kernel));
+        boot.pass(console_end.into());
+        boot
+    }
+
+    pub fn pass(&mut self, fd: OwnedFd) -> FdIndex {
+        self.fds.push(fd);
+        FdIndex(self.fds.len() as u8 - 1)
+    }
+
+    /// Adds a disk with the given contents; returns a second handle to it.
+    pub fn disk(&mut self, contents: &[u8], read_only: bool) -> OwnedFd {
+        let file = file_with(contents);
+        let index = self.pass(file.try_clone().unwrap());
+        self.config.disks.push(BlockConfig { file: index, read_only, serial: "test".into() });
+        file
+    }
+
+    /// Starts a VMM and asks it to boot this.
+    pub fn start(self) -> (Vmm, Result<(), Refusal>) {
+        let mut vmm = Vmm::spawn(env!("CARGO_BIN_EXE_bulkhead-vmm"));
+        let fds: Vec<_> = self.fds.iter().map(AsFd::as_fd).collect();
+        vmm.control.send(&Request::Boot(Box::new(self.config)), &fds).unwrap();
+        vmm.console = Some(self.console);
+        let reply = vmm.reply();
+        (vmm, reply)
+    }
+
+    /// Starts a VMM, boots this, and waits for the end.
+    pub fn run(self) -> (ExitReason, String) {
+        let (vmm, reply) = self.start();
+        reply.unwrap();
+        vmm.wait_for_end()
+    }
+}
+
+/// An unlinked file.
+pub fn file_with(contents: &[u8]) -> OwnedFd {
+    let mut file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
+    file.write_all(contents).unwrap();
+    file.into()
+}
+
+impl Vmm {
+    pub fn spawn(program: &str) -> Self {
+        let (ours, theirs) = Channel::pair().unwrap();
+        ours.set_timeout(Some(LIMIT)).unwrap();
+        let mut command = Command::new(program);
+        if is_root() {
+            command.args(["--uid", "65534", "--gid", "65534"]);
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).env_clear();
+        let fd = theirs.as_raw_fd();
+        // SAFETY: dup2 and fcntl are async-signal-safe and have no memory arguments; `theirs` outlives the spawn.
+        unsafe {
+            command.pre_exec(move || {
+                let result = if fd == CONTROL_FD {
+                    libc::fcntl(fd, libc::F_SETFD, 0)
+                } else {
+                    libc::dup2(fd, CONTROL_FD)
+                };
+                if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+            });
+        }
+        let child = command.spawn().unwrap();
+        Vmm { child: VmmProcess(child), control: ours, console: None }
+    }
+
+    /// The answer to the last request.
+    pub fn reply(&mut self) -> Result<(), Refusal> {
+        match self.control.receive::<FromVmm>() {
+            Ok(packet) => match packet.message {
+                FromVmm::Reply(result) => result,
+                FromVmm::Event(event) => panic!("{event:?} instead of a reply"),
+            },
+            Err(error) => panic!("no reply: {error}; the VMM says: {}", self.last_words()),
+        }
+    }
+
+    /// Waits for the end of the machine and of the process; returns the reason and the console's output.
+    pub fn wait_for_end(mut self) -> (ExitReason, String) {
+        let reason = match self.control.receive::<FromVmm>() {
+            Ok(packet) => match packet.message {
+                FromVmm::Event(Event::Exited(reason)) => reason,
+                other => panic!("{other:?} instead of the end"),
+            },
+            Err(ChannelError::TimedOut) => panic!("the guest didn't end in time"),
+            Err(error) => panic!("no event: {error}; the VMM says: {}", self.last_words()),
+        };
+        let status = self.wait();
+        assert!(status.success(), "{status}");
+        let mut output = String::new();
+        if let Some(mut console) = self.console.take() {
+            console.read_to_string(&mut output).unwrap();
+        }
+        (reason, output)
+    }
+
+    /// Waits for the process to end.
+    pub fn wait(&mut self) -> ExitStatus {
+        self.child.wait()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.0.id()
+    }
+
+    /// Process and control socket apart.
+    pub fn into_parts(self) -> (VmmProcess, Channel) {
+        (self.child, self.control)
+    }
+
+    fn last_words(&mut self) -> String {
+        self.child.last_words()
+    }
+}
+
+impl VmmProcess {
+    pub fn wait(&mut self) -> ExitStatus {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                return status;
+            }
+            assert!(start.elapsed() < LIMIT, "the VMM didn't end in time");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// How the process ended, and its standard error.
+    fn last_words(&mut self) -> String {
+        // Time to end by itself, so that the status is its own.
+        std::thread::sleep(Duration::from_millis(200));
+        let _ = self.0.kill();
+        let status = self.0.wait().unwrap();
+        let mut text = String::new();
+        if let Some(mut stderr) = self.0.stderr.take() {
+            stderr.read_to_string(&mut text).unwrap();
+        }
+        format!("{status}: {text}")
+    }
+}
+
+impl Drop for VmmProcess {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+pub fn is_root() -> bool {
+    // SAFETY: geteuid can't fail and has no arguments.
+    unsafe { libc::geteuid() == 0 }
+}
