@@ -30,6 +30,7 @@ pub mod rng;
 pub mod slot;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod vsock;
 pub mod worker;
 
 pub use chain::{Chain, ChainReader, ChainWriter, MemoryFault};
