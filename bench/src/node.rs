@@ -1,0 +1,161 @@
+//! What the benchmark reads of the node it runs on: processes, memory, versions.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// A process of the node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    /// Its id.
+    pub pid: u32,
+    /// Its name: the first 15 bytes of its program's.
+    pub name: String,
+    /// Its arguments, separated by blanks; empty for kernel threads.
+    pub command_line: String,
+}
+
+/// The processes that run now, kernel threads included.
+pub fn processes() -> Vec<Process> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| {
+            let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+            let read = |file: &str| fs::read(entry.path().join(file)).ok();
+            let command_line = read("cmdline")?
+                .split(|byte| *byte == 0)
+                .map(String::from_utf8_lossy)
+                .collect::<Vec<_>>()
+                .join(" ");
+            let name = String::from_utf8_lossy(&read("comm")?).trim_end().to_owned();
+            Some(Process { pid, name, command_line })
+        })
+        .collect()
+}
+
+/// Memory that nobody else can have until its users give it back, in bytes: what is neither free nor page cache that can be
+/// dropped. Pods pages shared through the page cache (programs, templates) do not count, their own pages do.
+///
+/// `None` if `/proc/meminfo` has not the lines that it should.
+pub fn used_memory() -> Option<u64> {
+    used_memory_of(&fs::read_to_string("/proc/meminfo").ok()?)
+}
+
+fn used_memory_of(meminfo: &str) -> Option<u64> {
+    let kib = |name: &str| value_of(meminfo, name);
+    let cache = (kib("Cached")? + kib("Buffers")?).checked_sub(kib("Shmem")?)?;
+    let free = kib("MemFree")? + cache + kib("SReclaimable")?;
+    Some(kib("MemTotal")?.checked_sub(free)? * 1024)
+}
+
+/// A process's proportional set size in bytes: its own pages, and its share of those that it shares.
+///
+/// `None` when it has ended.
+pub fn proportional_set_size(pid: u32) -> Option<u64> {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    Some(value_of(&rollup, "Pss")? * 1024)
+}
+
+/// Resident memory of a process without its mappings of `excluded` bytes and more, in bytes: for a VMM, its own memory without
+/// the guest's.
+///
+/// `None` when it has ended.
+pub fn resident_without_large_mappings(pid: u32, excluded: u64) -> Option<u64> {
+    Some(resident_of(&fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?, excluded))
+}
+
+fn resident_of(smaps: &str, excluded: u64) -> u64 {
+    let mut total = 0;
+    let mut size = 0;
+    for line in smaps.lines() {
+        if let Some(kib) = value_of(line, "Size") {
+            size = kib * 1024;
+        } else if let Some(kib) = value_of(line, "Rss")
+            && size < excluded
+        {
+            total += kib * 1024;
+        }
+    }
+    total
+}
+
+/// The number in the line `NAME: NUMBER kB`.
+fn value_of(text: &str, name: &str) -> Option<u64> {
+    text.lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+        .and_then(|rest| rest.split_whitespace().next())
+        .and_then(|number| number.parse().ok())
+}
+
+/// Where a program is, by the PATH.
+pub fn find_program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|directory| directory.join(name)).find(|program| program.is_file())
+}
+
+/// The first line that a program prints with `arguments`.
+pub fn first_line_of(program: &Path, arguments: &[&str]) -> Option<String> {
+    let output = std::process::Command::new(program).args(arguments).output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text.lines().next().map(|line| line.trim().to_owned())
+}
+
+/// The kernel's release.
+pub fn kernel_release() -> String {
+    fs::read_to_string("/proc/sys/kernel/osrelease")
+        .map_or_else(|_| "unknown".to_owned(), |text| text.trim().to_owned())
+}
+
+/// The CPU's model name and how many there are.
+pub fn cpus() -> (String, usize) {
+    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let models: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("model name")?.split_once(':'))
+        .map(|(_, model)| model.trim())
+        .collect();
+    (models.first().map_or("unknown", |model| *model).to_owned(), models.len())
+}
+
+/// The node's memory in bytes.
+pub fn total_memory() -> u64 {
+    let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    value_of(&meminfo, "MemTotal").unwrap_or_default() * 1024
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MEMINFO: &str = "MemTotal: 1000 kB\nMemFree: 300 kB\nBuffers: 10 kB\nCached: 200 kB\nShmem: 50 kB\n\
+                           SReclaimable: 40 kB\n";
+
+    #[test]
+    fn used_memory_leaves_out_what_can_be_dropped() {
+        // Shared memory is in Cached, but cannot be dropped.
+        assert_eq!(used_memory_of(MEMINFO), Some((1000 - 300 - 10 - 150 - 40) * 1024));
+        assert_eq!(used_memory_of("MemTotal: 1000 kB\n"), None);
+        assert!(used_memory().unwrap() < total_memory());
+    }
+
+    #[test]
+    fn our_own_process_is_there() {
+        let own = processes().into_iter().find(|process| process.pid == std::process::id()).unwrap();
+        assert!(!own.command_line.is_empty());
+        assert!(proportional_set_size(own.pid).unwrap() > 0);
+        assert!(resident_without_large_mappings(own.pid, u64::MAX).unwrap() > 0);
+        assert_eq!(resident_without_large_mappings(own.pid, 0), Some(0));
+    }
+
+    #[test]
+    fn large_mappings_are_left_out() {
+        let smaps = "00-01 rw-p\nSize:   256 kB\nRss:    100 kB\n01-02 rw-p\nSize:   8 kB\nRss:   4 kB\nShared: 1 kB\n";
+        assert_eq!(resident_of(smaps, 256 * 1024), 4 * 1024);
+        assert_eq!(resident_of(smaps, 1 << 30), 104 * 1024);
+    }
+
+    #[test]
+    fn programs_are_found_by_the_path() {
+        assert!(find_program("sh").unwrap().ends_with("sh"));
+        assert_eq!(find_program("no-such-program-here"), None);
+    }
+}

@@ -1,0 +1,176 @@
+//! What is measured: groups of rows that share their pods.
+
+pub mod start;
+
+use std::path::Path;
+use std::time::Duration;
+
+use crate::containerd::Containerd;
+use crate::containerd::client::Client;
+use crate::containerd::image::Image;
+use crate::pod::{PodError, Pods};
+use crate::report::{Better, Row, Skipped};
+use crate::runtime::{self, Runtime};
+
+/// Groups of rows, in the order in which they are measured.
+pub const GROUPS: [Group; 1] = [Group::Start];
+
+/// Rows that are measured together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Group {
+    /// Starting, stopping and removing one pod after the other.
+    Start,
+}
+
+impl Group {
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Start => "start",
+        }
+    }
+
+    /// For people: what its rows are.
+    pub fn explanation(self) -> &'static str {
+        match self {
+            Self::Start => "pod start up to the first byte of output, by step; stop and remove",
+        }
+    }
+
+    /// The group of a name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        GROUPS.into_iter().find(|group| group.name() == name)
+    }
+
+    /// Measures it.
+    pub async fn measure(self, bench: &mut Bench<'_>) {
+        match self {
+            Self::Start => start::measure(bench).await,
+        }
+    }
+}
+
+/// What the groups measure with, and where they put their figures.
+pub struct Bench<'a> {
+    /// The containerd that everything runs under.
+    pub containerd: &'a Containerd,
+    /// The connection to it.
+    pub client: Client,
+    /// Its image.
+    pub image: &'a Image,
+    /// Makes pods of the image.
+    pub pods: Pods,
+    /// The runtimes that take part.
+    pub runtimes: Vec<Runtime>,
+    /// Where files that a group needs can be put.
+    pub directory: &'a Path,
+    /// Rounds of the groups that measure one pod after the other.
+    pub rounds: usize,
+    /// Receives a line for each bit of progress.
+    pub progress: &'a dyn Fn(&str),
+    /// What was measured so far.
+    pub results: Results,
+}
+
+/// Figures, collected sample by sample.
+#[derive(Debug, Default)]
+pub struct Results {
+    series: Vec<Series>,
+    skipped: Vec<Skipped>,
+}
+
+#[derive(Debug)]
+struct Series {
+    row: String,
+    runtime: &'static str,
+    unit: &'static str,
+    better: Better,
+    samples: Vec<f64>,
+}
+
+impl Results {
+    /// Adds a sample to the row of this name and runtime.
+    pub fn add(&mut self, row: &str, runtime: &'static str, unit: &'static str, better: Better, sample: f64) {
+        match self.series.iter_mut().find(|series| series.row == row && series.runtime == runtime) {
+            Some(series) => series.samples.push(sample),
+            None => {
+                self.series.push(Series { row: row.to_owned(), runtime, unit, better, samples: vec![sample] })
+            }
+        }
+    }
+
+    /// Adds a duration, in milliseconds.
+    pub fn add_time(&mut self, row: &str, runtime: &'static str, duration: Duration) {
+        self.add(row, runtime, "ms", Better::Lower, duration.as_secs_f64() * 1e3);
+    }
+
+    /// Notes that something could not be measured.
+    pub fn skip(&mut self, row: &str, runtime: &str, reason: impl Into<String>) {
+        self.skipped.push(Skipped {
+            row: row.to_owned(),
+            runtime: runtime.to_owned(),
+            reason: reason.into(),
+        });
+    }
+
+    /// The finished rows, those of one quantity together, and what was skipped.
+    pub fn finish(mut self) -> (Vec<Row>, Vec<Skipped>) {
+        // The runtimes took turns: which came first is of no interest. Stable, so rows stay in their order.
+        let place = |series: &Series| runtime::ALL.iter().position(|kind| kind.name() == series.runtime);
+        self.series.sort_by_key(place);
+        let mut names: Vec<&str> = Vec::new();
+        for series in &self.series {
+            if !names.contains(&series.row.as_str()) {
+                names.push(&series.row);
+            }
+        }
+        let rows = names
+            .iter()
+            .flat_map(|name| self.series.iter().filter(move |series| series.row == *name))
+            .filter_map(|series| {
+                Row::new(&series.row, series.runtime, series.unit, series.better, series.samples.clone())
+            })
+            .collect();
+        (rows, self.skipped)
+    }
+}
+
+impl Bench<'_> {
+    /// Tells how far it is.
+    pub fn progress(&self, text: &str) {
+        (self.progress)(text);
+    }
+
+    /// Notes a runtime that fails in a group, and says so at once.
+    pub fn fail(&mut self, row: &str, runtime: &'static str, error: &PodError) {
+        self.progress(&format!("FAILED {row} under {runtime}: {error}"));
+        self.results.skip(row, runtime, error.to_string());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_of_a_row_come_together() {
+        let mut results = Results::default();
+        results.add("a", "crun", "ms", Better::Lower, 2.0);
+        results.add("a", "runc", "ms", Better::Lower, 1.0);
+        results.add("b", "runc", "ms", Better::Lower, 5.0);
+        results.add("a", "runc", "ms", Better::Lower, 3.0);
+        results.skip("c", "runc", "why");
+        let (rows, skipped) = results.finish();
+        let summary: Vec<(&str, &str, usize)> =
+            rows.iter().map(|row| (row.row.as_str(), row.runtime.as_str(), row.n)).collect();
+        assert_eq!(summary, [("a", "runc", 2), ("a", "crun", 1), ("b", "runc", 1)]);
+        assert_eq!(skipped[0].reason, "why");
+    }
+
+    #[test]
+    fn groups_have_names() {
+        for group in GROUPS {
+            assert_eq!(Group::from_name(group.name()), Some(group));
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! The runtimes that are compared, and whether this node has them.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use protobuf::well_known_types::any::Any;
+use protobuf::{Message, MessageField};
+
+use crate::node::find_program;
+use crate::proto;
+
+/// Everything that can be asked for, in the order of the report.
+pub const ALL: [Kind; 5] = [Kind::Runc, Kind::Crun, Kind::Runsc, Kind::Bulkhead, Kind::BulkheadTemplate];
+
+/// A runtime.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// The reference: containers on the host's kernel.
+    Runc,
+    /// The same in C.
+    Crun,
+    /// gVisor: a kernel in user space.
+    Runsc,
+    /// Ours, each pod booting a kernel.
+    Bulkhead,
+    /// Ours, each pod restored from a template.
+    BulkheadTemplate,
+}
+
+impl Kind {
+    /// The name in reports and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Runc => "runc",
+            Self::Crun => "crun",
+            Self::Runsc => "runsc",
+            Self::Bulkhead => "bulkhead",
+            Self::BulkheadTemplate => "bulkhead-template",
+        }
+    }
+
+    /// The runtime of a name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        ALL.into_iter().find(|kind| kind.name() == name)
+    }
+
+    /// Whether it is one of ours.
+    pub fn is_bulkhead(self) -> bool {
+        matches!(self, Self::Bulkhead | Self::BulkheadTemplate)
+    }
+
+    /// The program that decides which version it is.
+    fn program(self) -> &'static str {
+        match self {
+            Self::Runc => "runc",
+            Self::Crun => "crun",
+            Self::Runsc => "runsc",
+            Self::Bulkhead | Self::BulkheadTemplate => "containerd-shim-bulkhead-v1",
+        }
+    }
+}
+
+/// A runtime that this node has.
+#[derive(Debug, Clone)]
+pub struct Runtime {
+    /// Which one.
+    pub kind: Kind,
+    /// Its program.
+    pub program: PathBuf,
+    containerd_name: &'static str,
+    options: Any,
+}
+
+/// Why a runtime can't take part.
+#[derive(Debug, thiserror::Error)]
+pub enum Absent {
+    /// Its program is not installed.
+    #[error("{0} is not in the PATH")]
+    Program(&'static str),
+    /// It needs something that does not exist yet.
+    #[error("{0}")]
+    NotBuilt(&'static str),
+    /// A file for it can't be written.
+    #[error("cannot write {path}: {source}")]
+    Write {
+        /// Which one.
+        path: PathBuf,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// Its options can't be encoded.
+    #[error("cannot encode its options: {0}")]
+    Options(#[from] protobuf::Error),
+}
+
+/// How gVisor is run.
+#[derive(Debug, Clone)]
+pub struct RunscOptions {
+    /// The platform: `systrap`, `kvm` or `ptrace`.
+    pub platform: String,
+}
+
+impl Runtime {
+    /// The runtime of a kind, if the node has it. Files that it needs go into `directory`.
+    ///
+    /// # Errors
+    /// Why it can't take part.
+    pub fn find(kind: Kind, directory: &Path, runsc: &RunscOptions) -> Result<Self, Absent> {
+        let program = find_program(kind.program()).ok_or(Absent::Program(kind.program()))?;
+        let (containerd_name, options) = match kind {
+            Kind::Runc | Kind::Crun => ("io.containerd.runc.v2", runc_options(&program, kind, directory)?),
+            Kind::Runsc => {
+                let wrapper = runsc_wrapper(&program, directory, runsc)?;
+                ("io.containerd.runc.v2", runc_options(&wrapper, kind, directory)?)
+            }
+            Kind::Bulkhead => ("io.containerd.bulkhead.v1", Any::default()),
+            Kind::BulkheadTemplate => {
+                return Err(Absent::NotBuilt("templates do not exist yet"));
+            }
+        };
+        Ok(Self { kind, program, containerd_name, options })
+    }
+
+    /// Its part of a container's record.
+    pub fn record(&self) -> proto::container::Runtime {
+        let options = if self.options.type_url.is_empty() {
+            MessageField::none()
+        } else {
+            MessageField::some(self.options.clone())
+        };
+        proto::container::Runtime { name: self.containerd_name.to_owned(), options, ..Default::default() }
+    }
+}
+
+/// Options of containerd's runc shim, which drives every runtime that has runc's command line. Each has a state directory of
+/// its own.
+fn runc_options(binary: &Path, kind: Kind, directory: &Path) -> Result<Any, Absent> {
+    let options = proto::RuncOptions {
+        binary_name: binary.display().to_string(),
+        root: directory.join(kind.name()).display().to_string(),
+        ..Default::default()
+    };
+    Ok(Any {
+        type_url: "containerd.runc.v1.Options".to_owned(),
+        value: options.write_to_bytes()?,
+        ..Default::default()
+    })
+}
+
+/// The runc shim passes no options of gVisor's own, so a script adds them. Its cost is one start of the shell.
+fn runsc_wrapper(program: &Path, directory: &Path, options: &RunscOptions) -> Result<PathBuf, Absent> {
+    let path = directory.join("runsc-wrapper");
+    let script = format!(
+        "#!/bin/sh\nexec {} --platform={} --network=none \"$@\"\n",
+        program.display(),
+        options.platform
+    );
+    fs::write(&path, script)
+        .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o755)))
+        .map_err(|source| Absent::Write { path: path.clone(), source })?;
+    Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_go_both_ways() {
+        for kind in ALL {
+            assert_eq!(Kind::from_name(kind.name()), Some(kind));
+        }
+        assert_eq!(Kind::from_name("docker"), None);
+    }
+
+    #[test]
+    fn runc_options_are_readable_again() {
+        let any = runc_options(Path::new("/bin/crun"), Kind::Crun, Path::new("/run/x")).unwrap();
+        let options = proto::RuncOptions::parse_from_bytes(&any.value).unwrap();
+        assert_eq!(options.binary_name, "/bin/crun");
+        assert_eq!(options.root, "/run/x/crun");
+    }
+}
