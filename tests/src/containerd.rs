@@ -38,6 +38,9 @@ const DISABLED: [&str; 10] = [
     "io.containerd.snapshotter.v1.zfs",
 ];
 
+/// Where containerd puts the control groups of its default namespace's containers.
+const CGROUP_PARENT: &str = "/sys/fs/cgroup/default";
+
 /// A private containerd; ended, and everything of it removed, when dropped.
 #[derive(Debug)]
 pub struct PrivateContainerd {
@@ -53,6 +56,8 @@ impl PrivateContainerd {
     /// When it does not, with the end of its log.
     pub fn start(layout: &Layout) -> Outcome<Self> {
         let directory = WorkDir::new("containerd")?;
+        // runc would make it with the first container, and leave it.
+        let _ = fs::create_dir(CGROUP_PARENT);
         let disabled: Vec<String> = DISABLED.iter().map(|plugin| format!("{plugin:?}")).collect();
         let path = directory.path().display();
         let config = format!(
@@ -136,9 +141,11 @@ impl PrivateContainerd {
         all[all.len().saturating_sub(lines)..].join("\n")
     }
 
-    /// The whole log.
+    /// The log without what containerd says while it starts.
     pub fn log(&self) -> String {
-        fs::read_to_string(self.log_path()).unwrap_or_default()
+        let log = fs::read_to_string(self.log_path()).unwrap_or_default();
+        let noise = ["loading plugin", "failed to load plugin", "skip loading plugin", "msg=serving"];
+        log.lines().filter(|line| !noise.iter().any(|noise| line.contains(noise))).flat_map(|line| [line, "\n"]).collect()
     }
 
     fn launch(&mut self) -> Outcome {
@@ -193,5 +200,6 @@ impl PrivateContainerd {
 impl Drop for PrivateContainerd {
     fn drop(&mut self) {
         let _ = self.stop();
+        let _ = fs::remove_dir(CGROUP_PARENT);
     }
 }

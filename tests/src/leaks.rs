@@ -15,6 +15,16 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// Directories outside our own ones where a shim, or containerd for it, puts something.
 const WATCHED: [&str; 3] = ["/run/containerd", "/run/bulkhead", "/var/lib/bulkhead"];
 
+/// Directories that the first container makes and that stay for the next ones.
+const COMMON: [&str; 6] = [
+    "/run/containerd/s",
+    "/run/containerd/fifo",
+    "/run/containerd/runc",
+    "/run/containerd/runc/bulkhead-test",
+    "/run/containerd/runc/default",
+    "io.containerd.runtime.v2.task/default",
+];
+
 /// Everything on the node that a pod could leave behind, as lines for a person.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
@@ -28,14 +38,17 @@ impl Snapshot {
         let directories: Vec<PathBuf> =
             directories.iter().copied().chain(WATCHED.iter().map(Path::new)).map(Path::to_owned).collect();
         let mut items = BTreeSet::new();
-        // A zombie is PID 1's to reap unless its parent is one of us.
-        let processes = node::processes().into_iter().filter(|process| process.state != 'Z' || process.parent != 1);
+        // A zombie holds nothing, and whoever has to reap it may have other things to do.
+        let processes = node::processes().into_iter().filter(|process| process.state != 'Z');
+        // containerd itself is the harness's to start and end.
+        let processes = processes.filter(|process| process.name != "containerd");
         items.extend(processes.map(|p| format!("process {} {} {}", p.pid, p.name, p.command)));
         items.extend(node::mount_points().iter().map(|path| format!("mount {}", path.display())));
         items.extend(node::interfaces().iter().map(|name| format!("network interface {name}")));
         items.extend(node::unix_sockets().iter().map(|path| format!("socket {path}")));
         items.extend(node::control_groups().iter().map(|path| format!("control group {}", path.display())));
         let files = directories.iter().flat_map(|directory| node::tree(directory));
+        let files = files.filter(|path| !COMMON.iter().any(|common| path.ends_with(common.trim_start_matches('/'))));
         items.extend(files.map(|path| format!("file {}", path.display())));
         Self { directories, items }
     }

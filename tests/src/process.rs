@@ -25,6 +25,8 @@ pub struct Output {
     pub code: i32,
     /// Its standard output.
     pub stdout: String,
+    /// The same, when it may not be text.
+    pub stdout_bytes: Vec<u8>,
     /// Its standard error.
     pub stderr: String,
     /// From start to end.
@@ -126,8 +128,9 @@ impl Running {
             fail!("{} did not end within {} s; stdout {:?}, stderr {:?}", self.name, limit.as_secs(), self.stdout(), self.stderr.text())
         };
         let elapsed = self.started.elapsed();
-        let (stdout, stderr) = (self.stdout.complete(), self.stderr.complete());
-        Ok(Output { code: code(status), stdout, stderr, elapsed })
+        let (stdout_bytes, stderr) = (self.stdout.complete(), self.stderr.complete());
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Ok(Output { code: code(status), stdout: text(&stdout_bytes), stdout_bytes, stderr: text(&stderr), elapsed })
     }
 }
 
@@ -201,9 +204,9 @@ impl Capture {
         String::from_utf8_lossy(&self.bytes.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
     }
 
-    fn complete(&self) -> String {
+    fn complete(&self) -> Vec<u8> {
         let _ = self.end.recv_timeout(OUTPUT_GRACE);
-        self.text()
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 

@@ -32,6 +32,9 @@ pub const CALL_LIMIT: Duration = Duration::from_secs(10);
 /// The namespace that everything is made in.
 const NAMESPACE: &str = "bulkhead-test";
 
+/// Where [`crate::bundle::spec`] puts the containers' control groups.
+const CGROUP_PARENT: &str = "/sys/fs/cgroup/bulkhead-test";
+
 /// A call that the shim refused.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{call}: {code:?}: {message}")]
@@ -66,6 +69,8 @@ impl ShimHost {
     /// When either can't be had.
     pub fn new(layout: &Layout, program: &'static str) -> Outcome<Self> {
         let directory = WorkDir::new("shim")?;
+        // The parent of the containers' control groups is containerd's user's to make.
+        let _ = std::fs::create_dir(CGROUP_PARENT);
         let events = EventServer::start(&directory.path().join("events.sock"))?;
         Ok(Self { layout: layout.clone(), directory, events, program })
     }
@@ -107,7 +112,7 @@ impl ShimHost {
     pub fn delete(&self, bundle: &Bundle) -> Outcome<DeleteResponse> {
         let path = bundle.path.display().to_string();
         let output = self.invoke(bundle, &["-bundle", &path, "delete"])?.success("shim delete")?;
-        DeleteResponse::parse_from_bytes(output.stdout.as_bytes()).explain(|| format!("reply of shim delete, {}", output.said()))
+        DeleteResponse::parse_from_bytes(&output.stdout_bytes).explain(|| format!("reply of shim delete, {}", output.said()))
     }
 
     /// Runs the shim with some arguments after those that containerd always gives.
@@ -128,6 +133,12 @@ impl ShimHost {
             .env("TTRPC_ADDRESS", &socket)
             .env("MAX_SHIM_VERSION", "3");
         process::run(&mut command, b"", CALL_LIMIT)
+    }
+}
+
+impl Drop for ShimHost {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(CGROUP_PARENT);
     }
 }
 

@@ -1,4 +1,147 @@
-//! death
-use super::Case;
+//! A part of a pod dies: its containers end with a reason, and nothing is left.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::ctr::IMAGE;
+use super::{Case, Container, Environment, Fixture, Runtime, status};
+use crate::bundle;
+use crate::failure::{Explain, Outcome};
+use crate::node;
+use crate::process::eventually;
+use crate::shim::CALL_LIMIT;
+use crate::stdio::Streams;
+use crate::{ensure, ensure_eq};
+
 /// The cases of this theme.
-pub const CASES: &[Case] = &[];
+pub const CASES: &[Case] = &[
+    Case::new("death-of-the-vmm", |e| of_a_child(e, "bulkhead-vmm")).bulkhead_only(),
+    Case::new("death-of-the-file-server", |e| of_a_child(e, "bulkhead-fs")).bulkhead_only(),
+    Case::new("death-of-the-agent", of_the_agent).bulkhead_only(),
+    Case::new("death-of-the-shim", of_the_shim),
+    Case::new("death-of-the-vmm-at-ctr", of_the_vmm_at_ctr).on(Fixture::Containerd).bulkhead_only(),
+    Case::new("death-of-the-shim-at-ctr", of_the_shim_at_ctr).on(Fixture::Containerd),
+];
+
+/// What every container of a pod without its VM comes to: waits and the exit event, then delete and release.
+fn expect_dead(environment: &Environment, container: Container, since: Instant) -> Outcome<String> {
+    let exit = container.shim.wait("", CALL_LIMIT)?;
+    let took = since.elapsed();
+    ensure_eq!(exit.exit_status, 137, "exit status");
+    ensure_eq!(container.shim.wait("beside", CALL_LIMIT)?.exit_status, 137, "exit status of the exec");
+    let id = container.bundle.id.clone();
+    environment.host()?.events.wait_for(&id, "/tasks/exit", "", CALL_LIMIT)?;
+    ensure_eq!(container.shim.state("")?.status.value(), status::STOPPED, "state");
+    let log = container.shim.log.until("pod", Duration::ZERO).unwrap_or_default();
+    container.shim.delete("beside")?;
+    container.shim.delete("")?;
+    container.release()?;
+    let reason = log.lines().rev().find(|line| line.contains("level=error") || line.contains("level=warn")).unwrap_or("").trim();
+    Ok(format!("known after {:.3} s; {reason}", took.as_secs_f64()))
+}
+
+/// A container that runs, with an exec, and its shim's process id.
+fn running(environment: &Environment) -> Outcome<(Container, i32)> {
+    let container = environment.started("death", bundle::process(&["sleep", "100000"]), Streams::default())?;
+    container.exec("beside", &bundle::process(&["sleep", "100000"]), Streams::default())?;
+    let shim = container.shim.pid()?;
+    Ok((container, shim))
+}
+
+fn of_a_child(environment: &mut Environment, program: &str) -> Outcome<String> {
+    let (container, shim) = running(environment)?;
+    let child = node::descendants(shim, program).into_iter().next().explain(|| format!("no {program} below the shim"))?;
+    let since = Instant::now();
+    node::kill_hard(child.pid)?;
+    expect_dead(environment, container, since)
+}
+
+/// The agent is PID 1, which no signal from inside kills: a privileged container overwrites its code.
+fn of_the_agent(environment: &mut Environment) -> Outcome<String> {
+    let id = environment.id("death");
+    let script = "range=$(grep -m1 ' r-xp ' /proc/1/maps | cut -d' ' -f1); from=0x${range%-*}; to=0x${range#*-}; echo found; read go; \
+                  tr '\\000' '\\314' </dev/zero | dd of=/proc/1/mem bs=4096 seek=$((from / 4096)) count=$(((to - from) / 4096)) 2>&1; \
+                  echo written; exec sleep 100000";
+    let mut process = bundle::shell(script);
+    let all = json!(["CAP_SYS_PTRACE", "CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE", "CAP_KILL", "CAP_SETUID", "CAP_SETGID", "CAP_NET_RAW",
+                     "CAP_CHOWN", "CAP_FOWNER", "CAP_FSETID", "CAP_MKNOD", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE",
+                     "CAP_SYS_CHROOT", "CAP_AUDIT_WRITE", "CAP_SYS_MODULE", "CAP_SYS_RAWIO", "CAP_SYS_BOOT", "CAP_NET_ADMIN"]);
+    process["capabilities"] = json!({ "bounding": all, "effective": all, "permitted": all });
+    let mut spec = bundle::spec(&id, process);
+    spec["linux"]["namespaces"] = json!([{ "type": "ipc" }, { "type": "uts" }, { "type": "mount" }, { "type": "network" }]);
+    let mut container = environment.created(&id, &spec, Streams { stdin: true, ..Streams::default() })?;
+    container.shim.start("")?;
+    container.stdio.stdout.until("found", CALL_LIMIT)?;
+    container.exec("beside", &bundle::process(&["sleep", "100000"]), Streams::default())?;
+    let since = Instant::now();
+    container.stdio.write(b"go\n")?;
+    expect_dead(environment, container, since)
+}
+
+fn of_the_shim(environment: &mut Environment) -> Outcome<String> {
+    let (container, shim) = running(environment)?;
+    let helpers = [node::descendants(shim, "bulkhead-vmm"), node::descendants(shim, "bulkhead-fs")].concat();
+    node::kill_hard(shim)?;
+    eventually("the shim is gone", CALL_LIMIT, || {
+        ensure!(node::process(shim).is_none_or(|process| process.state == 'Z'), "process {shim} is still there");
+        Ok(())
+    })?;
+    let deleted = environment.host()?.delete(&container.bundle)?;
+    ensure_eq!(deleted.exit_status, 137, "exit status that the shim's delete reports");
+    for helper in &helpers {
+        ensure!(node::process(helper.pid).is_none_or(|now| now.started != helper.started || now.state == 'Z'), "{} is still there", helper.name);
+    }
+    // Once more, as containerd may: it finds nothing and is content.
+    environment.host()?.delete(&container.bundle)?;
+    let address = container.shim.address.trim_start_matches("unix://").to_owned();
+    let bundle = container.bundle.clone();
+    drop(container);
+    let _ = std::fs::remove_file(&address);
+    bundle.remove()?;
+    Ok(format!("delete cleaned up, twice; {} processes went with the shim", helpers.len()))
+}
+
+fn of_the_vmm_at_ctr(environment: &mut Environment) -> Outcome<String> {
+    let (id, runtime) = (environment.id("death"), environment.runtime.name());
+    let containerd = environment.containerd()?;
+    let running = containerd.ctr_running(&["run", "--rm", "--runtime", runtime, IMAGE, &id, "/bin/sh", "-c", "echo up; exec sleep 1000"])?;
+    eventually("the container runs", CALL_LIMIT * 2, || {
+        ensure!(running.stdout().contains("up"), "stdout {:?}", running.stdout());
+        Ok(())
+    })?;
+    let shim = *containerd.shims(&id).first().explain(|| "no shim of the container".into())?;
+    let vmm = node::descendants(shim, "bulkhead-vmm").into_iter().next().explain(|| "no VMM below the shim".into())?;
+    let since = Instant::now();
+    node::kill_hard(vmm.pid)?;
+    let output = running.finish(CALL_LIMIT * 4)?;
+    let took = since.elapsed();
+    ensure!(took <= CALL_LIMIT, "ctr run took {:.1} s to end", took.as_secs_f64());
+    ensure_eq!(output.code, 137, "exit code of ctr run, {}", output.said());
+    Ok(format!("ctr run ended with 137 after {:.3} s", took.as_secs_f64()))
+}
+
+fn of_the_shim_at_ctr(environment: &mut Environment) -> Outcome<String> {
+    let (id, runtime) = (environment.id("death"), environment.runtime.name());
+    let containerd = environment.containerd()?;
+    containerd.ctr(&["run", "-d", "--null-io", "--runtime", runtime, IMAGE, &id, "sleep", "1000"])?.success("ctr run -d")?;
+    let shim = *containerd.shims(&id).first().explain(|| "no shim of the container".into())?;
+    let since = Instant::now();
+    node::kill_hard(shim)?;
+    eventually("containerd knows that the task has ended", CALL_LIMIT, || {
+        let list = containerd.ctr(&["task", "ls"])?.stdout;
+        let line = list.lines().find(|line| line.starts_with(&id)).unwrap_or_default().to_owned();
+        ensure!(!line.contains("RUNNING"), "{line:?}");
+        thread::sleep(Duration::from_millis(50));
+        Ok(())
+    })?;
+    let took = since.elapsed();
+    let _ = containerd.ctr(&["task", "delete", &id])?;
+    containerd.ctr(&["container", "delete", &id])?.success("ctr container delete")?;
+    if environment.runtime == Runtime::Runc {
+        // runc's shim leaves its socket when it is killed.
+        let _ = std::fs::remove_dir_all("/run/containerd/s");
+    }
+    Ok(format!("containerd knew after {:.3} s and cleaned up", took.as_secs_f64()))
+}

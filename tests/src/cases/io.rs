@@ -125,7 +125,7 @@ fn exec_terminal(environment: &mut Environment) -> Outcome<String> {
 
 fn daemon_keeps_stdout(environment: &mut Environment) -> Outcome<String> {
     let (pod, name) = (environment.shared()?, environment.id("exec"));
-    let stdio = pod.exec(&name, &bundle::shell("sleep 5 & echo started"), Streams::default())?;
+    let stdio = pod.exec(&name, &bundle::shell("sleep 2 & echo started"), Streams::default())?;
     ensure_eq!(pod.shim.wait(&name, CALL_LIMIT)?.exit_status, 0, "exit status");
     stdio.stdout.until("started\n", CALL_LIMIT)?;
     pod.shim.delete(&name)?;

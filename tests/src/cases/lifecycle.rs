@@ -57,6 +57,8 @@ fn states_output_events(environment: &mut Environment) -> Outcome<String> {
 fn created_and_deleted(environment: &mut Environment) -> Outcome<String> {
     let id = environment.id("created");
     let container = environment.created(&id, &bundle::spec(&id, bundle::shell("echo never")), Streams::default())?;
+    // As containerd's clients do: a container that was created is killed before it is deleted.
+    ensure_eq!(container.kill()?.exit_status, 137, "exit status");
     container.shim.delete("")?;
     container.release()?;
     let topics: Vec<String> = environment.host()?.events.of(&id).into_iter().map(|event| event.topic).collect();

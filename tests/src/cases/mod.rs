@@ -159,7 +159,7 @@ impl Environment {
             self.host = Some(ShimHost::new(&self.layout, self.runtime.program())?);
         }
         if fixture == Fixture::Pod && self.shared.is_none() {
-            let container = self.started("shared", bundle::shell("while :; do sleep 1000; done"), Streams::default())?;
+            let container = self.started("shared", bundle::process(&["sleep", "100000"]), Streams::default())?;
             self.shared = Some(container);
         }
         if fixture == Fixture::Containerd && self.containerd.is_none() {

@@ -74,7 +74,7 @@ fn paths(environment: &mut Environment) -> Outcome<String> {
 fn devices(environment: &mut Environment) -> Outcome<String> {
     let (pod, name) = (environment.shared()?, environment.id("exec"));
     let script = "cd /dev; for d in null zero full random urandom tty; do [ -c $d ] || echo no $d; done; head -c 4 /dev/zero | wc -c; \
-                  echo x >/dev/null && echo null; [ $(head -c 8 /dev/urandom | wc -c) = 8 ] && echo random; readlink ptmx fd stdin; ls -d shm pts; \
+                  echo x >/dev/null && echo null; [ $(head -c 8 /dev/urandom | wc -c) = 8 ] && echo random; readlink ptmx; readlink fd; readlink stdin; ls -d shm pts; \
                   mknod /tmp/mem c 1 1 && head -c 1 /tmp/mem >/dev/null 2>&1 && echo mem opened; rm -f /tmp/mem";
     let output = pod.exec_script(&name, script)?.stdout;
     ensure_eq!(output, "4\nnull\nrandom\npts/ptmx\n/proc/self/fd\n/proc/self/fd/0\npts\nshm\n", "devices");

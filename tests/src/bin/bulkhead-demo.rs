@@ -1,0 +1,193 @@
+//! Runs real containers in microVMs through a private containerd and shows, a line each, that what is promised holds.
+
+use std::fs;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use bulkhead_tests::cleanup;
+use bulkhead_tests::containerd::PrivateContainerd;
+use bulkhead_tests::failure::{Explain, Failure, Outcome};
+use bulkhead_tests::layout::Layout;
+use bulkhead_tests::leaks::Snapshot;
+use bulkhead_tests::node;
+use bulkhead_tests::process::eventually;
+use bulkhead_tests::{ensure, ensure_eq};
+
+const RUNTIME: &str = "io.containerd.bulkhead.v1";
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// What the checks share.
+struct Demo {
+    containerd: PrivateContainerd,
+    image: String,
+    passed: usize,
+    total: usize,
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(Failure(reason)) => {
+            println!("FAIL demo: {reason}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Outcome<bool> {
+    cleanup::guard()?;
+    let layout = Layout::locate()?;
+    println!("demo: starting a private containerd and importing the image");
+    let containerd = PrivateContainerd::start(&layout)?;
+    let image = containerd.import("busybox")?;
+    let state = containerd.path().join("state");
+    let before = Snapshot::take(&[&state]);
+    let mut demo = Demo { containerd, image, passed: 0, total: 0 };
+
+    demo.check("guest kernel beside the host's", guest_kernel);
+    demo.check("stdout, stderr and stdin", streams);
+    demo.check("exit code", exit_code);
+    println!("demo: starting a container that stays");
+    if demo.check("long-running container", start_first) {
+        demo.check("exec into a running container", exec);
+        demo.check("init_module refused in the guest", init_module);
+        demo.check("second pod at the same time", second_pod);
+        demo.check("VMM's own memory", vmm_memory);
+        demo.check("delete", delete_first);
+    }
+    demo.check("cold boot to agent ready", boot_time);
+    demo.check("nothing left behind", |_| {
+        before.expect_nothing_left()?;
+        Ok(format!("as before: {}", before.summary()))
+    });
+    println!("demo: {} of {} checks passed", demo.passed, demo.total);
+    if demo.passed < demo.total {
+        println!("the end of containerd's log:\n{}", tail(&demo.containerd.log(), 15));
+    }
+    Ok(demo.passed == demo.total)
+}
+
+impl Demo {
+    fn check(&mut self, what: &str, check: impl FnOnce(&Self) -> Outcome<String>) -> bool {
+        self.total += 1;
+        match check(self) {
+            Ok(evidence) => {
+                println!("ok  {what}: {evidence}");
+                self.passed += 1;
+                true
+            }
+            Err(Failure(reason)) => {
+                println!("FAIL {what}: {reason}");
+                false
+            }
+        }
+    }
+
+    /// The arguments of a `ctr run` to the end.
+    fn run_arguments<'a>(&'a self, id: &'a str, command: &[&'a str]) -> Vec<&'a str> {
+        [&["run", "--rm", "--runtime", RUNTIME, &self.image, id], command].concat()
+    }
+}
+
+fn guest_kernel(demo: &Demo) -> Outcome<String> {
+    let host = fs::read_to_string("/proc/sys/kernel/osrelease").explain(|| "the host's kernel release".into())?;
+    let output = demo.containerd.ctr(&demo.run_arguments("kernel", &["uname", "-r"]))?.success("ctr run")?;
+    let (guest, host) = (output.stdout.trim(), host.trim());
+    ensure!(!guest.is_empty() && guest != host, "the guest's kernel is {guest:?}, the host's {host:?}");
+    Ok(format!("guest {guest}, host {host}; ctr run took {:.3} s", output.elapsed.as_secs_f64()))
+}
+
+fn streams(demo: &Demo) -> Outcome<String> {
+    let command = ["/bin/sh", "-c", "read line; echo \"out: $line\"; echo \"err: $line\" >&2"];
+    let output = demo.containerd.ctr_with_input(&demo.run_arguments("streams", &command), b"from stdin\n")?.success("ctr run")?;
+    ensure_eq!((output.stdout.as_str(), output.stderr.as_str()), ("out: from stdin\n", "err: from stdin\n"), "streams");
+    Ok(output.said())
+}
+
+fn exit_code(demo: &Demo) -> Outcome<String> {
+    let output = demo.containerd.ctr(&demo.run_arguments("code", &["/bin/sh", "-c", "exit 42"]))?;
+    ensure_eq!(output.code, 42, "exit code of ctr run, {}", output.said());
+    Ok("42 inside, 42 from ctr".into())
+}
+
+fn start_first(demo: &Demo) -> Outcome<String> {
+    let output = demo.containerd.ctr(&["run", "-d", "--runtime", RUNTIME, &demo.image, "first", "sleep", "100000"])?;
+    let output = output.success("ctr run -d")?;
+    Ok(format!("started in {:.3} s", output.elapsed.as_secs_f64()))
+}
+
+fn exec_in_first(demo: &Demo, id: &str, script: &str) -> Outcome<bulkhead_tests::process::Output> {
+    demo.containerd.ctr(&["task", "exec", "--exec-id", id, "first", "/bin/sh", "-c", script])
+}
+
+fn exec(demo: &Demo) -> Outcome<String> {
+    let output = exec_in_first(demo, "look", "cat /proc/1/cmdline | tr '\\0' ' '; hostname; exit 7")?;
+    ensure_eq!(output.code, 7, "exit code of ctr task exec, {}", output.said());
+    ensure!(output.stdout.starts_with("sleep 100000"), "the exec does not see the container's process: {}", output.said());
+    Ok(format!("sees pid 1 = {:?}, exit code 7 carried", output.stdout.lines().next().unwrap_or_default().trim()))
+}
+
+fn init_module(demo: &Demo) -> Outcome<String> {
+    let script = "echo module >/tmp/m.ko && insmod /tmp/m.ko";
+    let arguments = ["run", "--rm", "--privileged", "--runtime", RUNTIME, &demo.image, "module", "/bin/sh", "-c", script];
+    let output = demo.containerd.ctr(&arguments)?;
+    ensure!(output.code != 0, "a module was accepted: {}", output.said());
+    ensure!(output.stderr.contains("Function not implemented"), "not the kernel's ENOSYS: {}", output.said());
+    Ok(format!("even to a privileged container: {:?}", output.stderr.trim()))
+}
+
+fn second_pod(demo: &Demo) -> Outcome<String> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    let first = exec_in_first(demo, "boot", &format!("cat {path}"))?.success("exec in the first pod")?.stdout;
+    let second = demo.containerd.ctr(&demo.run_arguments("second", &["cat", path]))?.success("second pod")?.stdout;
+    ensure!(first != second && first.len() == 37 && second.len() == 37, "boot ids {first:?} and {second:?}");
+    Ok(format!("two kernels, boot ids {} and {}", first.trim(), second.trim()))
+}
+
+fn vmm_memory(demo: &Demo) -> Outcome<String> {
+    let shim = *demo.containerd.shims("first").first().explain(|| "no shim of the first pod".into())?;
+    let vmm = node::descendants(shim, "bulkhead-vmm").into_iter().next().explain(|| "no VMM below the shim".into())?;
+    let own = node::resident_but_largest_mapping(vmm.pid)?;
+    ensure!(own <= 8 << 20, "{own} bytes resident without guest memory, at most 8 MiB are allowed");
+    Ok(format!("{:.1} MiB resident without guest memory", own as f64 / f64::from(1 << 20)))
+}
+
+fn delete_first(demo: &Demo) -> Outcome<String> {
+    let containerd = &demo.containerd;
+    containerd.ctr(&["task", "kill", "-s", "SIGKILL", "first"])?.success("ctr task kill")?;
+    eventually("the task stops", LIMIT, || {
+        let list = containerd.ctr(&["task", "ls"])?.stdout;
+        ensure!(list.contains("STOPPED"), "{list:?}");
+        Ok(())
+    })?;
+    let deleted = containerd.ctr(&["task", "delete", "first"])?;
+    ensure!([0, 137].contains(&deleted.code), "ctr task delete: {}, {}", deleted.code, deleted.said());
+    containerd.ctr(&["container", "delete", "first"])?.success("ctr container delete")?;
+    Ok("killed, task and container deleted".into())
+}
+
+/// The shim logs for each pod how long it took from the VMM's start to the agent's first answer.
+fn boot_time(demo: &Demo) -> Outcome<String> {
+    let log = demo.containerd.log();
+    let times: Vec<u64> = log.lines().filter(|line| line.contains("agent ready")).filter_map(microseconds).collect();
+    let (fastest, slowest) = (times.iter().min().explain(|| "the shims logged no boot time".into())?, times.iter().max().unwrap_or(&0));
+    Ok(format!(
+        "{:.1} ms to {:.1} ms in {} boots",
+        *fastest as f64 / 1000.0,
+        *slowest as f64 / 1000.0,
+        times.len()
+    ))
+}
+
+/// The number before `us` in a log line.
+fn microseconds(line: &str) -> Option<u64> {
+    let after = line.split("agent ready").nth(1)?;
+    let digits: String = after.chars().skip_while(|c| !c.is_ascii_digit()).take_while(char::is_ascii_digit).collect();
+    digits.parse().ok()
+}
+
+fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
