@@ -1,2 +1,7 @@
 //! Bulkhead's containerd shim.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    bulkhead_shim::cli::main()
+}

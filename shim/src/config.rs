@@ -1,0 +1,364 @@
+//! The shim's configuration: a TOML file, and annotations for the size of one pod.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use bulkhead_vmm_protocol::{MAX_VCPUS, MIN_MEMORY_MIB};
+use log::LevelFilter;
+use serde::Deserialize;
+
+use crate::error::{Classify, Code};
+use crate::quantity::{self, QuantityError};
+
+/// Read when the runtime options name no other file, if it exists.
+pub const DEFAULT_FILE: &str = "/etc/bulkhead/config.toml";
+
+/// Number of vCPUs of this pod.
+pub const VCPUS_ANNOTATION: &str = "io.bulkhead.vcpus";
+
+/// Guest memory of this pod, as a Kubernetes quantity.
+pub const MEMORY_ANNOTATION: &str = "io.bulkhead.memory";
+
+/// A configuration file is never near this size, in bytes.
+const MAX_FILE: usize = 64 * 1024;
+
+/// What pods are made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// The virtual machine monitor.
+    pub vmm: PathBuf,
+    /// The file server.
+    pub fs_server: PathBuf,
+    /// The guest kernel: an ELF `vmlinux` or a bzImage.
+    pub kernel: PathBuf,
+    /// The guest image with the agent.
+    pub image: PathBuf,
+    /// The KVM device.
+    pub kvm: PathBuf,
+    /// Size of a pod's virtual machine.
+    pub size: Size,
+    /// Kernel parameters after our own.
+    pub kernel_params: String,
+    /// What is logged.
+    pub log_level: LevelFilter,
+}
+
+/// Size of a virtual machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// 1 to [`MAX_VCPUS`].
+    pub vcpus: u8,
+    /// MiB, at least [`MIN_MEMORY_MIB`].
+    pub memory_mib: u32,
+}
+
+/// The file's keys as they are written.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    vmm: Option<PathBuf>,
+    fs_server: Option<PathBuf>,
+    kernel: Option<PathBuf>,
+    image: Option<PathBuf>,
+    kvm: Option<PathBuf>,
+    vcpus: Option<u64>,
+    memory: Option<String>,
+    kernel_params: Option<String>,
+    log_level: Option<String>,
+}
+
+/// A configuration that no pod can be made with.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file can't be read.
+    #[error("can't read the configuration file {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Not the TOML that is expected.
+    #[error("the configuration {path} is wrong")]
+    Parse {
+        /// The file, or what stands for it.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// A memory size that is not one.
+    #[error("the guest memory asked for by {from} is wrong")]
+    Memory {
+        /// Key or annotation.
+        from: &'static str,
+        /// Why.
+        #[source]
+        source: QuantityError,
+    },
+    /// Not enough memory to boot in.
+    #[error("{from} asks for {mib} MiB of guest memory: {MIN_MEMORY_MIB} MiB or more are needed")]
+    MemoryTooSmall {
+        /// Key or annotation.
+        from: &'static str,
+        /// What was asked for.
+        mib: u32,
+    },
+    /// A number of vCPUs that no pod can have.
+    #[error("{from} asks for {value:?} vCPUs: 1 to {MAX_VCPUS} are possible")]
+    Vcpus {
+        /// Key or annotation.
+        from: &'static str,
+        /// What was asked for.
+        value: String,
+    },
+    /// A path that depends on the working directory.
+    #[error("{key} is {path:?}: write an absolute path")]
+    RelativePath {
+        /// The key.
+        key: &'static str,
+        /// The path.
+        path: PathBuf,
+    },
+    /// A log level that does not exist.
+    #[error("log_level is {0:?}: use error, warn, info, debug or trace")]
+    LogLevel(String),
+    /// Kernel parameters that would not survive the kernel's command line.
+    #[error("kernel_params holds a control character or is longer than 1024 bytes")]
+    KernelParams,
+    /// Our own location is unknown.
+    #[error("can't tell where the shim is installed")]
+    Prefix(#[source] io::Error),
+}
+
+impl Classify for ConfigError {
+    fn code(&self) -> Code {
+        match self {
+            ConfigError::Prefix(_) => Code::INTERNAL,
+            _ => Code::INVALID_ARGUMENT,
+        }
+    }
+}
+
+/// Where a configuration comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// [`DEFAULT_FILE`] if it exists.
+    Default,
+    /// A file that must exist.
+    File(PathBuf),
+    /// The contents themselves, from containerd's runtime options.
+    Inline(String),
+}
+
+impl Config {
+    /// Loads a configuration and completes it with defaults for our place of installation.
+    pub fn load(source: &Source) -> Result<Config, ConfigError> {
+        let executable = std::env::current_exe().map_err(ConfigError::Prefix)?;
+        let prefix = executable.parent().and_then(Path::parent).unwrap_or(Path::new("/usr/local"));
+        match source {
+            Source::Inline(text) => Config::parse(Path::new("in the runtime options"), text, prefix),
+            Source::File(path) => Config::parse(path, &read(path)?, prefix),
+            Source::Default => match read(Path::new(DEFAULT_FILE)) {
+                Ok(text) => Config::parse(Path::new(DEFAULT_FILE), &text, prefix),
+                Err(ConfigError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                    Config::parse(Path::new(DEFAULT_FILE), "", prefix)
+                }
+                Err(error) => Err(error),
+            },
+        }
+    }
+
+    fn parse(path: &Path, text: &str, prefix: &Path) -> Result<Config, ConfigError> {
+        let file: File = toml::from_str(text)
+            .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })?;
+        let path = |key, value: Option<PathBuf>, default: PathBuf| match value {
+            Some(path) if path.is_relative() => Err(ConfigError::RelativePath { key, path }),
+            Some(path) => Ok(path),
+            None => Ok(default),
+        };
+        let vcpus = file.vcpus.unwrap_or(1);
+        let kernel_params = file.kernel_params.unwrap_or_default();
+        if kernel_params.len() > 1024 || kernel_params.chars().any(char::is_control) {
+            return Err(ConfigError::KernelParams);
+        }
+        Ok(Config {
+            vmm: path("vmm", file.vmm, prefix.join("libexec/bulkhead/bulkhead-vmm"))?,
+            fs_server: path("fs_server", file.fs_server, prefix.join("libexec/bulkhead/bulkhead-fs"))?,
+            kernel: path("kernel", file.kernel, prefix.join("share/bulkhead/vmlinux"))?,
+            image: path("image", file.image, prefix.join("share/bulkhead/guest.erofs"))?,
+            kvm: path("kvm", file.kvm, PathBuf::from("/dev/kvm"))?,
+            size: Size {
+                vcpus: check_vcpus("vcpus", Some(vcpus), &vcpus.to_string())?,
+                memory_mib: check_memory("memory", file.memory.as_deref().unwrap_or("256Mi"))?,
+            },
+            kernel_params,
+            log_level: match file.log_level.as_deref().unwrap_or("info") {
+                "error" => LevelFilter::Error,
+                "warn" => LevelFilter::Warn,
+                "info" => LevelFilter::Info,
+                "debug" => LevelFilter::Debug,
+                "trace" => LevelFilter::Trace,
+                other => return Err(ConfigError::LogLevel(other.to_owned())),
+            },
+        })
+    }
+
+    /// Applies the annotations of a pod.
+    pub fn with_annotations(mut self, annotations: &HashMap<String, String>) -> Result<Config, ConfigError> {
+        if let Some(text) = annotations.get(VCPUS_ANNOTATION) {
+            // Strictly decimal: `parse` alone would take a sign.
+            let value = text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok()).flatten();
+            self.size.vcpus = check_vcpus(VCPUS_ANNOTATION, value, text)?;
+        }
+        if let Some(text) = annotations.get(MEMORY_ANNOTATION) {
+            self.size.memory_mib = check_memory(MEMORY_ANNOTATION, text)?;
+        }
+        Ok(self)
+    }
+}
+
+fn read(path: &Path) -> Result<String, ConfigError> {
+    use std::io::Read;
+    let failed = |source| ConfigError::Read { path: path.to_owned(), source };
+    let mut text = String::new();
+    let file = std::fs::File::open(path).map_err(failed)?;
+    if !file.metadata().map_err(failed)?.is_file() {
+        return Err(failed(io::Error::other("not a regular file")));
+    }
+    file.take(MAX_FILE as u64 + 1).read_to_string(&mut text).map_err(failed)?;
+    if text.len() > MAX_FILE {
+        return Err(failed(io::Error::other(format!("larger than {MAX_FILE} bytes"))));
+    }
+    Ok(text)
+}
+
+fn check_vcpus(from: &'static str, value: Option<u64>, text: &str) -> Result<u8, ConfigError> {
+    value
+        .and_then(|value| u8::try_from(value).ok())
+        .filter(|vcpus| (1..=MAX_VCPUS).contains(vcpus))
+        .ok_or_else(|| ConfigError::Vcpus { from, value: text.chars().take(64).collect() })
+}
+
+fn check_memory(from: &'static str, text: &str) -> Result<u32, ConfigError> {
+    let mib = quantity::parse_mib(text).map_err(|source| ConfigError::Memory { from, source })?;
+    if mib < MIN_MEMORY_MIB {
+        return Err(ConfigError::MemoryTooSmall { from, mib });
+    }
+    Ok(mib)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::chain;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(Path::new("/c.toml"), text, Path::new("/usr/local"))
+    }
+
+    fn annotated(pairs: &[(&str, &str)]) -> Result<Config, ConfigError> {
+        let annotations = pairs.iter().map(|&(key, value)| (key.to_owned(), value.to_owned())).collect();
+        parse("").unwrap().with_annotations(&annotations)
+    }
+
+    #[test]
+    fn every_key_has_a_default() {
+        let config = parse("").unwrap();
+        assert_eq!(config.vmm, Path::new("/usr/local/libexec/bulkhead/bulkhead-vmm"));
+        assert_eq!(config.image, Path::new("/usr/local/share/bulkhead/guest.erofs"));
+        assert_eq!(config.kvm, Path::new("/dev/kvm"));
+        assert_eq!(config.size, Size { vcpus: 1, memory_mib: 256 });
+        assert_eq!(config.log_level, LevelFilter::Info);
+    }
+
+    #[test]
+    fn every_key_can_be_set() {
+        let config = parse(
+            r#"
+            vmm = "/v"
+            fs_server = "/f"
+            kernel = "/k"
+            image = "/i"
+            kvm = "/d"
+            vcpus = 4
+            memory = "1.5Gi"
+            kernel_params = "mitigations=off"
+            log_level = "debug"
+            "#,
+        )
+        .unwrap();
+        assert_eq!(
+            config,
+            Config {
+                vmm: "/v".into(),
+                fs_server: "/f".into(),
+                kernel: "/k".into(),
+                image: "/i".into(),
+                kvm: "/d".into(),
+                size: Size { vcpus: 4, memory_mib: 1536 },
+                kernel_params: "mitigations=off".into(),
+                log_level: LevelFilter::Debug,
+            }
+        );
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_in_the_error() {
+        let message = chain(&parse("memroy = \"1Gi\"").unwrap_err());
+        assert!(message.contains("/c.toml") && message.contains("memroy"), "{message}");
+    }
+
+    #[test]
+    fn bad_values_are_refused() {
+        for text in [
+            "memory = 256",
+            "memory = \"\"",
+            "memory = \"lots\"",
+            "memory = \"63Mi\"",
+            "memory = \"16777216Ti\"",
+            "vcpus = 0",
+            "vcpus = 17",
+            "vcpus = -1",
+            "vcpus = \"2\"",
+            "kernel = \"vmlinux\"",
+            "log_level = \"loud\"",
+            "kernel_params = \"a\\nb\"",
+            "vmm = ",
+        ] {
+            let error = parse(text).unwrap_err();
+            assert_eq!(error.code(), Code::INVALID_ARGUMENT, "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn annotations_override_and_are_parsed_strictly() {
+        let config =
+            annotated(&[(VCPUS_ANNOTATION, "2"), (MEMORY_ANNOTATION, "512Mi"), ("other", "x")]).unwrap();
+        assert_eq!(config.size, Size { vcpus: 2, memory_mib: 512 });
+        for (key, value) in [
+            (VCPUS_ANNOTATION, ""),
+            (VCPUS_ANNOTATION, "+2"),
+            (VCPUS_ANNOTATION, "two"),
+            (VCPUS_ANNOTATION, "0"),
+            (VCPUS_ANNOTATION, "99999999999999999999"),
+            (MEMORY_ANNOTATION, "1Gi; rm"),
+            (MEMORY_ANNOTATION, "1Mi"),
+            (MEMORY_ANNOTATION, ""),
+        ] {
+            let message = chain(&annotated(&[(key, value)]).unwrap_err());
+            assert!(message.contains(key), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_named_file_must_exist_and_be_a_file() {
+        for path in ["/nonexistent/config.toml", "/dev/zero", "/"] {
+            let error = Config::load(&Source::File(path.into())).unwrap_err();
+            assert!(matches!(error, ConfigError::Read { .. }), "{error}");
+            assert!(error.to_string().contains(path));
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! The pod's cgroup on the host (cgroup version 2): its VMM and file server live in it, under limits.
+//!
+//! On a host without a plain version 2 hierarchy there is no pod cgroup, and [`PodCgroup::create`] says so.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+
+/// Where the hierarchy is mounted.
+pub const MOUNT: &str = "/sys/fs/cgroup";
+
+/// Controllers that the pod's cgroup uses, if the host has them.
+const CONTROLLERS: [&str; 4] = ["cpu", "memory", "pids", "io"];
+
+/// Why there is no cgroup for the pod.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// A cgroupsPath that can't be one.
+    #[error("{0:?} is not a cgroup path")]
+    Path(PathBuf),
+    /// A file system operation failed.
+    #[error("can't {action} the cgroup {path}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which directory or file.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// Somebody in it does not end.
+    #[error("processes in the cgroup {0} are still there although they were killed")]
+    Busy(PathBuf),
+}
+
+/// Limits of a pod as the host enforces them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes for guest memory, VMM and file server together, page cache included.
+    pub memory_max: u64,
+    /// Processes and threads.
+    pub pids_max: u32,
+    /// `cpu.max` in the kernel's notation: quota and period in microseconds.
+    pub cpu_max: Option<(u64, u64)>,
+    /// `cpu.weight`, 1 to 10000.
+    pub cpu_weight: Option<u64>,
+}
+
+/// A cgroup that the shim made.
+#[derive(Debug)]
+pub struct PodCgroup {
+    path: PathBuf,
+    directory: File,
+}
+
+/// Whether this host has cgroup version 2 and nothing else.
+pub fn is_unified() -> bool {
+    statfs(MOUNT).is_ok_and(|stat| stat.filesystem_type() == CGROUP2_SUPER_MAGIC)
+}
+
+/// The directory for a `linux.cgroupsPath` (runtime specification, "Cgroups Path"), in cgroupfs notation
+/// (`/kubepods/pod1/id`) or systemd's (`kubepods-pod1.slice:cri-containerd:id`).
+pub fn resolve(cgroups_path: &Path) -> Result<PathBuf, CgroupError> {
+    let bad = || CgroupError::Path(cgroups_path.to_owned());
+    let text = cgroups_path.to_str().ok_or_else(bad)?;
+    let relative = match text.split(':').collect::<Vec<_>>().as_slice() {
+        [slice, prefix, name] => expand_slice(slice).ok_or_else(bad)?.join(format!("{prefix}-{name}.scope")),
+        [path] => PathBuf::from(path.trim_start_matches('/')),
+        _ => return Err(bad()),
+    };
+    let plain = relative.components().all(|component| matches!(component, Component::Normal(_)));
+    if !plain || relative.as_os_str().is_empty() || text.contains('\0') {
+        return Err(bad());
+    }
+    Ok(Path::new(MOUNT).join(relative))
+}
+
+/// `a-b.slice` is `a.slice/a-b.slice` (systemd.slice(5)).
+fn expand_slice(slice: &str) -> Option<PathBuf> {
+    if slice.is_empty() || slice == "-.slice" {
+        return Some(PathBuf::new());
+    }
+    let name = slice.strip_suffix(".slice")?;
+    let mut path = PathBuf::new();
+    let mut prefix = String::new();
+    for part in name.split('-') {
+        if part.is_empty() {
+            return None;
+        }
+        if !prefix.is_empty() {
+            prefix.push('-');
+        }
+        prefix.push_str(part);
+        path.push(format!("{prefix}.slice"));
+    }
+    Some(path)
+}
+
+impl PodCgroup {
+    /// Makes the cgroup `path` (from [`resolve`]) and its missing parents.
+    pub fn create(path: &Path, limits: &Limits) -> Result<PodCgroup, CgroupError> {
+        let below_mount = path.strip_prefix(MOUNT).map_err(|_| CgroupError::Path(path.to_owned()))?;
+        let mut current = PathBuf::from(MOUNT);
+        for component in below_mount.components() {
+            // A controller that the host lacks or that a parent withholds is simply not there for the pod.
+            for controller in CONTROLLERS {
+                let _ = write(&current.join("cgroup.subtree_control"), &format!("+{controller}"));
+            }
+            current.push(component);
+            match fs::create_dir(&current) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(source) => return Err(CgroupError::Io { action: "create", path: current, source }),
+            }
+        }
+        let directory = File::open(path).map_err(|source| CgroupError::Io {
+            action: "open",
+            path: path.to_owned(),
+            source,
+        })?;
+        let cgroup = PodCgroup { path: path.to_owned(), directory };
+        cgroup.limit(limits);
+        Ok(cgroup)
+    }
+
+    fn limit(&self, limits: &Limits) {
+        let mut files = vec![
+            ("memory.max", limits.memory_max.to_string()),
+            // One pod, one fate: half a pod is of no use.
+            ("memory.oom.group", "1".to_owned()),
+            ("pids.max", limits.pids_max.to_string()),
+        ];
+        if let Some((quota, period)) = limits.cpu_max {
+            files.push(("cpu.max", format!("{quota} {period}")));
+        }
+        if let Some(weight) = limits.cpu_weight {
+            files.push(("cpu.weight", weight.clamp(1, 10_000).to_string()));
+        }
+        for (file, value) in files {
+            let path = self.path.join(file);
+            if let Err(error) = write(&path, &value) {
+                log::warn!("can't set {} to {value}: {error}; the pod goes without", path.display());
+            }
+        }
+    }
+
+    /// The cgroup's directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl AsFd for PodCgroup {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
+    }
+}
+
+/// Kills all that is left in a cgroup and removes it with every parent that is empty then. Idempotent.
+pub fn remove(path: &Path, limit: Duration) -> Result<(), CgroupError> {
+    if path == Path::new(MOUNT) || !path.starts_with(MOUNT) {
+        return Err(CgroupError::Path(path.to_owned()));
+    }
+    match write(&path.join("cgroup.kill"), "1") {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(source) => {
+            return Err(CgroupError::Io { action: "kill the processes of", path: path.to_owned(), source });
+        }
+    }
+    let deadline = Instant::now() + limit;
+    loop {
+        match fs::remove_dir(path) {
+            Ok(()) => break,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+            // A killed process leaves its cgroup only when it is really gone.
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                if Instant::now() >= deadline {
+                    return Err(CgroupError::Busy(path.to_owned()));
+                }
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Err(source) => return Err(CgroupError::Io { action: "remove", path: path.to_owned(), source }),
+        }
+    }
+    Ok(())
+}
+
+/// Removes those of `parents` that are empty, innermost last in the list.
+pub fn remove_empty(parents: &[PathBuf]) {
+    for parent in parents.iter().rev().filter(|parent| parent.starts_with(MOUNT)) {
+        if fs::remove_dir(parent).is_err() {
+            break;
+        }
+    }
+}
+
+/// The directories between the mount and `path` that do not exist yet, outermost first: making `path` will make them.
+pub fn missing_parents(path: &Path) -> Vec<PathBuf> {
+    let mut missing: Vec<PathBuf> = path
+        .ancestors()
+        .skip(1)
+        .take_while(|ancestor| *ancestor != Path::new(MOUNT) && !ancestor.exists())
+        .map(Path::to_owned)
+        .collect();
+    missing.reverse();
+    missing
+}
+
+/// Moves a process into a cgroup that exists (runtime option `ShimCgroup`).
+pub fn join(cgroup: &str, pid: u32) -> Result<(), CgroupError> {
+    let path = resolve(Path::new(cgroup))?;
+    fs::create_dir_all(&path)
+        .and_then(|()| write(&path.join("cgroup.procs"), &pid.to_string()))
+        .map_err(|source| CgroupError::Io { action: "join", path, source })
+}
+
+fn write(path: &Path, value: &str) -> io::Result<()> {
+    fs::OpenOptions::new().write(true).open(path)?.write_all(value.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolved(path: &str) -> Option<String> {
+        resolve(Path::new(path)).ok().map(|path| path.to_str().unwrap().trim_start_matches(MOUNT).to_owned())
+    }
+
+    #[test]
+    fn both_notations_are_understood() {
+        assert_eq!(resolved("/default/demo").as_deref(), Some("/default/demo"));
+        assert_eq!(resolved("kubepods/pod1/c1").as_deref(), Some("/kubepods/pod1/c1"));
+        assert_eq!(
+            resolved("kubepods-burstable-pod1.slice:cri-containerd:c1").as_deref(),
+            Some(
+                "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-c1.scope"
+            )
+        );
+        assert_eq!(resolved(":ctr:c1").as_deref(), Some("/ctr-c1.scope"));
+    }
+
+    #[test]
+    fn a_path_cannot_leave_the_hierarchy() {
+        for path in
+            ["", "/", "/..", "/a/../../etc", "a:b", "a:b:c:d", "a--b.slice:x:y", "slice:x:y", "../x:y:z"]
+        {
+            assert_eq!(resolved(path), None, "{path}");
+        }
+        assert!(remove(Path::new("/tmp/x"), Duration::ZERO).is_err());
+        assert!(remove(Path::new(MOUNT), Duration::ZERO).is_err());
+    }
+}

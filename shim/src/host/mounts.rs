@@ -1,0 +1,420 @@
+//! Mounts as descriptors: a tree of mounts that is attached nowhere, to be attached in a pod's own mount namespace.
+//!
+//! The host's mount table never sees a pod's mounts. So nothing of a pod can be left mounted when all its processes are
+//! gone, and whoever removes a bundle recursively can't reach a volume through it.
+
+use std::ffi::{CString, c_uint};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+
+/// `open_tree(2)`: a copy of the tree, not the tree itself.
+const OPEN_TREE_CLONE: c_uint = 1;
+/// `open_tree(2)`: `O_CLOEXEC`.
+const OPEN_TREE_CLOEXEC: c_uint = libc::O_CLOEXEC as c_uint;
+/// `move_mount(2)`: the source is the descriptor itself.
+const MOVE_MOUNT_F_EMPTY_PATH: c_uint = 4;
+/// `mount_setattr(2)`.
+const MOUNT_ATTR_RDONLY: u64 = 1;
+/// `mount_setattr(2)`.
+const MOUNT_ATTR_NOSUID: u64 = 2;
+/// `mount_setattr(2)`.
+const MOUNT_ATTR_NODEV: u64 = 4;
+
+/// A page: what the kernel takes as options of one mount (mount(2)).
+const MAX_OPTIONS: usize = 4096 - 1;
+
+/// Something with a mount that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// No namespace to prepare mounts in.
+    #[error("can't create a mount namespace: {step}")]
+    Namespace {
+        /// What was tried.
+        step: &'static str,
+        /// Why it failed.
+        #[source]
+        source: Errno,
+    },
+    /// A mount failed.
+    #[error("can't mount {kind} {source_path:?}: {hint}")]
+    Mount {
+        /// File system type.
+        kind: String,
+        /// What was to be mounted.
+        source_path: String,
+        /// What it may mean.
+        hint: &'static str,
+        /// Why it failed.
+        #[source]
+        source: Errno,
+    },
+    /// Not a path the kernel takes.
+    #[error("{0:?} can't be used as a path")]
+    Path(PathBuf),
+    /// Too many or too long options.
+    #[error("the options of the {kind} mount are {length} bytes long: {MAX_OPTIONS} are possible")]
+    Options {
+        /// File system type.
+        kind: String,
+        /// Their length.
+        length: usize,
+    },
+    /// An option we don't carry out.
+    #[error("the mount option {0:?} is not supported")]
+    Unsupported(String),
+    /// A tree can't be copied.
+    #[error("can't bind {path}")]
+    Open {
+        /// Its root.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Errno,
+    },
+    /// Attributes can't be set.
+    #[error("can't set the attributes of the mount of {path}")]
+    Attributes {
+        /// Where it comes from.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Errno,
+    },
+    /// A tree can't be attached.
+    #[error("can't attach a mount at {path}")]
+    Attach {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Errno,
+    },
+    /// No thread to do it on.
+    #[error("can't start a thread for mounting")]
+    Thread(#[source] io::Error),
+    /// The thread is gone.
+    #[error("the mounting thread ended early")]
+    ThreadLost,
+}
+
+/// A tree of mounts that is attached nowhere; it goes when the descriptor goes.
+#[derive(Debug)]
+pub struct DetachedTree {
+    fd: OwnedFd,
+    origin: PathBuf,
+}
+
+/// How mounts propagate from a bind mount's source into its copy (mount_namespaces(7)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Propagation {
+    /// Later mounts on the host stay out.
+    Private,
+    /// Later mounts on the host come in.
+    Slave,
+}
+
+impl DetachedTree {
+    /// Copies the mounts at `path`, with those below if `recursive`.
+    pub fn bind(path: &Path, recursive: bool) -> Result<DetachedTree, MountError> {
+        let c_path = c_string(path)?;
+        let recursion = if recursive { libc::AT_RECURSIVE as c_uint } else { 0 };
+        let flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | recursion;
+        // SAFETY: the path is NUL-terminated and outlives the call.
+        let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, c_path.as_ptr(), flags) };
+        let fd = Errno::result(fd).map_err(|source| MountError::Open { path: path.to_owned(), source })?;
+        // SAFETY: the kernel has just made this descriptor for us.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        Ok(DetachedTree { fd, origin: path.to_owned() })
+    }
+
+    /// Sets what holds for every mount of a pod: device nodes on it are just files, and no set-user-id program on it
+    /// counts on the host.
+    pub fn restrict(&self, propagation: Propagation) -> Result<(), MountError> {
+        let propagation = match propagation {
+            Propagation::Private => libc::MS_PRIVATE,
+            Propagation::Slave => libc::MS_SLAVE,
+        };
+        self.set(MOUNT_ATTR_NODEV | MOUNT_ATTR_NOSUID, propagation, true)
+    }
+
+    /// Makes the topmost mount read-only, or with `recursive` all of them.
+    pub fn make_read_only(&self, recursive: bool) -> Result<(), MountError> {
+        self.set(MOUNT_ATTR_RDONLY, 0, recursive)
+    }
+
+    fn set(&self, attributes: u64, propagation: u64, recursive: bool) -> Result<(), MountError> {
+        let attributes = libc::mount_attr { attr_set: attributes, attr_clr: 0, propagation, userns_fd: 0 };
+        let recursion = if recursive { libc::AT_RECURSIVE } else { 0 };
+        // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor; the structure is valid for the size given.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_mount_setattr,
+                self.fd.as_raw_fd(),
+                c"".as_ptr(),
+                libc::AT_EMPTY_PATH | recursion,
+                &raw const attributes,
+                size_of::<libc::mount_attr>(),
+            )
+        };
+        Errno::result(result)
+            .map(drop)
+            .map_err(|source| MountError::Attributes { path: self.origin.clone(), source })
+    }
+
+    /// Attaches the tree at `target` in the calling thread's mount namespace.
+    pub fn attach(self, target: &Path) -> Result<(), MountError> {
+        let c_target = c_string(target)?;
+        // SAFETY: both paths are NUL-terminated; the empty one with MOVE_MOUNT_F_EMPTY_PATH means the descriptor.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_move_mount,
+                self.fd.as_raw_fd(),
+                c"".as_ptr(),
+                libc::AT_FDCWD,
+                c_target.as_ptr(),
+                MOVE_MOUNT_F_EMPTY_PATH,
+            )
+        };
+        Errno::result(result)
+            .map(drop)
+            .map_err(|source| MountError::Attach { path: target.to_owned(), source })
+    }
+}
+
+impl AsFd for DetachedTree {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// A mount as containerd asks for it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct MountRequest {
+    /// File system type.
+    pub kind: String,
+    /// Device, directory, or whatever the type takes.
+    pub source: String,
+    /// Directory below the root to mount on; empty for the root itself.
+    pub target: String,
+    /// Options as in fstab(5).
+    pub options: Vec<String>,
+}
+
+/// Makes the mounts of a root file system on the directory `scratch`, each on top of the one before, and gives them as
+/// a detached tree.
+///
+/// It happens on a thread of its own in a mount namespace of its own: nobody else ever sees `scratch` mounted.
+pub async fn assemble(mounts: Vec<MountRequest>, scratch: PathBuf) -> Result<DetachedTree, MountError> {
+    on_thread(move || {
+        let failed = |step| move |source| MountError::Namespace { step, source };
+        unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).map_err(failed("unshare"))?;
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
+            .map_err(failed("make it private"))?;
+        for request in &mounts {
+            mount_one(request, &scratch)?;
+        }
+        DetachedTree::bind(&scratch, true)
+    })
+    .await
+}
+
+/// Runs `work` on a new thread and waits for its result. The thread may change what threads have of their own (its
+/// mount namespace, its directory) and takes it along when it ends.
+pub async fn on_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, MountError> + Send + 'static,
+) -> Result<T, MountError> {
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new()
+        .name("mounts".into())
+        .stack_size(128 * 1024)
+        .spawn(move || {
+            // Nobody waits any more: the result goes, and with it what it owns.
+            let _ = sender.send(work());
+        })
+        .map_err(MountError::Thread)?;
+    receiver.await.map_err(|_| MountError::ThreadLost)?
+}
+
+fn mount_one(request: &MountRequest, root: &Path) -> Result<(), MountError> {
+    let target = target_below(root, &request.target)?;
+    let parsed = parse_options(&request.options)?;
+    let (directory, data) = compact_overlay(&request.kind, parsed.data);
+    if data.len() > MAX_OPTIONS {
+        return Err(MountError::Options { kind: request.kind.clone(), length: data.len() });
+    }
+    let failed = |source| MountError::Mount {
+        kind: request.kind.clone(),
+        source_path: request.source.clone(),
+        hint: match source {
+            Errno::ENODEV => "the host's kernel lacks this file system",
+            Errno::ENOENT => "a directory that it names does not exist",
+            _ => "the snapshot may be damaged",
+        },
+        source,
+    };
+    if let Some(directory) = directory {
+        nix::unistd::chdir(Path::new(&directory)).map_err(failed)?;
+    }
+    let is_bind = parsed.flags.contains(MsFlags::MS_BIND) || request.kind == "bind";
+    let flags = if is_bind { parsed.flags | MsFlags::MS_BIND } else { parsed.flags };
+    let data = (!data.is_empty()).then_some(data.as_str());
+    let outcome = mount(Some(request.source.as_str()), &target, Some(request.kind.as_str()), flags, data);
+    let outcome = match outcome {
+        // A bind mount takes no other flags the first time.
+        Ok(()) if is_bind && flags.contains(MsFlags::MS_RDONLY) => {
+            mount(None::<&str>, &target, None::<&str>, flags | MsFlags::MS_REMOUNT, None::<&str>)
+        }
+        other => other,
+    };
+    nix::unistd::chdir("/").map_err(failed)?;
+    outcome.map_err(failed)
+}
+
+fn target_below(root: &Path, target: &str) -> Result<PathBuf, MountError> {
+    let mut path = root.to_owned();
+    for component in Path::new(target).components() {
+        match component {
+            std::path::Component::RootDir | std::path::Component::CurDir => {}
+            std::path::Component::Normal(name) => path.push(name),
+            _ => return Err(MountError::Path(PathBuf::from(target))),
+        }
+    }
+    Ok(path)
+}
+
+struct ParsedOptions {
+    flags: MsFlags,
+    data: Vec<String>,
+}
+
+fn parse_options(options: &[String]) -> Result<ParsedOptions, MountError> {
+    let mut flags = MsFlags::empty();
+    let mut data = Vec::new();
+    for option in options {
+        let (flag, set) = match option.as_str() {
+            "" | "defaults" => (MsFlags::empty(), true),
+            "ro" => (MsFlags::MS_RDONLY, true),
+            "rw" => (MsFlags::MS_RDONLY, false),
+            "bind" => (MsFlags::MS_BIND, true),
+            "rbind" => (MsFlags::MS_BIND.union(MsFlags::MS_REC), true),
+            "nosuid" => (MsFlags::MS_NOSUID, true),
+            "suid" => (MsFlags::MS_NOSUID, false),
+            "nodev" => (MsFlags::MS_NODEV, true),
+            "dev" => (MsFlags::MS_NODEV, false),
+            "noexec" => (MsFlags::MS_NOEXEC, true),
+            "exec" => (MsFlags::MS_NOEXEC, false),
+            "sync" => (MsFlags::MS_SYNCHRONOUS, true),
+            "async" => (MsFlags::MS_SYNCHRONOUS, false),
+            "dirsync" => (MsFlags::MS_DIRSYNC, true),
+            "noatime" => (MsFlags::MS_NOATIME, true),
+            "atime" => (MsFlags::MS_NOATIME, false),
+            "nodiratime" => (MsFlags::MS_NODIRATIME, true),
+            "diratime" => (MsFlags::MS_NODIRATIME, false),
+            "relatime" => (MsFlags::MS_RELATIME, true),
+            "norelatime" => (MsFlags::MS_RELATIME, false),
+            "strictatime" => (MsFlags::MS_STRICTATIME, true),
+            "nostrictatime" => (MsFlags::MS_STRICTATIME, false),
+            "loop" | "remount" => return Err(MountError::Unsupported(option.clone())),
+            // They could only let more in or out of a namespace that exists for a moment.
+            "private" | "rprivate" | "slave" | "rslave" | "shared" | "rshared" => (MsFlags::empty(), true),
+            _ => {
+                data.push(option.clone());
+                continue;
+            }
+        };
+        flags.set(flag, set);
+    }
+    Ok(ParsedOptions { flags, data })
+}
+
+/// Shortens the lower directories of an overlay that would not fit into a page: by their common directory, which the
+/// mounting thread then has to be in.
+fn compact_overlay(kind: &str, data: Vec<String>) -> (Option<String>, String) {
+    let joined = data.join(",");
+    if kind != "overlay" || joined.len() <= MAX_OPTIONS {
+        return (None, joined);
+    }
+    let Some(lower) = data.iter().find_map(|option| option.strip_prefix("lowerdir=")) else {
+        return (None, joined);
+    };
+    let directories: Vec<&str> = lower.split(':').collect();
+    let Some(common) = common_directory(&directories) else {
+        return (None, joined);
+    };
+    let shortened: Vec<&str> =
+        directories.iter().filter_map(|directory| directory.strip_prefix(&common)).collect();
+    let replacement = format!("lowerdir={}", shortened.join(":"));
+    let data: Vec<&str> = data
+        .iter()
+        .map(|option| if option.starts_with("lowerdir=") { replacement.as_str() } else { option.as_str() })
+        .collect();
+    (Some(common), data.join(","))
+}
+
+/// The longest directory, with its trailing slash, that all paths are below.
+fn common_directory(paths: &[&str]) -> Option<String> {
+    let (first, rest) = paths.split_first()?;
+    let mut end = first.rfind('/')? + 1;
+    while !rest.iter().all(|path| path.starts_with(&first[..end])) {
+        end = first[..end - 1].rfind('/')? + 1;
+    }
+    (end > 1).then(|| first[..end].to_owned())
+}
+
+fn c_string(path: &Path) -> Result<CString, MountError> {
+    use std::os::unix::ffi::OsStrExt;
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| MountError::Path(path.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(list: &[&str]) -> Vec<String> {
+        list.iter().map(|&option| option.to_owned()).collect()
+    }
+
+    #[test]
+    fn flags_and_data_are_told_apart() {
+        let parsed = parse_options(&options(&["ro", "nosuid", "index=off", "rw", "lowerdir=/a:/b"])).unwrap();
+        assert_eq!(parsed.flags, MsFlags::MS_NOSUID);
+        assert_eq!(parsed.data, ["index=off", "lowerdir=/a:/b"]);
+        assert!(matches!(parse_options(&options(&["loop"])), Err(MountError::Unsupported(_))));
+    }
+
+    #[test]
+    fn many_layers_are_shortened_by_their_common_directory() {
+        let lower: Vec<String> = (0..200).map(|n| format!("/var/lib/containerd/snapshots/{n}/fs")).collect();
+        let data =
+            vec!["index=off".to_owned(), format!("lowerdir={}", lower.join(":")), "upperdir=/u".to_owned()];
+        let (directory, text) = compact_overlay("overlay", data);
+        assert_eq!(directory.as_deref(), Some("/var/lib/containerd/snapshots/"));
+        assert!(text.starts_with("index=off,lowerdir=0/fs:1/fs:"));
+        assert!(text.ends_with(":199/fs,upperdir=/u") && text.len() < MAX_OPTIONS);
+    }
+
+    #[test]
+    fn few_layers_stay_as_they_are() {
+        let data = options(&["lowerdir=/a/1:/a/2"]);
+        assert_eq!(compact_overlay("overlay", data), (None, "lowerdir=/a/1:/a/2".to_owned()));
+    }
+
+    #[test]
+    fn directories_without_anything_in_common_are_left() {
+        assert_eq!(common_directory(&["/a/x", "/b/x"]), None);
+        assert_eq!(common_directory(&["/s/1/fs", "/s/12/fs"]).as_deref(), Some("/s/"));
+        assert_eq!(common_directory(&["relative"]), None);
+    }
+
+    #[test]
+    fn targets_stay_below_the_root() {
+        assert_eq!(target_below(Path::new("/r"), "/a/b").unwrap(), Path::new("/r/a/b"));
+        assert_eq!(target_below(Path::new("/r"), "").unwrap(), Path::new("/r"));
+        assert!(target_below(Path::new("/r"), "a/../../b").is_err());
+    }
+}

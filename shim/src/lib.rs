@@ -1,0 +1,20 @@
+//! Bulkhead's containerd shim: one process per pod, between containerd and the pod's virtual machine.
+//!
+//! containerd runs the binary with an action ([`cli`]). `start` leaves a server behind, which speaks containerd's Task
+//! API ([`task`]) for every container of a pod, and owns the pod ([`pod`]): its VMM, its file server, the mounts that
+//! make up its shared tree, its cgroup. OCI specifications are translated for the guest in [`spec`]; what the shim
+//! asks of the host's kernel is in [`host`].
+
+pub mod cli;
+pub mod config;
+pub mod error;
+pub mod events;
+pub mod host;
+pub mod id;
+pub mod limit;
+pub mod logging;
+pub mod options;
+pub mod pod;
+pub mod quantity;
+pub mod spec;
+pub mod task;

@@ -1,0 +1,263 @@
+//! Calls to the guest's agent: each with a time limit, each answer bounded.
+
+use std::time::Duration;
+
+use bulkhead_agent_protocol as api;
+use bulkhead_agent_protocol::AgentClient;
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use ttrpc::asynchronous::Client;
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context::Context;
+
+use super::stream::GuardedStream;
+use crate::error::{Classify, Code, untrusted};
+
+/// Most process ids taken from one answer.
+pub const MAX_PIDS: usize = 8192;
+
+/// Most I/O entries taken from one answer.
+pub const MAX_IO_ENTRIES: usize = 256;
+
+/// An error message of the agent, in bytes.
+const MAX_MESSAGE: usize = 2048;
+
+/// For what the agent does in memory.
+const QUICK: Duration = Duration::from_secs(5);
+
+/// For what touches file systems or starts processes.
+const SLOW: Duration = Duration::from_secs(20);
+
+/// Why a call to the agent failed.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// It refused.
+    #[error("{message}")]
+    Refused {
+        /// The agent's code, if it is one that the protocol knows.
+        code: Code,
+        /// The agent's words, cleaned.
+        message: String,
+    },
+    /// It did not answer.
+    #[error("the agent in the guest did not answer {call} within {} s", .limit.as_secs())]
+    TimedOut {
+        /// The call.
+        call: &'static str,
+        /// How long it had.
+        limit: Duration,
+    },
+    /// The connection is gone.
+    #[error("the connection to the agent in the guest is lost")]
+    Lost,
+}
+
+impl Classify for AgentError {
+    fn code(&self) -> Code {
+        match self {
+            AgentError::Refused { code, .. } => *code,
+            AgentError::TimedOut { .. } => Code::DEADLINE_EXCEEDED,
+            AgentError::Lost => Code::UNAVAILABLE,
+        }
+    }
+}
+
+/// The agent of one pod.
+#[derive(Clone)]
+pub struct Agent {
+    client: AgentClient,
+    lost: watch::Sender<bool>,
+}
+
+impl std::fmt::Debug for Agent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Agent").field("lost", &*self.lost.borrow()).finish_non_exhaustive()
+    }
+}
+
+/// How a process in the guest ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exit {
+    /// Exit code, or 128 + signal.
+    pub status: u32,
+    /// Nanoseconds since the Unix epoch.
+    pub at_ns: i64,
+}
+
+impl Agent {
+    /// Speaks to the agent over `stream`. What is sent waits there until the agent is up.
+    pub fn new(stream: UnixStream) -> Agent {
+        let client = Client::new(Socket::new(GuardedStream::new(stream)));
+        Agent { client: AgentClient::new(client), lost: watch::Sender::new(false) }
+    }
+
+    /// Answers when a call has found the connection lost.
+    pub async fn lost(&self) {
+        // The sender is ours: it can't be gone.
+        let _ = self.lost.subscribe().wait_for(|lost| *lost).await;
+    }
+
+    async fn call<T>(
+        &self,
+        call: &'static str,
+        limit: Duration,
+        answer: impl Future<Output = ttrpc::Result<T>>,
+    ) -> Result<T, AgentError> {
+        match tokio::time::timeout(limit, answer).await {
+            Ok(answer) => answer.map_err(|error| self.classify(error)),
+            Err(_) => Err(AgentError::TimedOut { call, limit }),
+        }
+    }
+
+    fn classify(&self, error: ttrpc::Error) -> AgentError {
+        match error {
+            ttrpc::Error::RpcStatus(status) => AgentError::Refused {
+                code: match status.code() {
+                    // These have a meaning to containerd; `Unimplemented` would make it retry in another version.
+                    code @ (Code::NOT_FOUND
+                    | Code::ALREADY_EXISTS
+                    | Code::FAILED_PRECONDITION
+                    | Code::INVALID_ARGUMENT
+                    | Code::RESOURCE_EXHAUSTED) => code,
+                    _ => Code::INTERNAL,
+                },
+                message: untrusted(status.message(), MAX_MESSAGE),
+            },
+            other => {
+                log::debug!("agent connection: {other}");
+                self.lost.send_replace(true);
+                AgentError::Lost
+            }
+        }
+    }
+
+    /// Makes the guest the pod's. Its answer is the sign that the agent is up.
+    pub async fn configure(
+        &self,
+        request: &api::ConfigureRequest,
+        limit: Duration,
+    ) -> Result<api::ConfigureResponse, AgentError> {
+        self.call("Configure", limit, self.client.configure(Context::default(), request)).await
+    }
+
+    /// Sets a container up; gives its first process's id in the guest.
+    pub async fn create_container(&self, request: &api::CreateContainerRequest) -> Result<u32, AgentError> {
+        let answer = self.client.create_container(Context::default(), request);
+        self.call("CreateContainer", SLOW, answer).await.map(|answer| answer.pid)
+    }
+
+    /// Sets a further process up.
+    pub async fn create_exec(&self, request: &api::CreateExecRequest) -> Result<(), AgentError> {
+        self.call("CreateExec", SLOW, self.client.create_exec(Context::default(), request)).await.map(drop)
+    }
+
+    /// Executes a process's program.
+    pub async fn start(&self, container: &str, exec: &str) -> Result<(), AgentError> {
+        let request = process(container, exec);
+        self.call("Start", SLOW, self.client.start(Context::default(), &request)).await.map(drop)
+    }
+
+    /// Waits, without a limit, until a process has ended.
+    pub async fn wait(&self, container: &str, exec: &str) -> Result<Exit, AgentError> {
+        let request = process(container, exec);
+        let answer =
+            self.client.wait(Context::default(), &request).await.map_err(|error| self.classify(error))?;
+        Ok(Exit { status: answer.exit_status, at_ns: answer.exited_at_ns })
+    }
+
+    /// Sends a signal to a process, or to every process of a container.
+    pub async fn signal(
+        &self,
+        container: &str,
+        exec: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), AgentError> {
+        let request = api::SignalRequest {
+            container_id: container.into(),
+            exec_id: exec.into(),
+            signal,
+            all,
+            ..Default::default()
+        };
+        self.call("Signal", QUICK, self.client.signal(Context::default(), &request)).await.map(drop)
+    }
+
+    /// Releases a process, or with an empty exec id a container.
+    pub async fn delete(&self, container: &str, exec: &str) -> Result<(), AgentError> {
+        let request = process(container, exec);
+        self.call("Delete", SLOW, self.client.delete(Context::default(), &request)).await.map(drop)
+    }
+
+    /// Sets the size of a process's terminal.
+    pub async fn resize_pty(
+        &self,
+        container: &str,
+        exec: &str,
+        columns: u32,
+        rows: u32,
+    ) -> Result<(), AgentError> {
+        let request = api::ResizePtyRequest {
+            container_id: container.into(),
+            exec_id: exec.into(),
+            columns,
+            rows,
+            ..Default::default()
+        };
+        self.call("ResizePty", QUICK, self.client.resize_pty(Context::default(), &request)).await.map(drop)
+    }
+
+    /// Freezes a container.
+    pub async fn pause(&self, container: &str) -> Result<(), AgentError> {
+        let request = container_request(container);
+        self.call("Pause", QUICK, self.client.pause(Context::default(), &request)).await.map(drop)
+    }
+
+    /// Thaws a container.
+    pub async fn resume(&self, container: &str) -> Result<(), AgentError> {
+        let request = container_request(container);
+        self.call("Resume", QUICK, self.client.resume(Context::default(), &request)).await.map(drop)
+    }
+
+    /// Changes a container's limits to the OCI `linux.resources` object in `resources`.
+    pub async fn update(&self, container: &str, resources: Vec<u8>) -> Result<(), AgentError> {
+        let request = api::UpdateRequest { container_id: container.into(), resources, ..Default::default() };
+        self.call("Update", QUICK, self.client.update(Context::default(), &request)).await.map(drop)
+    }
+
+    /// The process ids of a container, as the guest counts them; at most [`MAX_PIDS`].
+    pub async fn pids(&self, container: &str, limit: Duration) -> Result<Vec<u32>, AgentError> {
+        let request = container_request(container);
+        let mut answer = self.call("Pids", limit, self.client.pids(Context::default(), &request)).await?;
+        answer.pids.truncate(MAX_PIDS);
+        Ok(answer.pids)
+    }
+
+    /// A container's figures.
+    pub async fn stats(&self, container: &str) -> Result<api::StatsResponse, AgentError> {
+        let request = container_request(container);
+        let mut answer = self.call("Stats", QUICK, self.client.stats(Context::default(), &request)).await?;
+        answer.io.truncate(MAX_IO_ENTRIES);
+        Ok(answer)
+    }
+
+    /// Waits, without a limit, for the next event.
+    pub async fn next_event(&self) -> Result<api::AgentEvent, AgentError> {
+        let request = api::Empty::new();
+        self.client.next_event(Context::default(), &request).await.map_err(|error| self.classify(error))
+    }
+
+    /// Asks the guest to power itself off; there may be no answer.
+    pub async fn power_off(&self, limit: Duration) {
+        let request = api::Empty::new();
+        let _ = self.call("PowerOff", limit, self.client.power_off(Context::default(), &request)).await;
+    }
+}
+
+fn process(container: &str, exec: &str) -> api::ProcessRequest {
+    api::ProcessRequest { container_id: container.into(), exec_id: exec.into(), ..Default::default() }
+}
+
+fn container_request(container: &str) -> api::ContainerRequest {
+    api::ContainerRequest { container_id: container.into(), ..Default::default() }
+}

@@ -1,0 +1,292 @@
+//! The two processes of a pod: its VMM, driven over the control socket, and its file server.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bulkhead_vmm_protocol::{
+    Channel, ChannelError, Event, ExitReason, FromVmm, Packet, Refusal, RefusalKind, Request,
+};
+use log::Level;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{Mutex, mpsc};
+
+use super::tail::Tail;
+use crate::error::{Classify, Code, untrusted};
+use crate::host::process::{Child, ProcessId};
+use crate::host::spawn::{Spawn, SpawnError, spawn};
+
+/// The VMM answers a request within this time, or is given up.
+const REPLY_LIMIT: Duration = Duration::from_secs(10);
+
+/// Bytes of standard error that are kept of each process.
+const STDERR_KEPT: usize = 4096;
+
+/// VMMs get a user of their own: this base plus the shim's process id, unique among live pods.
+const UID_BASE: u32 = 0x7000_0000;
+
+/// What goes wrong with the pod's processes.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// A process did not start.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+    /// A socket pair, a pipe or the like.
+    #[error("can't prepare the pod's processes: {step}")]
+    Prepare {
+        /// What was tried.
+        step: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The control socket failed.
+    #[error("can't reach the VMM")]
+    Channel(#[source] ChannelError),
+    /// No answer in time.
+    #[error("the VMM did not answer {request} within {} s", REPLY_LIMIT.as_secs())]
+    TimedOut {
+        /// The request.
+        request: &'static str,
+    },
+    /// It is gone.
+    #[error("the VMM is gone")]
+    Gone,
+    /// It refused.
+    #[error("the VMM refused")]
+    Refused(#[source] Refusal),
+}
+
+impl Classify for MachineError {
+    fn code(&self) -> Code {
+        match self {
+            MachineError::Spawn(SpawnError::Program { .. }) => Code::FAILED_PRECONDITION,
+            MachineError::Refused(refusal) => match refusal.kind {
+                RefusalKind::InvalidRequest => Code::INVALID_ARGUMENT,
+                RefusalKind::Resources => Code::RESOURCE_EXHAUSTED,
+                RefusalKind::Kernel | RefusalKind::Disk | RefusalKind::Kvm => Code::FAILED_PRECONDITION,
+            },
+            MachineError::TimedOut { .. } => Code::DEADLINE_EXCEEDED,
+            MachineError::Gone => Code::UNAVAILABLE,
+            _ => Code::INTERNAL,
+        }
+    }
+}
+
+/// Arguments by which the VMM becomes a user of its own.
+pub fn identity_args() -> [String; 4] {
+    let id = (UID_BASE + std::process::id()).to_string();
+    ["--uid".to_owned(), id.clone(), "--gid".to_owned(), id]
+}
+
+/// A running jailed process and what it said.
+#[derive(Debug)]
+pub struct Jailed {
+    /// The process.
+    pub child: Child,
+    /// Its standard error.
+    pub stderr: Tail,
+}
+
+impl Jailed {
+    /// Starts `program` with `socket` as descriptor 3.
+    pub fn start(
+        program: &Path,
+        args: &[String],
+        name: &'static str,
+        socket: BorrowedFd<'_>,
+        cgroup: Option<BorrowedFd<'_>>,
+        mounts: Option<(BorrowedFd<'_>, &str)>,
+    ) -> Result<Jailed, MachineError> {
+        let prepare = |step| move |source| MachineError::Prepare { step, source };
+        let (reader, writer) = io::pipe().map_err(prepare("create a pipe"))?;
+        let spawned = spawn(&Spawn { program, args, socket, stderr: writer.as_fd(), cgroup, mounts })?;
+        drop(writer);
+        let stderr =
+            Tail::start(reader.into(), STDERR_KEPT, name, Level::Warn).map_err(prepare("read a pipe"))?;
+        let pid = spawned.id.pid;
+        // Ours protects the shim and is inherited; the pod must be killed before the shim is.
+        if let Err(error) = std::fs::write(format!("/proc/{pid}/oom_score_adj"), "0") {
+            log::warn!("can't reset the OOM score of {name} (process {pid}): {error}");
+        }
+        let child = Child::new(spawned.id, spawned.pidfd).map_err(prepare("watch a process"))?;
+        Ok(Jailed { child, stderr })
+    }
+
+    /// Which process.
+    pub fn id(&self) -> ProcessId {
+        self.child.id
+    }
+}
+
+/// A pair of connected sockets, close-on-exec.
+pub fn socket_pair(kind: SockType) -> Result<(OwnedFd, OwnedFd), MachineError> {
+    socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(|errno| MachineError::Prepare { step: "create a socket pair", source: errno.into() })
+}
+
+/// The shim's end of the control socket.
+#[derive(Debug)]
+pub struct Control {
+    channel: Arc<AsyncFd<Channel>>,
+    /// Requests are answered in order: whoever holds this is next.
+    replies: Mutex<mpsc::Receiver<Result<(), Refusal>>>,
+}
+
+/// The listening side of [`Control`]: must run for replies to arrive.
+#[derive(Debug)]
+pub struct ControlListener {
+    channel: Arc<AsyncFd<Channel>>,
+    replies: mpsc::Sender<Result<(), Refusal>>,
+}
+
+impl Control {
+    /// Takes the shim's end.
+    pub fn new(channel: Channel) -> Result<(Control, ControlListener), MachineError> {
+        let prepare = |source: Errno| MachineError::Prepare {
+            step: "unblock the control socket",
+            source: source.into(),
+        };
+        let flags = OFlag::from_bits_retain(fcntl(&channel, FcntlArg::F_GETFL).map_err(prepare)?);
+        fcntl(&channel, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map_err(prepare)?;
+        // SAFETY: the AsyncFd owns the channel, so its descriptor stays open and the same while it is registered.
+        let channel =
+            unsafe { AsyncFd::register_with_interest(channel, Interest::READABLE) }.map_err(|error| {
+                MachineError::Prepare { step: "watch the control socket", source: error.into() }
+            })?;
+        let channel = Arc::new(channel);
+        let (sender, receiver) = mpsc::channel(1);
+        let listener = ControlListener { channel: channel.clone(), replies: sender };
+        Ok((Control { channel, replies: Mutex::new(receiver) }, listener))
+    }
+
+    /// Sends a request with its descriptors and waits for the answer.
+    pub async fn request(
+        &self,
+        name: &'static str,
+        request: &Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), MachineError> {
+        let exchange = async {
+            let mut replies = self.replies.lock().await;
+            // The socket's buffer is empty whenever the last request has been answered, so this does not block.
+            self.channel.get_ref().send(request, fds).map_err(|error| match error {
+                ChannelError::Closed => MachineError::Gone,
+                other => MachineError::Channel(other),
+            })?;
+            match replies.recv().await {
+                Some(reply) => reply.map_err(|refusal| {
+                    let message = untrusted(&refusal.message, 4096);
+                    MachineError::Refused(Refusal { message, ..refusal })
+                }),
+                None => Err(MachineError::Gone),
+            }
+        };
+        let answer = tokio::time::timeout(REPLY_LIMIT, exchange).await;
+        if matches!(answer, Err(_) | Ok(Err(MachineError::Channel(_)))) {
+            // The answer to this could be taken for the answer to the next.
+            self.close();
+        }
+        answer.unwrap_or(Err(MachineError::TimedOut { request: name }))
+    }
+
+    /// Closes the connection, which ends the virtual machine.
+    pub fn close(&self) {
+        // SAFETY: shutdown takes a descriptor number, which the channel keeps open.
+        unsafe { libc::shutdown(self.channel.get_ref().as_raw_fd(), libc::SHUT_RDWR) };
+    }
+}
+
+impl ControlListener {
+    /// Receives until the virtual machine has ended: its own reason, or `None` if the VMM just went away.
+    pub async fn run(mut self) -> Option<ExitReason> {
+        self.until_ended().await
+    }
+
+    /// As [`ControlListener::run`]; nothing is lost when it is given up and called again.
+    pub async fn until_ended(&mut self) -> Option<ExitReason> {
+        loop {
+            let Ok(mut ready) = self.channel.readable().await else { return None };
+            match self.channel.get_ref().receive() {
+                Ok(Packet { message: FromVmm::Reply(reply), .. }) => {
+                    // An answer that nobody asked for is the VMM's mistake or worse.
+                    if self.replies.try_send(reply).is_err() {
+                        log::error!("the VMM answered without having been asked: giving it up");
+                        return None;
+                    }
+                }
+                Ok(Packet { message: FromVmm::Event(Event::Exited(reason)), .. }) => return Some(reason),
+                // Would block.
+                Err(ChannelError::TimedOut) => ready.clear_ready(),
+                Err(ChannelError::Closed) => return None,
+                Err(error) => {
+                    log::error!("the VMM can't be understood, giving it up: {}", crate::error::chain(&error));
+                    return None;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_vmm_protocol::{Refusal, RefusalKind};
+
+    use super::*;
+
+    fn pair() -> (Control, ControlListener, Channel) {
+        let (ours, theirs) = Channel::pair().unwrap();
+        theirs.set_timeout(Some(Duration::from_secs(5))).unwrap();
+        let (control, listener) = Control::new(ours).unwrap();
+        (control, listener, theirs)
+    }
+
+    #[tokio::test]
+    async fn requests_are_answered_and_the_end_is_told() {
+        let (control, listener, vmm) = pair();
+        let listening = tokio::spawn(listener.run());
+        let served = std::thread::spawn(move || {
+            let first: Packet<Request> = vmm.receive().unwrap();
+            assert_eq!(first.message, Request::ConnectVsock { port: 1 });
+            vmm.send(&FromVmm::Reply(Ok(())), &[]).unwrap();
+            let _: Packet<Request> = vmm.receive().unwrap();
+            let refusal = Refusal { kind: RefusalKind::Resources, message: "full\n".into() };
+            vmm.send(&FromVmm::Reply(Err(refusal)), &[]).unwrap();
+            vmm.send(&FromVmm::Event(Event::Exited(ExitReason::Panic)), &[]).unwrap();
+        });
+
+        control.request("ConnectVsock", &Request::ConnectVsock { port: 1 }, &[]).await.unwrap();
+        let error =
+            control.request("ConnectVsock", &Request::ConnectVsock { port: 2 }, &[]).await.unwrap_err();
+        assert_eq!(error.code(), Code::RESOURCE_EXHAUSTED);
+        assert_eq!(crate::error::chain(&error), "the VMM refused: full");
+        assert_eq!(listening.await.unwrap(), Some(ExitReason::Panic));
+        served.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_goes_away_fails_the_request_at_once() {
+        let (control, listener, vmm) = pair();
+        let listening = tokio::spawn(listener.run());
+        drop(vmm);
+        let error =
+            control.request("ConnectVsock", &Request::ConnectVsock { port: 1 }, &[]).await.unwrap_err();
+        assert!(matches!(error, MachineError::Gone), "{error}");
+        assert_eq!(listening.await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn answers_without_a_question_end_it() {
+        let (_control, listener, vmm) = pair();
+        for _ in 0..3 {
+            vmm.send(&FromVmm::Reply(Ok(())), &[]).unwrap();
+        }
+        assert_eq!(listener.run().await, None);
+    }
+}

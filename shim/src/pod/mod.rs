@@ -1,0 +1,353 @@
+//! A pod's life on the host: everything it holds is made, owned and released here.
+//!
+//! [`Pod::launch`] makes the pod's directory, shared tree and cgroup, starts the file server and the VMM and boots the
+//! guest; [`Pod::configure`] waits for the agent. From then on the pod watches over its processes: when one of them
+//! ends, the pod is dead, with a reason, and releases everything in reverse order. Releasing is idempotent.
+
+pub mod agent;
+pub mod boot;
+pub mod machine;
+pub mod resources;
+pub mod state;
+pub mod stream;
+pub mod tail;
+pub mod tree;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bulkhead_agent_protocol::{ConfigureRequest, STDIO_PORT};
+use bulkhead_vmm_protocol::Request;
+use nix::sys::socket::SockType;
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use self::agent::Agent;
+use self::boot::{BootError, FS_TAG};
+use self::machine::{Control, ControlListener, MachineError, socket_pair};
+use self::resources::Resources;
+use self::tree::SharedTree;
+use crate::config::Config;
+use crate::error::{ApiError, Classify, Code, chain};
+use crate::host::cgroup;
+use crate::host::process::ProcessId;
+
+/// From the start of the VMM until the agent answers.
+const BOOT_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long the guest has to power itself off before it is killed.
+const POWER_OFF_LIMIT: Duration = Duration::from_secs(2);
+
+/// The VMM's own report of the end may come this much later than other signs of it.
+const REASON_LIMIT: Duration = Duration::from_secs(1);
+
+/// What a pod is made with.
+#[derive(Debug)]
+pub struct PodSpec {
+    /// Id of the container that it is made for (the sandbox, in Kubernetes).
+    pub id: String,
+    /// The pod's directory: does not exist yet.
+    pub directory: PathBuf,
+    /// Sizes and places.
+    pub config: Config,
+    /// Host name of the guest.
+    pub hostname: String,
+    /// Cgroup on the host and its limits; `None` on hosts without cgroup version 2.
+    pub cgroup: Option<(PathBuf, cgroup::Limits)>,
+}
+
+/// Why a pod is no more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Death {
+    /// For the operator.
+    pub reason: String,
+    /// Nanoseconds since the Unix epoch.
+    pub at_ns: i64,
+}
+
+/// A pod.
+#[derive(Debug)]
+pub struct Pod {
+    id: String,
+    tree: Arc<SharedTree>,
+    agent: Agent,
+    control: Arc<Control>,
+    vmm: ProcessId,
+    launched: Instant,
+    next_stream: AtomicU64,
+    resources: tokio::sync::Mutex<Resources>,
+    /// Set by [`Pod::stop`]: from then on the end of the pod is no accident.
+    stopping: watch::Sender<bool>,
+    death: watch::Sender<Option<Death>>,
+}
+
+/// Why there is no pod.
+#[derive(Debug, thiserror::Error)]
+pub enum PodError {
+    /// It could not be booted.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A process or the VMM's channel.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// It died.
+    #[error("the pod's virtual machine has ended: {0}")]
+    Dead(String),
+    /// The agent did not come up.
+    #[error("the agent in the guest did not answer within {} s of the start of the VMM; last console lines: {console}", BOOT_LIMIT.as_secs())]
+    NoAgent {
+        /// What the guest's console said.
+        console: String,
+    },
+    /// The agent refused its configuration.
+    #[error("the agent refused its configuration")]
+    Configure(#[source] agent::AgentError),
+    /// No randomness for the guest.
+    #[error("can't read random bytes for the guest")]
+    Entropy(#[source] std::io::Error),
+    /// A stream to the guest can't be set up.
+    #[error("can't set up a stream to the guest")]
+    Stream(#[source] std::io::Error),
+}
+
+impl Classify for PodError {
+    fn code(&self) -> Code {
+        match self {
+            PodError::Boot(error) => error.code(),
+            PodError::Machine(error) => error.code(),
+            PodError::Dead(_) => Code::FAILED_PRECONDITION,
+            PodError::NoAgent { .. } => Code::DEADLINE_EXCEEDED,
+            PodError::Configure(error) => error.code(),
+            PodError::Entropy(_) | PodError::Stream(_) => Code::INTERNAL,
+        }
+    }
+}
+
+impl Pod {
+    /// Starts the pod's processes and boots the guest. Nothing is left behind when it fails.
+    pub async fn launch(spec: &PodSpec) -> Result<Arc<Pod>, PodError> {
+        let mut resources = Resources::new(spec.directory.clone());
+        let launched = Instant::now();
+        match boot::boot(spec, &mut resources).await {
+            Ok(booted) => {
+                let pod = Arc::new(Pod {
+                    id: spec.id.clone(),
+                    tree: booted.tree,
+                    agent: booted.agent,
+                    control: booted.control,
+                    vmm: booted.vmm,
+                    launched,
+                    next_stream: AtomicU64::new(1),
+                    resources: tokio::sync::Mutex::new(resources),
+                    stopping: watch::Sender::new(false),
+                    death: watch::Sender::new(None),
+                });
+                tokio::spawn(pod.clone().watch_over(booted.listening));
+                Ok(pod)
+            }
+            Err(error) => {
+                let explained = resources.explain(error);
+                resources.release().await;
+                Err(explained)
+            }
+        }
+    }
+
+    /// Waits for the agent and makes the guest this pod's.
+    pub async fn configure(&self, hostname: &str) -> Result<(), PodError> {
+        let mut entropy = vec![0; 64];
+        // SAFETY: the buffer is valid for its length. 64 bytes are read at once or not at all (getrandom(2)).
+        let read = unsafe { libc::getrandom(entropy.as_mut_ptr().cast(), entropy.len(), 0) };
+        if read != entropy.len() as isize {
+            return Err(PodError::Entropy(std::io::Error::last_os_error()));
+        }
+        let request = ConfigureRequest {
+            hostname: hostname.into(),
+            realtime_ns: now_ns(),
+            entropy,
+            shared_tag: FS_TAG.into(),
+            ..Default::default()
+        };
+        let left = BOOT_LIMIT.saturating_sub(self.launched.elapsed());
+        let answer = tokio::select! {
+            // The VMM's own words about its end say more than the broken connection.
+            biased;
+            death = self.died() => return Err(PodError::Dead(death.reason)),
+            answer = self.agent.configure(&request, left) => answer,
+        };
+        match answer {
+            Ok(answer) => {
+                log::info!(
+                    "agent ready: {} us after the start of the VMM, {} us of guest time, agent {}, guest kernel {}",
+                    self.launched.elapsed().as_micros(),
+                    answer.ready_us,
+                    crate::error::untrusted(&answer.version, 64),
+                    crate::error::untrusted(&answer.kernel_release, 64),
+                );
+                Ok(())
+            }
+            Err(agent::AgentError::TimedOut { .. }) => {
+                let console = self.resources.lock().await.console_tail();
+                Err(PodError::NoAgent { console })
+            }
+            Err(agent::AgentError::Lost) => match tokio::time::timeout(REASON_LIMIT * 2, self.died()).await {
+                Ok(death) => Err(PodError::Dead(death.reason)),
+                Err(_) => Err(PodError::Configure(agent::AgentError::Lost)),
+            },
+            Err(error) => Err(PodError::Configure(error)),
+        }
+    }
+
+    /// The pod's id: that of the container it was made for.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The guest's agent.
+    pub fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    /// The tree that the guest shares with the host.
+    pub fn tree(&self) -> &SharedTree {
+        &self.tree
+    }
+
+    /// The process that containerd is told as the pid of every task: it lives as long as the pod, and it is the only
+    /// number that can't be mistaken for another process of the host.
+    pub fn host_pid(&self) -> u32 {
+        self.vmm.pid.unsigned_abs()
+    }
+
+    /// Why the pod is dead, if it is.
+    pub fn death(&self) -> Option<Death> {
+        self.death.borrow().clone()
+    }
+
+    /// Answers when the pod is dead.
+    pub async fn died(&self) -> Death {
+        let mut death = self.death.subscribe();
+        loop {
+            let now = death.borrow_and_update().clone();
+            if let Some(death) = now {
+                return death;
+            }
+            if death.changed().await.is_err() {
+                // The sender is ours: it can't be gone.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// An error for requests to a dead pod.
+    pub fn check_alive(&self) -> Result<(), ApiError> {
+        match self.death() {
+            Some(death) => Err(PodError::Dead(death.reason).into()),
+            None => Ok(()),
+        }
+    }
+
+    /// Opens a new stdio stream into the guest; gives its number and the shim's end.
+    pub async fn open_stream(&self) -> Result<(u64, UnixStream), PodError> {
+        let number = self.next_stream.fetch_add(1, Ordering::Relaxed);
+        let (ours, theirs) = socket_pair(SockType::Stream)?;
+        let connect = Request::ConnectVsock { port: STDIO_PORT };
+        self.control.request("ConnectVsock", &connect, &[theirs.as_fd()]).await?;
+        let mut stream = from_owned(ours).map_err(PodError::Stream)?;
+        // Eight bytes fit into the empty socket: this does not wait for the guest.
+        stream.write_all(&number.to_le_bytes()).await.map_err(PodError::Stream)?;
+        Ok((number, stream))
+    }
+
+    /// Powers the guest off and releases everything. Idempotent; returns when it is done, whoever began it.
+    pub async fn stop(&self) {
+        if !self.stopping.send_replace(true) && self.death().is_none() {
+            self.agent.power_off(POWER_OFF_LIMIT).await;
+            if tokio::time::timeout(POWER_OFF_LIMIT, self.died()).await.is_err() {
+                log::warn!("the guest did not power off in time and is killed");
+                self.control.close();
+                self.resources.lock().await.kill();
+            }
+        }
+        self.died().await;
+        self.resources.lock().await.release().await;
+    }
+
+    /// Waits for the end, whichever part of the pod it comes from, tells everybody, and releases everything.
+    async fn watch_over(self: Arc<Self>, listening: ControlListener) {
+        let (vmm, fs_server) = self.resources.lock().await.processes();
+        let reported = listening.run();
+        tokio::pin!(reported);
+        let first = tokio::select! {
+            biased;
+            reason = &mut reported => Sign::Reported(reason),
+            ended = wait_for(&vmm) => Sign::Seen(ended.map(|ended| format!("the VMM {ended}"))),
+            ended = wait_for(&fs_server) => Sign::Seen(ended.map(|ended| format!("the file server {ended}"))),
+            () = self.agent.lost() => Sign::Seen(Some("the agent closed its connection".to_owned())),
+        };
+        let reason = match first {
+            Sign::Reported(Some(reason)) => Some(reason.to_string()),
+            Sign::Reported(None) => match tokio::time::timeout(REASON_LIMIT, wait_for(&vmm)).await {
+                Ok(Some(ended)) => Some(format!("the VMM {ended}")),
+                _ => None,
+            },
+            // Whatever was seen first: the VMM knows best, if it still says something.
+            Sign::Seen(seen) => match tokio::time::timeout(REASON_LIMIT, &mut reported).await {
+                Ok(Some(reason)) => Some(reason.to_string()),
+                _ => seen,
+            },
+        };
+        self.control.close();
+        let mut resources = self.resources.lock().await;
+        let reason = reason.unwrap_or_else(|| "the VMM closed its control socket".to_owned());
+        let reason = resources.explain_end(reason);
+        if *self.stopping.borrow() {
+            log::info!("the pod's virtual machine has ended: {reason}");
+        } else {
+            log::error!("the pod's virtual machine has ended unexpectedly: {reason}");
+        }
+        // Told first: nobody has to wait for what is only housekeeping.
+        self.death.send_replace(Some(Death { reason, at_ns: now_ns() }));
+        resources.release().await;
+    }
+}
+
+/// The first sign of the end.
+enum Sign {
+    /// From the VMM itself, or its socket just closed.
+    Reported(Option<bulkhead_vmm_protocol::ExitReason>),
+    /// Seen from outside.
+    Seen(Option<String>),
+}
+
+async fn wait_for(process: &Option<Arc<machine::Jailed>>) -> Option<crate::host::process::Ended> {
+    match process {
+        Some(process) => process.child.wait().await,
+        None => std::future::pending().await,
+    }
+}
+
+fn from_owned(fd: OwnedFd) -> std::io::Result<UnixStream> {
+    let stream = StdUnixStream::from(fd);
+    stream.set_nonblocking(true)?;
+    UnixStream::from_std(stream)
+}
+
+/// The wall clock, nanoseconds since the Unix epoch.
+pub fn now_ns() -> i64 {
+    let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since_epoch.as_nanos()).unwrap_or(i64::MAX)
+}
+
+/// Logs an error that can't be acted upon.
+fn log_failure(what: &str, result: Result<(), impl std::error::Error>) {
+    if let Err(error) = result {
+        log::error!("{what}: {}", chain(&error));
+    }
+}

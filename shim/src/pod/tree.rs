@@ -1,0 +1,325 @@
+//! The pod's shared tree: what its file server sees, in a mount namespace that only the pod has.
+//!
+//! The namespace holds three mounts to begin with: the pod's directory as `/`, the tree itself at `/shared` (shared, so
+//! that the file server's copy of it receives what is attached later), and `/proc` for the file server until it has
+//! jailed itself. Containers' root file systems and volumes are attached below `/shared/<container id>/`. When the
+//! pod's processes are gone and the shim has closed the namespace, all mounts of the pod are gone.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::unistd::{chdir, pivot_root};
+
+use crate::host::mounts::{DetachedTree, MountError, Propagation, on_thread};
+
+/// The tree's place in the pod's namespace.
+pub const TREE: &str = "/shared";
+
+/// Something about the shared tree that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum TreeError {
+    /// A directory or file to mount on can't be made.
+    #[error("can't create {path} in the pod's shared tree")]
+    Create {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The namespace can't be made or entered.
+    #[error("can't set up the pod's mount namespace: {step}")]
+    Namespace {
+        /// What was tried.
+        step: &'static str,
+        /// Why it failed.
+        #[source]
+        source: Errno,
+    },
+    /// A mount failed.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+}
+
+/// What a mount point has to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PointKind {
+    /// A directory.
+    Directory,
+    /// An empty file.
+    File,
+}
+
+/// The shared tree of one pod.
+#[derive(Debug)]
+pub struct SharedTree {
+    /// The tree's directory on the host, where only mount points are ever made.
+    directory: PathBuf,
+    namespace: Arc<OwnedFd>,
+}
+
+impl SharedTree {
+    /// Makes the tree below the pod's directory.
+    pub async fn create(pod_directory: &Path) -> Result<SharedTree, TreeError> {
+        let directory = pod_directory.join("shared");
+        for path in [&directory, &pod_directory.join("proc")] {
+            fs::create_dir(path).map_err(|source| TreeError::Create { path: path.clone(), source })?;
+        }
+        let proc = DetachedTree::bind(Path::new("/proc"), false)?;
+        proc.restrict(Propagation::Private)?;
+        let root = DetachedTree::bind(pod_directory, false)?;
+        root.restrict(Propagation::Private)?;
+        let pod_directory = pod_directory.to_owned();
+        let namespace = on_thread(move || Ok(enter_new_namespace(root, proc, &pod_directory))).await??;
+        Ok(SharedTree { directory, namespace: Arc::new(namespace) })
+    }
+
+    /// The mount namespace, for processes that are to be born in it.
+    pub fn namespace(&self) -> BorrowedFd<'_> {
+        self.namespace.as_fd()
+    }
+
+    /// Attaches `tree` at `point` (relative to the tree), for whose last component a mount point is made.
+    pub async fn attach(&self, tree: DetachedTree, point: &Path, kind: PointKind) -> Result<(), TreeError> {
+        let host_path = self.directory.join(point);
+        let create = |source| TreeError::Create { path: point.to_owned(), source };
+        if let Some(parent) = host_path.parent() {
+            fs::create_dir_all(parent).map_err(create)?;
+        }
+        match kind {
+            PointKind::Directory => fs::create_dir(&host_path),
+            PointKind::File => fs::File::create_new(&host_path).map(drop),
+        }
+        .map_err(create)?;
+        let target = Path::new(TREE).join(point);
+        Ok(self.inside(move || tree.attach(&target)).await??)
+    }
+
+    /// Detaches every mount of a container and removes its mount points. Idempotent.
+    pub async fn remove(&self, container: &str) -> Result<(), TreeError> {
+        let points = mount_points(&self.directory.join(container));
+        let below: Vec<PathBuf> = points
+            .iter()
+            .filter_map(|point| point.strip_prefix(&self.directory).ok())
+            .map(|point| Path::new(TREE).join(point))
+            .collect();
+        self.inside(move || {
+            for point in &below {
+                match umount2(point, MntFlags::MNT_DETACH) {
+                    // Not mounted: this is the second time, or the first got only so far.
+                    Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+                    Err(source) => return Err(MountError::Attach { path: point.clone(), source }),
+                }
+            }
+            Ok(())
+        })
+        .await??;
+        let path = self.directory.join(container);
+        match fs::remove_dir_all(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(TreeError::Create { path, source })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Runs `work` on a thread in the pod's mount namespace.
+    async fn inside<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, TreeError> {
+        let namespace = self.namespace.clone();
+        let result = on_thread(move || {
+            Ok(unshare(CloneFlags::CLONE_FS)
+                .and_then(|()| setns(&namespace, CloneFlags::CLONE_NEWNS))
+                .map(|()| work()))
+        })
+        .await?;
+        result.map_err(|source| TreeError::Namespace { step: "enter it", source })
+    }
+}
+
+/// The mount points of a container as [`SharedTree::attach`] makes them. Looked up in the host's namespace, where they
+/// are empty directories and files: nothing below them is ever visited.
+fn mount_points(container: &Path) -> Vec<PathBuf> {
+    let children = |path: &Path| {
+        fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path()).collect::<Vec<_>>()
+    };
+    let mut points = children(&container.join("mounts"));
+    points.push(container.join("rootfs"));
+    points
+}
+
+/// Leaves the calling thread in a new namespace whose root is `root`, and gives that namespace.
+fn enter_new_namespace(
+    root: DetachedTree,
+    proc: DetachedTree,
+    pod_directory: &Path,
+) -> Result<OwnedFd, TreeError> {
+    let failed = |step| move |source| TreeError::Namespace { step, source };
+    let remount = |path: &str, flags| mount(None::<&str>, path, None::<&str>, flags, None::<&str>);
+
+    unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).map_err(failed("unshare"))?;
+    remount("/", MsFlags::MS_REC | MsFlags::MS_PRIVATE).map_err(failed("make it private"))?;
+    // Taken before the root changes: afterwards nothing here can be opened any more.
+    let namespace = fs::File::open("/proc/thread-self/ns/mnt")
+        .map_err(|source| TreeError::Create { path: PathBuf::from("/proc/thread-self/ns/mnt"), source })?;
+
+    root.attach(pod_directory)?;
+    chdir(pod_directory).map_err(failed("enter the pod's directory"))?;
+    // Both names are the new root; the old one ends up on top of it and is what umount finds.
+    pivot_root(".", ".").map_err(failed("pivot_root"))?;
+    umount2(".", MntFlags::MNT_DETACH).map_err(failed("detach the host's file systems"))?;
+    chdir("/").map_err(failed("enter the new root"))?;
+
+    proc.attach(Path::new("/proc"))?;
+    mount(Some(TREE), TREE, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(failed("bind the tree"))?;
+    remount(TREE, MsFlags::MS_SHARED).map_err(failed("share the tree"))?;
+    Ok(namespace.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::mounts::{MountRequest, assemble};
+
+    struct Directory(PathBuf);
+
+    impl Directory {
+        fn new(name: &str) -> Directory {
+            let path = std::env::temp_dir().join(format!("bulkhead-tree-{name}-{}", std::process::id()));
+            let _ = fs::remove_dir_all(&path);
+            fs::create_dir_all(&path).unwrap();
+            Directory(path)
+        }
+    }
+
+    impl Drop for Directory {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    async fn read_inside(tree: &SharedTree, path: &'static str) -> io::Result<String> {
+        tree.inside(move || fs::read_to_string(path)).await.unwrap()
+    }
+
+    fn host_mounts() -> String {
+        fs::read_to_string("/proc/self/mountinfo").unwrap()
+    }
+
+    #[tokio::test]
+    async fn mounts_are_seen_inside_only_and_go_with_the_container() {
+        let directory = Directory::new("mounts");
+        for (name, text) in [("pod", ""), ("lower", "image"), ("volume", "volume")] {
+            fs::create_dir(directory.0.join(name)).unwrap();
+            fs::write(directory.0.join(name).join("file"), text).unwrap();
+        }
+        for name in ["upper", "work", "scratch"] {
+            fs::create_dir(directory.0.join(name)).unwrap();
+        }
+        let before = host_mounts();
+        let path = |name: &str| directory.0.join(name);
+        let tree = SharedTree::create(&path("pod")).await.unwrap();
+
+        let overlay = MountRequest {
+            kind: "overlay".into(),
+            source: "overlay".into(),
+            options: ["lowerdir", "upperdir", "workdir"]
+                .into_iter()
+                .zip(["lower", "upper", "work"])
+                .map(|(key, name)| format!("{key}={}", path(name).display()))
+                .collect(),
+            ..Default::default()
+        };
+        let rootfs = assemble(vec![overlay], path("scratch")).await.unwrap();
+        tree.attach(rootfs, Path::new("c1/rootfs"), PointKind::Directory).await.unwrap();
+        let volume = DetachedTree::bind(&path("volume"), true).unwrap();
+        volume.make_read_only(false).unwrap();
+        tree.attach(volume, Path::new("c1/mounts/0"), PointKind::Directory).await.unwrap();
+        let single = DetachedTree::bind(&path("volume/file"), false).unwrap();
+        tree.attach(single, Path::new("c1/mounts/1"), PointKind::File).await.unwrap();
+
+        assert_eq!(read_inside(&tree, "/shared/c1/rootfs/file").await.unwrap(), "image");
+        assert_eq!(read_inside(&tree, "/shared/c1/mounts/0/file").await.unwrap(), "volume");
+        assert_eq!(read_inside(&tree, "/shared/c1/mounts/1").await.unwrap(), "volume");
+        tree.inside(|| fs::write("/shared/c1/rootfs/new", "written")).await.unwrap().unwrap();
+        assert_eq!(fs::read_to_string(path("upper").join("new")).unwrap(), "written");
+        let refused = tree.inside(|| fs::write("/shared/c1/mounts/0/new", "x")).await.unwrap();
+        assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EROFS));
+
+        assert_eq!(host_mounts(), before, "the host must not see the pod's mounts");
+        assert_eq!(fs::read_dir(path("pod/shared/c1/rootfs")).unwrap().count(), 0);
+
+        tree.remove("c1").await.unwrap();
+        tree.remove("c1").await.unwrap();
+        assert!(!path("pod/shared/c1").exists());
+        assert_eq!(fs::read_to_string(path("volume/file")).unwrap(), "volume");
+    }
+
+    #[tokio::test]
+    async fn the_namespace_shows_nothing_of_the_host() {
+        let directory = Directory::new("empty");
+        let tree = SharedTree::create(&directory.0).await.unwrap();
+        let names = tree
+            .inside(|| fs::read_dir("/").unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>())
+            .await
+            .unwrap();
+        let mut names: Vec<_> = names.iter().map(|name| name.to_str().unwrap()).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["proc", "shared"]);
+        let mounts =
+            tree.inside(|| fs::read_to_string("/proc/thread-self/mountinfo")).await.unwrap().unwrap();
+        assert_eq!(mounts.lines().count(), 3, "{mounts}");
+    }
+
+    #[tokio::test]
+    async fn device_nodes_in_the_tree_are_dead() {
+        let directory = Directory::new("devices");
+        fs::create_dir(directory.0.join("volume")).unwrap();
+        nix::sys::stat::mknod(
+            &directory.0.join("volume/null"),
+            nix::sys::stat::SFlag::S_IFCHR,
+            nix::sys::stat::Mode::from_bits_truncate(0o666),
+            libc::makedev(1, 3),
+        )
+        .unwrap();
+        fs::create_dir(directory.0.join("pod")).unwrap();
+        let tree = SharedTree::create(&directory.0.join("pod")).await.unwrap();
+        let volume = DetachedTree::bind(&directory.0.join("volume"), true).unwrap();
+        volume.restrict(Propagation::Private).unwrap();
+        tree.attach(volume, Path::new("c/mounts/0"), PointKind::Directory).await.unwrap();
+        let error = read_inside(&tree, "/shared/c/mounts/0/null").await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+    }
+
+    #[tokio::test]
+    async fn mounts_made_on_the_host_later_come_in_when_asked_for() {
+        let directory = Directory::new("slave");
+        let shared = directory.0.join("volume");
+        fs::create_dir(&shared).unwrap();
+        fs::create_dir(directory.0.join("pod")).unwrap();
+        let flags = |flags| mount(None::<&str>, &shared, None::<&str>, flags, None::<&str>).unwrap();
+        mount(Some("tmpfs"), &shared, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        flags(MsFlags::MS_SHARED);
+        fs::create_dir(shared.join("later")).unwrap();
+
+        let tree = SharedTree::create(&directory.0.join("pod")).await.unwrap();
+        let volume = DetachedTree::bind(&shared, true).unwrap();
+        volume.restrict(Propagation::Slave).unwrap();
+        tree.attach(volume, Path::new("c/mounts/0"), PointKind::Directory).await.unwrap();
+        mount(Some("tmpfs"), &shared.join("later"), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        fs::write(shared.join("later/file"), "later").unwrap();
+        let seen = read_inside(&tree, "/shared/c/mounts/0/later/file").await;
+
+        umount2(&shared.join("later"), MntFlags::empty()).unwrap();
+        umount2(&shared, MntFlags::MNT_DETACH).unwrap();
+        assert_eq!(seen.unwrap(), "later");
+    }
+}

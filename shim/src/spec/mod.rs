@@ -1,0 +1,330 @@
+//! OCI specifications: read from containerd, translated from the host's world into the guest's.
+//!
+//! What the guest can carry out by itself passes unchanged. What names something of the host is rewritten to its place
+//! in the guest, dropped where it can't mean anything there, or refused where dropping it would change what the user
+//! asked for.
+
+mod devices;
+mod mounts;
+mod namespaces;
+pub mod sandbox;
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use bulkhead_agent_protocol::SHARED_DIR;
+use nix::errno::Errno;
+use oci_spec::runtime::{
+    Capability, Hooks, Linux, LinuxNamespaceType, LinuxResources, LinuxSeccomp, Process, RootBuilder, Spec,
+};
+
+pub use mounts::HostMount;
+pub use namespaces::PodNamespaces;
+
+use crate::error::{Classify, Code};
+
+/// A specification, or a process or resources object, in bytes.
+const MAX_SPEC: usize = 1 << 20;
+
+/// Most mounts of one container.
+const MAX_MOUNTS: usize = 512;
+
+/// Why a container can't run in a pod of ours.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    /// The bundle has none, or it can't be read.
+    #[error("can't read the specification {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Not an OCI object.
+    #[error("{what} can't be understood")]
+    Parse {
+        /// What it should be.
+        what: &'static str,
+        /// Where and why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// Too large.
+    #[error("{what} is {length} bytes long: {MAX_SPEC} are allowed")]
+    TooLarge {
+        /// What it should be.
+        what: &'static str,
+        /// Its length.
+        length: usize,
+    },
+    /// Not for Linux.
+    #[error("the specification has no {0} section")]
+    Missing(&'static str),
+    /// The container is to share the node's network.
+    #[error(
+        "the container has no network namespace of its own: host network is not possible, a pod has a kernel of its own"
+    )]
+    HostNetwork,
+    /// A namespace that only exists on the host.
+    #[error("the container is to join the {kind} namespace {path}, which only exists on the host")]
+    HostNamespace {
+        /// Kind of the namespace.
+        kind: LinuxNamespaceType,
+        /// Its path.
+        path: PathBuf,
+    },
+    /// Programs to be run on the host.
+    #[error("the specification has {0} hooks: hooks are not supported, they would run outside the pod")]
+    Hooks(&'static str),
+    /// A device of the host.
+    #[error("the container asks for the device {0:?} of the host: devices can't be passed into a pod")]
+    Device(PathBuf),
+    /// Network interfaces of the host.
+    #[error("linux.netDevices is not supported: interfaces of the host can't be moved into a pod")]
+    NetDevices,
+    /// A file system that would have to be mounted on the host.
+    #[error(
+        "the container mounts a {kind:?} on {destination:?}: only bind, proc, sysfs, tmpfs, devpts, mqueue and cgroup mounts are possible"
+    )]
+    MountType {
+        /// Type.
+        kind: String,
+        /// Where.
+        destination: PathBuf,
+    },
+    /// A bind mount without a source, or of a relative path.
+    #[error("the bind mount on {destination:?} has no absolute source")]
+    MountSource {
+        /// Where.
+        destination: PathBuf,
+    },
+    /// The source of a bind mount can't be used.
+    #[error("can't bind {path} to {destination:?}")]
+    Source {
+        /// The source.
+        path: PathBuf,
+        /// Where.
+        destination: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The source of a bind mount is not something that can be shared.
+    #[error("{path} can't be bound to {destination:?}: it is {what}, which has no meaning in another kernel")]
+    Unshareable {
+        /// The source.
+        path: PathBuf,
+        /// Where.
+        destination: PathBuf,
+        /// What it is.
+        what: &'static str,
+    },
+    /// More than anybody needs.
+    #[error("the container has {0} mounts: {MAX_MOUNTS} are possible")]
+    TooManyMounts(usize),
+    /// The built-in default filter is broken.
+    #[error("the default seccomp profile can't be read")]
+    DefaultSeccomp(#[source] serde_json::Error),
+}
+
+impl Classify for SpecError {
+    fn code(&self) -> Code {
+        match self {
+            SpecError::Read { .. } | SpecError::Source { .. } => Code::FAILED_PRECONDITION,
+            SpecError::DefaultSeccomp(_) => Code::INTERNAL,
+            _ => Code::INVALID_ARGUMENT,
+        }
+    }
+}
+
+/// Size of a terminal, in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ConsoleSize {
+    /// Width.
+    pub columns: u32,
+    /// Height.
+    pub rows: u32,
+}
+
+/// A process of an exec, translated.
+#[derive(Debug, PartialEq, Eq)]
+pub struct GuestProcess {
+    /// For the agent.
+    pub json: Vec<u8>,
+    /// Size of the terminal to begin with.
+    pub console_size: Option<ConsoleSize>,
+}
+
+/// A container's specification, translated.
+#[derive(Debug)]
+pub struct GuestSpec {
+    /// For the agent.
+    pub json: Vec<u8>,
+    /// Bind mounts, in the order of their numbers in the shared tree.
+    pub mounts: Vec<HostMount>,
+    /// Whether the container has a PID namespace of its own: its first process is then the last to end.
+    pub own_pid_namespace: bool,
+    /// Size of the terminal to begin with.
+    pub console_size: Option<ConsoleSize>,
+}
+
+/// Reads `config.json` of a bundle.
+pub fn read(bundle: &Path) -> Result<Spec, SpecError> {
+    let path = bundle.join("config.json");
+    let bytes = fs::read(&path).map_err(|source| SpecError::Read { path, source })?;
+    parse("the specification config.json", &bytes)
+}
+
+/// Reads a process object for an exec.
+pub fn read_process(json: &[u8]) -> Result<GuestProcess, SpecError> {
+    let mut process: Process = parse("the process specification", json)?;
+    clear_labels(&mut process);
+    let console_size = console_size(&process);
+    Ok(GuestProcess { json: serialize("the process specification", &process)?, console_size })
+}
+
+/// Reads and translates a `linux.resources` object for an update.
+pub fn read_resources(json: &[u8]) -> Result<Vec<u8>, SpecError> {
+    let mut resources: LinuxResources = parse("the resources object", json)?;
+    drop_host_resources(&mut resources);
+    serialize("the resources object", &resources)
+}
+
+fn parse<T: serde::de::DeserializeOwned>(what: &'static str, json: &[u8]) -> Result<T, SpecError> {
+    if json.len() > MAX_SPEC {
+        return Err(SpecError::TooLarge { what, length: json.len() });
+    }
+    serde_json::from_slice(json).map_err(|source| SpecError::Parse { what, source })
+}
+
+fn serialize(what: &'static str, value: &impl serde::Serialize) -> Result<Vec<u8>, SpecError> {
+    serde_json::to_vec(value).map_err(|source| SpecError::Parse { what, source })
+}
+
+/// Translates the specification of the container `id`.
+pub fn translate(mut spec: Spec, id: &str, pod: &PodNamespaces) -> Result<GuestSpec, SpecError> {
+    refuse_hooks(spec.hooks().as_ref())?;
+    let privileged = is_privileged(&spec);
+    let process = spec.process_mut().as_mut().ok_or(SpecError::Missing("process"))?;
+    clear_labels(process);
+    let console_size = console_size(process);
+
+    let host_mounts = match spec.mounts_mut() {
+        Some(list) if list.len() > MAX_MOUNTS => return Err(SpecError::TooManyMounts(list.len())),
+        Some(list) => mounts::translate(list, id)?,
+        None => Vec::new(),
+    };
+
+    let linux = spec.linux_mut().as_mut().ok_or(SpecError::Missing("linux"))?;
+    let shares_uts = namespaces::translate(linux, pod)?;
+    let own_pid_namespace = linux
+        .namespaces()
+        .iter()
+        .flatten()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_none());
+    devices::translate(linux)?;
+    translate_linux(linux, id)?;
+    if linux.seccomp().is_none() && !privileged {
+        let default: LinuxSeccomp =
+            serde_json::from_str(bulkhead_seccomp::workload_default()).map_err(SpecError::DefaultSeccomp)?;
+        linux.set_seccomp(Some(default));
+    }
+
+    if shares_uts {
+        // The pod's name is set already, and it is the pod's.
+        spec.set_hostname(None);
+        spec.set_domainname(None);
+    }
+    let read_only = spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
+    let root = RootBuilder::default().path(format!("{SHARED_DIR}/{id}/rootfs")).readonly(read_only).build();
+    spec.set_root(root.ok());
+    // They are for the host's components, and none of the guest's business.
+    spec.set_annotations(None);
+
+    let json = serialize("the specification", &spec)?;
+    Ok(GuestSpec { json, mounts: host_mounts, own_pid_namespace, console_size })
+}
+
+fn refuse_hooks(hooks: Option<&Hooks>) -> Result<(), SpecError> {
+    let Some(hooks) = hooks else { return Ok(()) };
+    #[allow(deprecated, reason = "who still uses them must hear that they don't run")]
+    let kinds = [
+        ("prestart", hooks.prestart()),
+        ("createRuntime", hooks.create_runtime()),
+        ("createContainer", hooks.create_container()),
+        ("startContainer", hooks.start_container()),
+        ("poststart", hooks.poststart()),
+        ("poststop", hooks.poststop()),
+    ];
+    match kinds.iter().find(|(_, hooks)| hooks.as_ref().is_some_and(|hooks| !hooks.is_empty())) {
+        Some((kind, _)) => Err(SpecError::Hooks(kind)),
+        None => Ok(()),
+    }
+}
+
+/// Whether the container may have `CAP_SYS_ADMIN`: such containers run without a filter unless they bring one.
+fn is_privileged(spec: &Spec) -> bool {
+    let has = |set: &Option<HashSet<Capability>>| {
+        set.as_ref().is_some_and(|set| set.contains(&Capability::SysAdmin))
+    };
+    spec.process()
+        .as_ref()
+        .and_then(|process| process.capabilities().as_ref())
+        .is_some_and(|capabilities| has(capabilities.bounding()) || has(capabilities.effective()))
+}
+
+/// Labels name policies that are loaded into the host's kernel.
+fn clear_labels(process: &mut Process) {
+    process.set_apparmor_profile(None);
+    process.set_selinux_label(None);
+}
+
+fn console_size(process: &Process) -> Option<ConsoleSize> {
+    let size = process.console_size()?;
+    let clamp = |value: u64| u32::try_from(value).unwrap_or(0);
+    Some(ConsoleSize { columns: clamp(size.width()), rows: clamp(size.height()) })
+}
+
+fn translate_linux(linux: &mut Linux, id: &str) -> Result<(), SpecError> {
+    if linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()) {
+        return Err(SpecError::NetDevices);
+    }
+    linux.set_cgroups_path(Some(PathBuf::from(format!("/{id}"))));
+    linux.set_mount_label(None);
+    linux.set_intel_rdt(None);
+    linux.set_memory_policy(None);
+    if let Some(resources) = linux.resources_mut() {
+        drop_host_resources(resources);
+    }
+    Ok(())
+}
+
+/// Limits that name devices and interfaces of the host, by numbers that mean something else in the guest.
+fn drop_host_resources(resources: &mut LinuxResources) {
+    resources.set_block_io(None);
+    resources.set_network(None);
+    resources.set_rdma(None);
+    // Cpusets count the host's CPUs and memory nodes.
+    if let Some(cpu) = resources.cpu_mut() {
+        cpu.set_cpus(None);
+        cpu.set_mems(None);
+    }
+}
+
+/// The directory of a bundle that is the container's root file system when containerd mounts nothing.
+pub fn bundle_rootfs(spec: &Spec, bundle: &Path) -> Result<PathBuf, SpecError> {
+    let root = spec.root().as_ref().ok_or(SpecError::Missing("root"))?;
+    // `join` leaves an absolute path as it is.
+    Ok(bundle.join(root.path()))
+}
+
+/// What `errno` would have said.
+fn io_error(errno: Errno) -> io::Error {
+    io::Error::from_raw_os_error(errno as i32)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,249 @@
+use std::collections::HashMap;
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::host::mounts::Propagation;
+use crate::spec::sandbox::Role;
+
+/// What `ctr run` makes, cut to what matters.
+fn minimal() -> Value {
+    json!({
+        "ociVersion": "1.2.0",
+        "process": {
+            "user": {"uid": 0, "gid": 0}, "args": ["sh"], "cwd": "/",
+            "capabilities": {"bounding": ["CAP_CHOWN"], "effective": ["CAP_CHOWN"]},
+            "apparmorProfile": "cri-containerd.apparmor.d", "selinuxLabel": "x"
+        },
+        "root": {"path": "rootfs", "readonly": true},
+        "hostname": "h",
+        "annotations": {"io.kubernetes.cri.container-type": "sandbox"},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm"}
+        ],
+        "linux": {
+            "cgroupsPath": "/default/c1",
+            "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}],
+            "resources": {"devices": [{"allow": false, "access": "rwm"}], "cpu": {"shares": 512, "cpus": "0-3"},
+                "blockIO": {"weight": 10}}
+        }
+    })
+}
+
+fn with(path: &str, value: Value) -> Value {
+    let mut spec = minimal();
+    *spec.pointer_mut(path).unwrap_or_else(|| panic!("no {path}")) = value;
+    spec
+}
+
+fn added(object: &str, key: &str, value: Value) -> Value {
+    let mut spec = minimal();
+    spec.pointer_mut(object).unwrap().as_object_mut().unwrap().insert(key.into(), value);
+    spec
+}
+
+fn translated_in(spec: Value, pod: &PodNamespaces) -> Result<(Value, GuestSpec), SpecError> {
+    let spec = serde_json::from_value(spec).unwrap();
+    let guest = translate(spec, "c1", pod)?;
+    Ok((serde_json::from_slice(&guest.json).unwrap(), guest))
+}
+
+fn translated(spec: Value) -> Result<(Value, GuestSpec), SpecError> {
+    translated_in(spec, &PodNamespaces::default())
+}
+
+fn refused(spec: Value) -> String {
+    let error = translated(spec).unwrap_err();
+    crate::error::chain(&error)
+}
+
+fn with_mount(mount: Value) -> Value {
+    with("/mounts", json!([mount]))
+}
+
+#[test]
+fn nothing_of_the_host_is_left() {
+    let (guest, _) = translated(minimal()).unwrap();
+    assert_eq!(guest["root"], json!({"path": "/run/bulkhead/shared/c1/rootfs", "readonly": true}));
+    assert_eq!(guest["linux"]["cgroupsPath"], "/c1");
+    assert_eq!(guest["hostname"], "h");
+    assert_eq!(guest["linux"]["resources"]["cpu"], json!({"shares": 512}));
+    for gone in [
+        "/annotations",
+        "/process/apparmorProfile",
+        "/process/selinuxLabel",
+        "/linux/resources/blockIO",
+        "/linux/mountLabel",
+    ] {
+        assert_eq!(guest.pointer(gone), None, "{gone}");
+    }
+    assert_eq!(guest["mounts"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn the_default_filter_is_for_whoever_lacks_sys_admin() {
+    let (guest, _) = translated(minimal()).unwrap();
+    assert_eq!(guest["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
+    let privileged = with("/process/capabilities/bounding", json!(["CAP_SYS_ADMIN"]));
+    assert_eq!(translated(privileged).unwrap().0["linux"].get("seccomp"), None);
+    let own = added("/linux", "seccomp", json!({"defaultAction": "SCMP_ACT_ALLOW"}));
+    assert_eq!(translated(own).unwrap().0["linux"]["seccomp"], json!({"defaultAction": "SCMP_ACT_ALLOW"}));
+}
+
+#[test]
+fn the_network_is_the_pods_and_the_hosts_is_refused() {
+    let (guest, parsed) = translated(minimal()).unwrap();
+    let kinds: Vec<_> = guest["linux"]["namespaces"].as_array().unwrap().iter().map(|n| &n["type"]).collect();
+    assert_eq!(kinds, ["pid", "ipc", "uts", "mount"]);
+    assert!(parsed.own_pid_namespace);
+    let host = with("/linux/namespaces", json!([{"type": "pid"}, {"type": "mount"}]));
+    assert!(refused(host).contains("host network is not possible"));
+}
+
+#[test]
+fn containers_of_a_pod_share_its_namespaces() {
+    let member = with(
+        "/linux/namespaces",
+        json!([
+            {"type": "network", "path": "/proc/77/ns/net"}, {"type": "ipc", "path": "/proc/77/ns/ipc"},
+            {"type": "uts", "path": "/proc/77/ns/uts"}, {"type": "pid", "path": "/proc/77/ns/pid"}, {"type": "mount"}
+        ]),
+    );
+    let pod = PodNamespaces { host_pid: Some(77), first_process: Some(5), is_pod: true };
+    let (guest, parsed) = translated_in(member.clone(), &pod).unwrap();
+    assert_eq!(
+        guest["linux"]["namespaces"],
+        json!([{"type": "pid", "path": "/proc/5/ns/pid"}, {"type": "mount"}])
+    );
+    assert_eq!(guest.get("hostname"), None);
+    assert!(!parsed.own_pid_namespace);
+
+    let other = PodNamespaces { host_pid: Some(78), ..pod };
+    let error = translated_in(member, &other).unwrap_err();
+    assert!(matches!(error, SpecError::HostNamespace { .. }), "{error}");
+    let user = with("/linux/namespaces/0", json!({"type": "user", "path": "/proc/1/ns/user"}));
+    assert!(refused(user).contains("user namespace /proc/1/ns/user"));
+}
+
+#[test]
+fn hooks_are_refused_by_name() {
+    for kind in ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"] {
+        let message = refused(added("", "hooks", json!({kind: [{"path": "/bin/hook"}]})));
+        assert!(message.contains(kind), "{message}");
+    }
+    assert!(translated(added("", "hooks", json!({"prestart": []}))).is_ok());
+}
+
+#[test]
+fn bind_mounts_move_into_the_shared_tree() {
+    let spec = with(
+        "/mounts",
+        json!([
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/etc/hosts", "type": "bind", "source": "/etc/passwd", "options": ["rbind", "ro"]},
+            {"destination": "/data", "source": "/tmp", "options": ["bind", "rslave", "rro"]},
+            {"destination": "/dev/shm", "type": "bind", "source": "/nonexistent/shm", "options": ["rbind"]}
+        ]),
+    );
+    let (guest, parsed) = translated(spec).unwrap();
+    let sources: Vec<_> = guest["mounts"].as_array().unwrap().iter().map(|mount| &mount["source"]).collect();
+    assert_eq!(
+        sources,
+        ["proc", "/run/bulkhead/shared/c1/mounts/0", "/run/bulkhead/shared/c1/mounts/1", "/dev/shm"]
+    );
+    assert_eq!(guest["mounts"][1]["options"], json!(["rbind", "ro"]));
+    assert_eq!(
+        parsed.mounts,
+        [
+            HostMount {
+                source: "/etc/passwd".into(),
+                is_directory: false,
+                recursive: true,
+                read_only: Some(false),
+                propagation: Propagation::Private,
+            },
+            HostMount {
+                source: "/tmp".into(),
+                is_directory: true,
+                recursive: false,
+                read_only: Some(true),
+                propagation: Propagation::Slave,
+            },
+        ]
+    );
+}
+
+#[test]
+fn what_cannot_be_shared_is_refused() {
+    let bind = |source: &str| {
+        with_mount(json!({"destination": "/x", "type": "bind", "source": source, "options": ["rbind"]}))
+    };
+    assert!(refused(bind("/nonexistent/volume")).contains("No such file"));
+    assert!(refused(bind("relative")).contains("no absolute source"));
+    assert!(refused(bind("/dev/null")).contains("a device"));
+    assert!(refused(bind("/proc")).contains("procfs"));
+    assert!(refused(bind("/sys")).contains("sysfs"));
+    let overlay = with_mount(json!({"destination": "/x", "type": "overlay", "source": "overlay"}));
+    assert!(refused(overlay).contains("\"overlay\""));
+}
+
+#[test]
+fn devices_of_the_host_are_refused_or_left_out() {
+    let fuse = json!([{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}]);
+    assert!(refused(added("/linux", "devices", fuse.clone())).contains("/dev/fuse"));
+    // Right name, wrong number.
+    let fake = json!([{"path": "/dev/null", "type": "b", "major": 8, "minor": 0}]);
+    assert!(refused(added("/linux", "devices", fake)).contains("/dev/null"));
+
+    let mut privileged = added("/linux", "devices", fuse);
+    privileged["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
+    assert_eq!(translated(privileged).unwrap().0["linux"]["devices"], json!([]));
+
+    let default = json!([{"path": "/dev/null", "type": "c", "major": 1, "minor": 3}]);
+    assert_eq!(
+        translated(added("/linux", "devices", default)).unwrap().0["linux"]["devices"][0]["path"],
+        "/dev/null"
+    );
+}
+
+#[test]
+fn sizes_are_limited() {
+    let many: Vec<_> = (0..=MAX_MOUNTS).map(|_| json!({"destination": "/p", "type": "proc"})).collect();
+    assert!(refused(with("/mounts", Value::Array(many))).contains("513 mounts"));
+    let large = vec![b' '; MAX_SPEC + 1];
+    assert!(matches!(read_process(&large), Err(SpecError::TooLarge { .. })));
+    assert!(matches!(read_resources(b"{"), Err(SpecError::Parse { .. })));
+}
+
+#[test]
+fn processes_and_resources_lose_what_is_the_hosts() {
+    let process = json!({"user": {"uid": 1, "gid": 1}, "cwd": "/", "args": ["true"], "apparmorProfile": "x",
+        "consoleSize": {"height": 24, "width": 80}});
+    let read = read_process(&serde_json::to_vec(&process).unwrap()).unwrap();
+    let guest: Value = serde_json::from_slice(&read.json).unwrap();
+    assert_eq!(guest.get("apparmorProfile"), None);
+    assert_eq!(read.console_size, Some(ConsoleSize { columns: 80, rows: 24 }));
+    let resources =
+        read_resources(br#"{"memory": {"limit": 5}, "cpu": {"cpus": "0"}, "network": {}}"#).unwrap();
+    let resources: Value = serde_json::from_slice(&resources).unwrap();
+    assert_eq!(resources, json!({"memory": {"limit": 5}, "cpu": {}}));
+}
+
+#[test]
+fn roles_follow_the_annotations() {
+    let role = |pairs: &[(&str, &str)]| {
+        let mut spec: Spec = serde_json::from_value(minimal()).unwrap();
+        let annotations: HashMap<_, _> = pairs.iter().map(|&(k, v)| (k.to_owned(), v.to_owned())).collect();
+        spec.set_annotations(Some(annotations));
+        Role::of(&spec)
+    };
+    const TYPE: &str = "io.kubernetes.cri.container-type";
+    const ID: &str = "io.kubernetes.cri.sandbox-id";
+    assert_eq!(role(&[]).unwrap(), Role::Single);
+    assert_eq!(role(&[(TYPE, "sandbox"), (ID, "p")]).unwrap(), Role::Sandbox);
+    assert_eq!(role(&[(TYPE, "container"), (ID, "p")]).unwrap(), Role::Member("p".into()));
+    for wrong in [&[(TYPE, "container")][..], &[(TYPE, "container"), (ID, "../p")], &[(TYPE, "other")]] {
+        assert!(role(wrong).is_err(), "{wrong:?}");
+    }
+}

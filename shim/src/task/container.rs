@@ -1,0 +1,236 @@
+//! Containers and their processes, as containerd sees them: states, exits, and the order of their events.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use containerd_shim_protos::events::task::TaskExit;
+use tokio::sync::watch;
+
+use super::stdio::{ProcessIo, Stdio};
+use crate::events::{Event, Publisher, timestamp};
+use crate::pod::Pod;
+use crate::pod::agent::{AgentError, Exit};
+use crate::pod::state::ExitRecord;
+
+/// What a process is reported to have ended with when its pod died under it: killed.
+const KILLED: u32 = 128 + libc::SIGKILL as u32;
+
+/// Execs whose container has ended are reported within this time, by the agent or without it.
+const EXEC_LIMIT: Duration = Duration::from_secs(5);
+
+/// Pauses between questions to an agent that does not know when a process ends.
+const RETRY: Duration = Duration::from_secs(1);
+const RETRIES: u32 = 3;
+
+/// Where a process is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// Set up, its program not executed yet.
+    Created,
+    /// Started.
+    Running,
+    /// Ended.
+    Stopped(Exit),
+}
+
+/// A process: a container's first, or an exec.
+#[derive(Debug)]
+pub struct Process {
+    /// Empty for a container's first process.
+    pub exec_id: String,
+    /// What containerd asked for.
+    pub stdio: Stdio,
+    /// What containerd is told as its process id.
+    pub pid: u32,
+    state: watch::Sender<State>,
+    /// Held while the state changes and the event about it is queued, so that events come in the order of the states.
+    pub transition: tokio::sync::Mutex<()>,
+    io: Mutex<Option<ProcessIo>>,
+}
+
+impl Process {
+    /// A process that has just been set up.
+    pub fn new(exec_id: &str, stdio: Stdio, pid: u32, io: ProcessIo) -> Process {
+        Process {
+            exec_id: exec_id.to_owned(),
+            stdio,
+            pid,
+            state: watch::Sender::new(State::Created),
+            transition: tokio::sync::Mutex::new(()),
+            io: Mutex::new(Some(io)),
+        }
+    }
+
+    /// Where it is.
+    pub fn state(&self) -> State {
+        *self.state.borrow()
+    }
+
+    /// Changes the state; the caller holds [`Process::transition`].
+    pub fn set_state(&self, state: State) {
+        self.state.send_replace(state);
+    }
+
+    /// Answers when it has ended.
+    pub async fn ended(&self) -> Exit {
+        let mut state = self.state.subscribe();
+        loop {
+            if let State::Stopped(exit) = *state.borrow_and_update() {
+                return exit;
+            }
+            if state.changed().await.is_err() {
+                // The sender is ours: it can't be gone.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// Lets it see the end of its input.
+    pub fn close_input(&self) {
+        if let Some(io) = self.lock_io().as_ref() {
+            io.close_input();
+        }
+    }
+
+    /// Takes its streams, to finish them.
+    pub fn take_io(&self) -> Option<ProcessIo> {
+        self.lock_io().take()
+    }
+
+    fn lock_io(&self) -> std::sync::MutexGuard<'_, Option<ProcessIo>> {
+        self.io.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A container.
+#[derive(Debug)]
+pub struct Container {
+    /// containerd's id.
+    pub id: String,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// The pod it is in.
+    pub pod: Arc<Pod>,
+    /// Its first process.
+    pub init: Arc<Process>,
+    /// Whether the end of the first process is the end of all.
+    pub own_pid_namespace: bool,
+    /// Whether it is frozen.
+    pub paused: AtomicBool,
+    execs: Mutex<BTreeMap<String, Arc<Process>>>,
+}
+
+impl Container {
+    /// A container that has just been set up.
+    pub fn new(
+        id: &str,
+        bundle: PathBuf,
+        pod: Arc<Pod>,
+        init: Arc<Process>,
+        own_pid_namespace: bool,
+    ) -> Container {
+        Container {
+            id: id.to_owned(),
+            bundle,
+            pod,
+            init,
+            own_pid_namespace,
+            paused: AtomicBool::new(false),
+            execs: Mutex::default(),
+        }
+    }
+
+    /// A process by its exec id; empty for the first.
+    pub fn process(&self, exec_id: &str) -> Option<Arc<Process>> {
+        if exec_id.is_empty() { Some(self.init.clone()) } else { self.execs().get(exec_id).cloned() }
+    }
+
+    /// The execs, by id.
+    pub fn execs(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Arc<Process>>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the end of a process and reports it. One such task runs for each process from its creation.
+    pub async fn watch(self: Arc<Self>, process: Arc<Process>, publisher: Publisher) {
+        let exit = tokio::select! {
+            // The pod's death knows the time better than a broken connection.
+            biased;
+            death = self.pod.died() => Exit { status: KILLED, at_ns: death.at_ns },
+            exit = self.ask(&process) => exit,
+        };
+        if process.exec_id.is_empty() && self.own_pid_namespace {
+            self.await_execs(exit, &publisher).await;
+        }
+        self.report(&process, exit, &publisher).await;
+    }
+
+    async fn ask(&self, process: &Process) -> Exit {
+        let mut failures = 0;
+        loop {
+            match self.pod.agent().wait(&self.id, &process.exec_id).await {
+                Ok(exit) => return exit,
+                // The pod's death follows.
+                Err(AgentError::Lost) => std::future::pending().await,
+                Err(error) => {
+                    failures += 1;
+                    log::warn!(
+                        "the agent can't tell when process {:?} of {} ends: {error}",
+                        process.exec_id,
+                        self.id
+                    );
+                    if failures == RETRIES {
+                        return Exit { status: 255, at_ns: crate::pod::now_ns() };
+                    }
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        }
+    }
+
+    /// The end of a PID namespace is the end of every exec in it, and has to be reported after theirs.
+    async fn await_execs(&self, exit: Exit, publisher: &Publisher) {
+        let execs: Vec<_> = self.execs().values().cloned().collect();
+        let all = async {
+            for exec in &execs {
+                exec.ended().await;
+            }
+        };
+        if tokio::time::timeout(EXEC_LIMIT, all).await.is_err() {
+            for exec in execs {
+                self.report(&exec, Exit { status: KILLED, at_ns: exit.at_ns }, publisher).await;
+            }
+        }
+    }
+
+    async fn report(&self, process: &Process, exit: Exit, publisher: &Publisher) {
+        let _guard = process.transition.lock().await;
+        let before = process.state();
+        if matches!(before, State::Stopped(_)) {
+            return;
+        }
+        // Before anybody can hear of it, and so before the bundle can be deleted.
+        let is_init = process.exec_id.is_empty();
+        if is_init {
+            let record = ExitRecord { pid: process.pid, status: exit.status, exited_at_ns: exit.at_ns };
+            if let Err(error) = record.save(&self.bundle) {
+                log::warn!("can't record how {} ended: {error}", self.id);
+            }
+            self.paused.store(false, Ordering::Relaxed);
+        }
+        process.set_state(State::Stopped(exit));
+        // An exec that was never started has never been announced.
+        if is_init || before == State::Running {
+            publisher.publish(Event::Exit(TaskExit {
+                container_id: self.id.clone(),
+                id: if is_init { self.id.clone() } else { process.exec_id.clone() },
+                pid: process.pid,
+                exit_status: exit.status,
+                exited_at: timestamp(exit.at_ns),
+                ..Default::default()
+            }));
+        }
+    }
+}

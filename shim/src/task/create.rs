@@ -1,0 +1,269 @@
+//! Making a container, and with the first one the pod.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bulkhead_agent_protocol as api;
+use containerd_shim_protos::api::CreateTaskRequest;
+use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
+use oci_spec::runtime::Spec;
+
+use super::container::{Container, Process};
+use super::rootfs::{self, Files};
+use super::shim::{Shim, Slot};
+use super::stdio::{HostStdio, ProcessIo, Stdio};
+use crate::config::Config;
+use crate::error::ApiError;
+use crate::events::Event;
+use crate::host::cgroup;
+use crate::id;
+use crate::options::RuntimeOptions;
+use crate::pod::agent::AgentError;
+use crate::pod::{Pod, PodSpec, state};
+use crate::spec::sandbox::Role;
+use crate::spec::{self, GuestSpec, PodNamespaces};
+
+/// What a pod's processes may use beside guest memory, in bytes: VMM, file server, and page cache of shared files.
+const MEMORY_OVERHEAD: u64 = 128 << 20;
+
+/// Processes and threads of a pod on the host.
+const PIDS_MAX: u32 = 128;
+
+impl Shim {
+    /// Sets a container up; gives what containerd is told as its process id. Nothing of it is left when this fails.
+    pub async fn create(self: Arc<Self>, request: CreateTaskRequest) -> Result<u32, ApiError> {
+        id::check(&request.id).map_err(|error| ApiError::invalid(error.to_string()))?;
+        if !request.checkpoint.is_empty() {
+            return Err(ApiError::invalid("restoring from a checkpoint is not supported"));
+        }
+        let mut slot = self.slot.lock().await;
+        if self.containers().contains_key(&request.id) {
+            return Err(ApiError::new(
+                ttrpc::Code::ALREADY_EXISTS,
+                format!("there is a container {:?} already", request.id),
+            ));
+        }
+        let container = match self.create_in(&mut slot, &request).await {
+            Ok(container) => container,
+            Err(error) => {
+                log::error!("container {}: {error}", request.id);
+                return Err(error);
+            }
+        };
+        self.containers().insert(request.id.clone(), container.clone());
+        self.publisher.publish(Event::Create(TaskCreate {
+            container_id: request.id,
+            bundle: request.bundle,
+            rootfs: request.rootfs,
+            io: protobuf::MessageField::some(TaskIO {
+                stdin: request.stdin,
+                stdout: request.stdout,
+                stderr: request.stderr,
+                terminal: request.terminal,
+                ..Default::default()
+            }),
+            pid: container.init.pid,
+            ..Default::default()
+        }));
+        self.watch(&container, &container.init);
+        Ok(container.init.pid)
+    }
+
+    async fn create_in(
+        self: &Arc<Self>,
+        slot: &mut Slot,
+        request: &CreateTaskRequest,
+    ) -> Result<Arc<Container>, ApiError> {
+        let bundle = PathBuf::from(&request.bundle);
+        if !bundle.is_absolute() {
+            return Err(ApiError::invalid(format!("the bundle {bundle:?} is not an absolute path")));
+        }
+        let spec = spec::read(&bundle)?;
+        let role = Role::of(&spec)?;
+        let existing = pod_for(slot, &request.id, &role)?;
+
+        let namespaces = PodNamespaces {
+            host_pid: existing.as_ref().map(|pod| pod.host_pid()),
+            first_process: slot.first_process,
+            is_pod: role != Role::Single,
+        };
+        let guest = spec::translate(spec.clone(), &request.id, &namespaces)?;
+        let stdio = Stdio {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        let host_stdio = HostStdio::open(&stdio)?;
+        let files = Files::prepare(&request.rootfs, &guest.mounts, &spec, &bundle).await?;
+
+        let is_new = existing.is_none();
+        let pod = match existing {
+            Some(pod) => pod,
+            None => Pod::launch(&pod_spec(request, &spec, &role, &bundle)?).await?,
+        };
+        let own_pid_namespace = guest.own_pid_namespace;
+        let order =
+            Order { id: &request.id, is_new, hostname: spec.hostname().clone().unwrap_or_default(), guest };
+        match order.carry_out(&pod, files, host_stdio).await {
+            Ok((guest_pid, io)) => {
+                if is_new {
+                    slot.pod = Some(pod.clone());
+                    slot.first_process = own_pid_namespace.then_some(guest_pid);
+                    tokio::spawn(self.clone().pass_events(pod.clone()));
+                }
+                let init = Arc::new(Process::new("", stdio, pod.host_pid(), io));
+                Ok(Arc::new(Container::new(&request.id, bundle, pod, init, own_pid_namespace)))
+            }
+            Err(error) => {
+                if is_new {
+                    pod.stop().await;
+                } else {
+                    rootfs::remove(pod.tree(), &request.id).await;
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
+/// What is to be set up in a pod.
+struct Order<'a> {
+    id: &'a str,
+    /// Whether the pod's guest is only just booting.
+    is_new: bool,
+    hostname: String,
+    guest: GuestSpec,
+}
+
+impl Order<'_> {
+    /// Sets the container up; gives its first process's id in the guest, and its streams.
+    async fn carry_out(
+        self,
+        pod: &Pod,
+        files: Files,
+        host_stdio: HostStdio,
+    ) -> Result<(u32, ProcessIo), ApiError> {
+        let attach = async { files.attach(pod.tree(), self.id).await.map_err(ApiError::from) };
+        if self.is_new {
+            // The guest boots meanwhile.
+            let configure = async { pod.configure(&self.hostname).await.map_err(ApiError::from) };
+            tokio::try_join!(attach, configure)?;
+        } else {
+            attach.await?;
+        }
+        let (streams, io) = host_stdio.connect(pod, self.guest.console_size).await?;
+        let message = api::CreateContainerRequest {
+            container_id: self.id.to_owned(),
+            spec: self.guest.json,
+            stdio: protobuf::MessageField::some(streams),
+            ..Default::default()
+        };
+        let answer = pod.agent().create_container(&message).await;
+        Ok((explain(pod, answer).await?, io))
+    }
+}
+
+/// Puts the reason of the pod's death in the place of the broken connection that it was noticed by.
+pub async fn explain<T>(pod: &Pod, answer: Result<T, AgentError>) -> Result<T, ApiError> {
+    match answer {
+        Err(AgentError::Lost) => {
+            let death = tokio::time::timeout(std::time::Duration::from_secs(3), pod.died()).await;
+            match death {
+                Ok(_) => Err(pod.check_alive().err().unwrap_or_else(|| AgentError::Lost.into())),
+                Err(_) => Err(AgentError::Lost.into()),
+            }
+        }
+        other => Ok(other?),
+    }
+}
+
+/// The pod that a container belongs into, if there is one yet.
+fn pod_for(slot: &Slot, id: &str, role: &Role) -> Result<Option<Arc<Pod>>, ApiError> {
+    match (&slot.pod, role) {
+        (None, Role::Single | Role::Sandbox) => Ok(None),
+        (None, Role::Member(sandbox)) => Err(ApiError::precondition(format!(
+            "the container {id:?} belongs to the pod {sandbox:?}, which does not run in this shim"
+        ))),
+        (Some(pod), Role::Member(sandbox)) if pod.id() == sandbox => {
+            pod.check_alive()?;
+            Ok(Some(pod.clone()))
+        }
+        (Some(pod), _) => Err(ApiError::precondition(format!(
+            "the container {id:?} does not belong to the pod {:?} of this shim",
+            pod.id()
+        ))),
+    }
+}
+
+fn pod_spec(
+    request: &CreateTaskRequest,
+    spec: &Spec,
+    role: &Role,
+    bundle: &Path,
+) -> Result<PodSpec, ApiError> {
+    let options = match request.options.as_ref() {
+        Some(any) => RuntimeOptions::from_any(any)?,
+        None => RuntimeOptions::default(),
+    };
+    let annotations = spec.annotations().clone().unwrap_or_default();
+    let config = Config::load(&options.config)?.with_annotations(&annotations)?;
+    // containerd's own debug switch counts as well.
+    log::set_max_level(config.log_level.max(log::max_level()));
+    Ok(PodSpec {
+        id: request.id.clone(),
+        directory: bundle.join(state::DIRECTORY),
+        cgroup: pod_cgroup(spec, role, &config)?,
+        hostname: spec.hostname().clone().unwrap_or_default(),
+        config,
+    })
+}
+
+fn pod_cgroup(
+    spec: &Spec,
+    role: &Role,
+    config: &Config,
+) -> Result<Option<(PathBuf, cgroup::Limits)>, ApiError> {
+    let Some(linux) = spec.linux() else { return Ok(None) };
+    let Some(path) = linux.cgroups_path().as_ref().filter(|path| !path.as_os_str().is_empty()) else {
+        return Ok(None);
+    };
+    let path = cgroup::resolve(path).map_err(|error| ApiError::invalid(error.to_string()))?;
+    if !cgroup::is_unified() {
+        log::warn!(
+            "this host has no plain cgroup version 2 hierarchy: the pod's processes run without limits on the host"
+        );
+        return Ok(None);
+    }
+    let mut limits = cgroup::Limits {
+        memory_max: (u64::from(config.size.memory_mib) << 20) + MEMORY_OVERHEAD,
+        pids_max: PIDS_MAX,
+        cpu_max: None,
+        cpu_weight: None,
+    };
+    // A sandbox's own share is next to nothing and not the pod's; the kubelet limits the pod one level up.
+    let cpu = linux.resources().as_ref().and_then(|resources| resources.cpu().as_ref());
+    if let (Role::Single, Some(cpu)) = (role, cpu) {
+        limits.cpu_max = match (cpu.quota(), cpu.period()) {
+            (Some(quota), period) if quota > 0 => Some((quota.unsigned_abs(), period.unwrap_or(100_000))),
+            _ => None,
+        };
+        limits.cpu_weight = cpu.shares().filter(|shares| *shares >= 2).map(weight);
+    }
+    Ok(Some((path, limits)))
+}
+
+/// `cpu.weight` for `cpu.shares`, on the scale that runc and crun use: 2 is 1, 262144 is 10000.
+fn weight(shares: u64) -> u64 {
+    1 + (shares.min(262_144) - 2) * 9_999 / 262_142
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_become_weights() {
+        assert_eq!((weight(2), weight(1024), weight(262_144), weight(u64::MAX)), (1, 39, 10_000, 10_000));
+    }
+}

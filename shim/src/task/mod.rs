@@ -1,0 +1,9 @@
+//! containerd's Task API, for all containers of one pod.
+
+pub mod container;
+pub mod create;
+pub mod rootfs;
+pub mod service;
+pub mod shim;
+pub mod stats;
+pub mod stdio;

@@ -1,0 +1,136 @@
+//! A container's files: its root file system and its bind mounts, prepared on the host and put into the shared tree.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use containerd_shim_protos::types::mount::Mount;
+use oci_spec::runtime::Spec;
+
+use crate::error::{ApiError, Classify, Code, chain};
+use crate::host::mounts::{DetachedTree, MountError, MountRequest, Propagation, assemble};
+use crate::pod::tree::{PointKind, SharedTree, TreeError};
+use crate::spec::{self, HostMount};
+
+/// Why a container has no files.
+#[derive(Debug, thiserror::Error)]
+pub enum RootfsError {
+    /// There is nothing to run.
+    #[error("the container has no root file system: containerd mounts none, and {path} {what}")]
+    Missing {
+        /// Where it could have been.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// The directory to assemble it on.
+    #[error("can't prepare the root file system at {path}")]
+    Scratch {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A mount failed.
+    #[error("can't mount the root file system")]
+    Mount(#[source] MountError),
+    /// A volume failed.
+    #[error("can't bind a volume")]
+    Volume(#[source] MountError),
+    /// The shared tree.
+    #[error("can't put the container's files into the pod")]
+    Attach(#[from] TreeError),
+}
+
+impl Classify for RootfsError {
+    fn code(&self) -> Code {
+        match self {
+            RootfsError::Missing { .. } | RootfsError::Mount(_) | RootfsError::Volume(_) => {
+                Code::FAILED_PRECONDITION
+            }
+            RootfsError::Scratch { .. } | RootfsError::Attach(_) => Code::INTERNAL,
+        }
+    }
+}
+
+/// A container's mounts, attached nowhere yet.
+#[derive(Debug)]
+pub struct Files {
+    rootfs: DetachedTree,
+    volumes: Vec<(DetachedTree, PointKind)>,
+}
+
+impl Files {
+    /// Mounts the root file system as containerd asks for it (or takes the bundle's), and the volumes.
+    pub async fn prepare(
+        rootfs: &[Mount],
+        volumes: &[HostMount],
+        spec: &Spec,
+        bundle: &Path,
+    ) -> Result<Files, ApiError> {
+        let rootfs = if rootfs.is_empty() {
+            let path = spec::bundle_rootfs(spec, bundle)?;
+            check_directory(&path)?;
+            DetachedTree::bind(&path, true).map_err(RootfsError::Mount)?
+        } else {
+            let scratch = bundle.join("rootfs");
+            fs::create_dir_all(&scratch)
+                .map_err(|source| RootfsError::Scratch { path: scratch.clone(), source })?;
+            assemble(rootfs.iter().map(request).collect(), scratch).await.map_err(RootfsError::Mount)?
+        };
+        rootfs.restrict(Propagation::Private).map_err(RootfsError::Mount)?;
+        let volumes = volumes.iter().map(bind).collect::<Result<_, _>>().map_err(RootfsError::Volume)?;
+        Ok(Files { rootfs, volumes })
+    }
+
+    /// Attaches everything where the translated specification says it is.
+    pub async fn attach(self, tree: &SharedTree, id: &str) -> Result<(), RootfsError> {
+        let directory = Path::new(id);
+        tree.attach(self.rootfs, &directory.join("rootfs"), PointKind::Directory).await?;
+        for (number, (volume, kind)) in self.volumes.into_iter().enumerate() {
+            tree.attach(volume, &directory.join("mounts").join(number.to_string()), kind).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Detaches a container's files; what fails is logged, since the pod's end will do it in any case.
+pub async fn remove(tree: &SharedTree, id: &str) {
+    if let Err(error) = tree.remove(id).await {
+        log::error!("the files of {id} stay in the pod for now: {}", chain(&error));
+    }
+}
+
+fn request(mount: &Mount) -> MountRequest {
+    MountRequest {
+        kind: mount.type_.clone(),
+        source: mount.source.clone(),
+        target: mount.target.clone(),
+        options: mount.options.clone(),
+    }
+}
+
+fn bind(volume: &HostMount) -> Result<(DetachedTree, PointKind), MountError> {
+    let tree = DetachedTree::bind(&volume.source, volume.recursive)?;
+    tree.restrict(volume.propagation)?;
+    if let Some(recursive) = volume.read_only {
+        tree.make_read_only(recursive)?;
+    }
+    Ok((tree, if volume.is_directory { PointKind::Directory } else { PointKind::File }))
+}
+
+fn check_directory(path: &Path) -> Result<(), RootfsError> {
+    let missing = |what| RootfsError::Missing { path: path.to_owned(), what };
+    match fs::read_dir(path) {
+        Ok(mut entries) => match entries.next() {
+            Some(_) => Ok(()),
+            None => Err(missing("is empty")),
+        },
+        Err(error) => Err(missing(match error.kind() {
+            io::ErrorKind::NotFound => "does not exist",
+            io::ErrorKind::NotADirectory => "is not a directory",
+            _ => "can't be read",
+        })),
+    }
+}

@@ -1,0 +1,141 @@
+//! What one shim serves: a pod, once it has one, and the containers in it.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use containerd_shim_protos::events::task::TaskOOM;
+use tokio::sync::watch;
+
+use super::container::{Container, Process};
+use crate::error::ApiError;
+use crate::events::{Event, Publisher};
+use crate::limit::RateLimit;
+use crate::pod::Pod;
+
+/// Events of the guest that are passed on at once, and then one in each interval.
+const EVENT_BURST: u32 = 32;
+const EVENT_INTERVAL: Duration = Duration::from_secs(1);
+
+/// containerd has the last events within this time, or does without.
+const FLUSH_LIMIT: Duration = Duration::from_secs(3);
+
+/// The pod of this shim.
+#[derive(Debug, Default)]
+pub struct Slot {
+    /// The pod, alive or dead.
+    pub pod: Option<Arc<Pod>>,
+    /// The first container's first process, as the guest counts it, if it has a PID namespace of its own.
+    pub first_process: Option<u32>,
+}
+
+/// The state behind the Task API.
+#[derive(Debug)]
+pub struct Shim {
+    /// For containerd.
+    pub publisher: Publisher,
+    /// Held while a pod or a container is made or the pod is released: one at a time.
+    pub slot: tokio::sync::Mutex<Slot>,
+    containers: Mutex<BTreeMap<String, Arc<Container>>>,
+    exiting: watch::Sender<bool>,
+}
+
+impl Shim {
+    /// A shim without a pod.
+    pub fn new(publisher: Publisher) -> Shim {
+        Shim {
+            publisher,
+            slot: tokio::sync::Mutex::default(),
+            containers: Mutex::default(),
+            exiting: watch::Sender::new(false),
+        }
+    }
+
+    /// The containers, by id.
+    pub fn containers(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Arc<Container>>> {
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A container by its id.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>, ApiError> {
+        let found = self.containers().get(id).cloned();
+        found.ok_or_else(|| ApiError::not_found(format!("there is no container {id:?} in this pod")))
+    }
+
+    /// A process by its container's id and its own; the latter is empty for the container's first.
+    pub fn process(&self, id: &str, exec_id: &str) -> Result<(Arc<Container>, Arc<Process>), ApiError> {
+        let container = self.container(id)?;
+        match container.process(exec_id) {
+            Some(process) => Ok((container, process)),
+            None => Err(ApiError::not_found(format!("there is no exec {exec_id:?} in the container {id:?}"))),
+        }
+    }
+
+    /// Watches a process until it ends.
+    pub fn watch(&self, container: &Arc<Container>, process: &Arc<Process>) {
+        tokio::spawn(container.clone().watch(process.clone(), self.publisher.clone()));
+    }
+
+    /// Releases the pod if no container is left in it; tells whether none is.
+    pub async fn release_if_empty(&self) -> bool {
+        let mut slot = self.slot.lock().await;
+        if !self.containers().is_empty() {
+            return false;
+        }
+        if let Some(pod) = slot.pod.take() {
+            pod.stop().await;
+        }
+        slot.first_process = None;
+        true
+    }
+
+    /// Ends the pod whatever is in it; every container is reported as ended.
+    pub async fn end_pod(&self) {
+        let pod = self.slot.lock().await.pod.clone();
+        if let Some(pod) = pod {
+            pod.stop().await;
+        }
+        let containers: Vec<_> = self.containers().values().cloned().collect();
+        for container in containers {
+            container.init.ended().await;
+        }
+    }
+
+    /// Asks the server to end.
+    pub fn exit(&self) {
+        self.exiting.send_replace(true);
+    }
+
+    /// Answers when the server is to end, after containerd has had the last events.
+    pub async fn exiting(&self) {
+        // The sender is ours: it can't be gone.
+        let _ = self.exiting.subscribe().wait_for(|exiting| *exiting).await;
+        self.publisher.flush(FLUSH_LIMIT).await;
+    }
+
+    /// Passes events of the guest on until the pod is dead. A guest that floods us is slowed down.
+    pub async fn pass_events(self: Arc<Self>, pod: Arc<Pod>) {
+        let mut limit = RateLimit::new(EVENT_BURST, EVENT_INTERVAL);
+        loop {
+            let event = tokio::select! {
+                biased;
+                _ = pod.died() => return,
+                event = pod.agent().next_event() => event,
+            };
+            match event {
+                Ok(event) if event.has_oom() && self.containers().contains_key(event.oom()) => {
+                    log::warn!("container {}: a process was killed for want of memory", event.oom());
+                    self.publisher.publish(Event::Oom(TaskOOM {
+                        container_id: event.oom().into(),
+                        ..Default::default()
+                    }));
+                }
+                Ok(_) => {}
+                Err(error) => log::debug!("no events from the agent: {error}"),
+            }
+            if !limit.allow() {
+                tokio::time::sleep(EVENT_INTERVAL).await;
+            }
+        }
+    }
+}

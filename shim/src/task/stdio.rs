@@ -1,0 +1,459 @@
+//! A process's standard streams: between containerd's FIFOs and the streams into the guest.
+//!
+//! The shim holds the other end of each FIFO open itself, so that neither containerd's restart nor a client that comes
+//! and goes ends a stream. Nothing here ever delays the report that a process has ended: what it left to be read is
+//! drained when the process is deleted, within limits.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bulkhead_agent_protocol as api;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
+use tokio::task::JoinHandle;
+
+use crate::error::{ApiError, Classify, Code};
+use crate::pod::Pod;
+use crate::spec::ConsoleSize;
+
+/// Bytes moved at once. The buffer exists only while there is something to move.
+const CHUNK: usize = 16 * 1024;
+
+/// After a process has ended, its output is given up when nothing was taken for this long,
+const DRAIN_IDLE: Duration = Duration::from_secs(3);
+/// and after this in any case.
+const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+
+/// What containerd wants a process's streams to be: FIFO paths or `file://` URIs, empty for none.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Stdio {
+    /// Standard input.
+    pub stdin: String,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error; not used with a terminal.
+    pub stderr: String,
+    /// Whether the process gets a terminal.
+    pub terminal: bool,
+}
+
+/// Streams that can't be had.
+#[derive(Debug, thiserror::Error)]
+pub enum StdioError {
+    /// A URI that we do not serve.
+    #[error("{uri:?} can't be used as {stream}: use a FIFO or a file:// URI")]
+    Scheme {
+        /// Which stream.
+        stream: &'static str,
+        /// The URI.
+        uri: String,
+    },
+    /// Not a FIFO.
+    #[error("{path} can't be used as {stream}: it is not a FIFO")]
+    NotAFifo {
+        /// Which stream.
+        stream: &'static str,
+        /// The path.
+        path: PathBuf,
+    },
+    /// It can't be opened.
+    #[error("can't open {path} as {stream}")]
+    Open {
+        /// Which stream.
+        stream: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Classify for StdioError {
+    fn code(&self) -> Code {
+        match self {
+            StdioError::Scheme { .. } => Code::INVALID_ARGUMENT,
+            StdioError::NotAFifo { .. } | StdioError::Open { .. } => Code::FAILED_PRECONDITION,
+        }
+    }
+}
+
+/// The open host ends of a process's streams.
+#[derive(Debug, Default)]
+pub struct HostStdio {
+    stdin: Option<(pipe::Receiver, File)>,
+    stdout: Option<Sink>,
+    stderr: Option<Sink>,
+    terminal: bool,
+}
+
+#[derive(Debug)]
+enum Sink {
+    Fifo {
+        fifo: pipe::Sender,
+        /// Our own hold on its reading end.
+        _reader: File,
+    },
+    File(File),
+}
+
+impl HostStdio {
+    /// Opens what `stdio` names. Never waits for the other side of a FIFO.
+    pub fn open(stdio: &Stdio) -> Result<HostStdio, StdioError> {
+        let stderr = if stdio.terminal { "" } else { &stdio.stderr };
+        Ok(HostStdio {
+            stdin: open_input(&stdio.stdin)?,
+            stdout: open_output("standard output", &stdio.stdout)?,
+            stderr: open_output("standard error", stderr)?,
+            terminal: stdio.terminal,
+        })
+    }
+
+    /// Opens a stream into the guest for each, and starts copying. Gives what the agent has to be told.
+    pub async fn connect(
+        self,
+        pod: &Pod,
+        console_size: Option<ConsoleSize>,
+    ) -> Result<(api::Stdio, ProcessIo), ApiError> {
+        let ConsoleSize { columns, rows } = console_size.unwrap_or_default();
+        let mut streams = api::Stdio { terminal: self.terminal, columns, rows, ..Default::default() };
+        let mut io = ProcessIo::default();
+        if let Some((fifo, hold)) = self.stdin {
+            let (number, stream) = pod.open_stream().await?;
+            streams.stdin_stream = number;
+            io.stdin_hold = Mutex::new(Some(hold));
+            io.input = Some(tokio::spawn(copy_input(fifo, stream)));
+        }
+        for (sink, number_field) in
+            [(self.stdout, &mut streams.stdout_stream), (self.stderr, &mut streams.stderr_stream)]
+        {
+            let Some(sink) = sink else { continue };
+            let (number, stream) = pod.open_stream().await?;
+            *number_field = number;
+            io.outputs.push(tokio::spawn(copy_output(stream, sink, io.moved.clone())));
+        }
+        Ok((streams, io))
+    }
+}
+
+/// The copying of a process's streams. Dropping it ends it at once.
+#[derive(Debug, Default)]
+pub struct ProcessIo {
+    input: Option<JoinHandle<()>>,
+    outputs: Vec<JoinHandle<()>>,
+    /// Our own hold on the writing end of standard input's FIFO: while it is there, the process sees no end of file.
+    stdin_hold: Mutex<Option<File>>,
+    /// Bytes of output that were taken so far.
+    moved: Arc<AtomicU64>,
+}
+
+impl ProcessIo {
+    /// Lets the process see the end of its input once containerd's clients have closed theirs.
+    pub fn close_input(&self) {
+        if let Ok(mut hold) = self.stdin_hold.lock() {
+            *hold = None;
+        }
+    }
+
+    /// Waits until all output has been taken, as long as somebody takes it, and ends the copying.
+    pub async fn finish(mut self) {
+        let moved = self.moved.clone();
+        let mut outputs = std::mem::take(&mut self.outputs);
+        let stalled = async {
+            let mut before = moved.load(Ordering::Relaxed);
+            loop {
+                tokio::time::sleep(DRAIN_IDLE).await;
+                let now = moved.load(Ordering::Relaxed);
+                if now == before {
+                    return;
+                }
+                before = now;
+            }
+        };
+        tokio::select! {
+            biased;
+            () = join(&mut outputs) => return,
+            () = stalled => log::warn!("nobody takes the output of a process that has ended: the rest is dropped"),
+            () = tokio::time::sleep(DRAIN_LIMIT) => {
+                log::warn!("the output of a process that has ended is dropped after {} s", DRAIN_LIMIT.as_secs());
+            }
+        }
+        outputs.iter().for_each(JoinHandle::abort);
+        join(&mut outputs).await;
+    }
+}
+
+/// Waits for tasks, also for those that were waited for before.
+async fn join(tasks: &mut [JoinHandle<()>]) {
+    for task in tasks.iter_mut().filter(|task| !task.is_finished()) {
+        // How it ended is its own business.
+        let _ = task.await;
+    }
+}
+
+impl Drop for ProcessIo {
+    fn drop(&mut self) {
+        self.input.iter().chain(&self.outputs).for_each(JoinHandle::abort);
+    }
+}
+
+fn open_input(uri: &str) -> Result<Option<(pipe::Receiver, File)>, StdioError> {
+    let stream = "standard input";
+    let path = match target(stream, uri)? {
+        None => return Ok(None),
+        Some(Target::Fifo(path)) => path,
+        Some(Target::File(_)) => return Err(StdioError::Scheme { stream, uri: uri.into() }),
+    };
+    let failed = |source| StdioError::Open { stream, path: path.clone(), source };
+    check_fifo(stream, &path)?;
+    // Opened for both, it needs no other side; it bridges the time until our own writer is there.
+    let bridge = hold(&path, OpenOptions::new().read(true).write(true)).map_err(failed)?;
+    let reader = pipe::OpenOptions::new().open_receiver(&path).map_err(failed)?;
+    let writer = hold(&path, OpenOptions::new().write(true)).map_err(failed)?;
+    drop(bridge);
+    Ok(Some((reader, writer)))
+}
+
+fn open_output(stream: &'static str, uri: &str) -> Result<Option<Sink>, StdioError> {
+    let target = target(stream, uri)?;
+    match target {
+        None => Ok(None),
+        Some(Target::Fifo(path)) => {
+            let failed = |source| StdioError::Open { stream, path: path.clone(), source };
+            check_fifo(stream, &path)?;
+            let reader = hold(&path, OpenOptions::new().read(true)).map_err(failed)?;
+            let writer = pipe::OpenOptions::new().open_sender(&path).map_err(failed)?;
+            Ok(Some(Sink::Fifo { fifo: writer, _reader: reader }))
+        }
+        Some(Target::File(path)) => {
+            let file = OpenOptions::new().append(true).create(true).mode(0o640).open(&path);
+            file.map(|file| Some(Sink::File(file))).map_err(|source| StdioError::Open {
+                stream,
+                path,
+                source,
+            })
+        }
+    }
+}
+
+enum Target {
+    Fifo(PathBuf),
+    File(PathBuf),
+}
+
+fn target(stream: &'static str, uri: &str) -> Result<Option<Target>, StdioError> {
+    let refused = || StdioError::Scheme { stream, uri: uri.chars().take(256).collect() };
+    let absolute = |path: &str| if path.starts_with('/') { Ok(PathBuf::from(path)) } else { Err(refused()) };
+    match uri.split_once("://") {
+        _ if uri.is_empty() => Ok(None),
+        None | Some(("", _)) => Ok(Some(Target::Fifo(absolute(uri)?))),
+        Some(("fifo", path)) => Ok(Some(Target::Fifo(absolute(path)?))),
+        // Parameters are for other schemes.
+        Some(("file", path)) => Ok(Some(Target::File(absolute(path.split('?').next().unwrap_or(path))?))),
+        Some(_) => Err(refused()),
+    }
+}
+
+fn check_fifo(stream: &'static str, path: &Path) -> Result<(), StdioError> {
+    match std::fs::metadata(path) {
+        Ok(metadata) if metadata.file_type().is_fifo() => Ok(()),
+        Ok(_) => Err(StdioError::NotAFifo { stream, path: path.to_owned() }),
+        Err(source) => Err(StdioError::Open { stream, path: path.to_owned(), source }),
+    }
+}
+
+fn hold(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
+    options.custom_flags(libc::O_NONBLOCK).open(path)
+}
+
+async fn copy_input(mut fifo: pipe::Receiver, mut stream: UnixStream) {
+    loop {
+        if fifo.readable().await.is_err() {
+            break;
+        }
+        let mut buffer = vec![0; CHUNK];
+        match fifo.read(&mut buffer).await {
+            Ok(0) => break,
+            Ok(length) => {
+                if stream.write_all(&buffer[..length]).await.is_err() {
+                    // The process does not read any more.
+                    return;
+                }
+            }
+            Err(error) => {
+                log::warn!("can't read standard input: {error}");
+                break;
+            }
+        }
+    }
+    let _ = stream.shutdown().await;
+    // The end is on its way to the guest; closing the stream now could overtake it.
+    std::future::pending::<()>().await;
+}
+
+async fn copy_output(mut stream: UnixStream, mut sink: Sink, moved: Arc<AtomicU64>) {
+    loop {
+        if stream.readable().await.is_err() {
+            return;
+        }
+        let mut buffer = vec![0; CHUNK];
+        let length = match stream.read(&mut buffer).await {
+            Ok(0) | Err(_) => return,
+            Ok(length) => length,
+        };
+        let mut rest = &buffer[..length];
+        while !rest.is_empty() {
+            let written = match &mut sink {
+                Sink::Fifo { fifo, .. } => fifo.write(rest).await,
+                Sink::File(file) => file.write(rest),
+            };
+            match written {
+                Ok(length) => {
+                    moved.fetch_add(length as u64, Ordering::Relaxed);
+                    rest = &rest[length..];
+                }
+                Err(error) => return log::warn!("can't write output: {error}"),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use nix::sys::stat::Mode;
+
+    use super::*;
+
+    struct Directory(PathBuf);
+
+    impl Directory {
+        fn new(name: &str) -> Directory {
+            let path = std::env::temp_dir().join(format!("bulkhead-stdio-{name}-{}", std::process::id()));
+            let _ = std::fs::remove_dir_all(&path);
+            std::fs::create_dir_all(&path).unwrap();
+            Directory(path)
+        }
+
+        fn fifo(&self, name: &str) -> PathBuf {
+            let path = self.0.join(name);
+            nix::unistd::mkfifo(&path, Mode::S_IRWXU).unwrap();
+            path
+        }
+    }
+
+    impl Drop for Directory {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn output(path: &Path) -> Sink {
+        open_output("standard output", path.to_str().unwrap()).unwrap().unwrap()
+    }
+
+    #[tokio::test]
+    async fn output_survives_readers_that_come_and_go() {
+        let directory = Directory::new("output");
+        let path = directory.fifo("out");
+        let (mut guest, ours) = UnixStream::pair().unwrap();
+        let mut io = ProcessIo::default();
+        io.outputs.push(tokio::spawn(copy_output(ours, output(&path), io.moved.clone())));
+
+        // Nobody reads yet: it waits in the FIFO.
+        guest.write_all(b"one ").await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let mut reader = pipe::OpenOptions::new().open_receiver(&path).unwrap();
+        let mut buffer = [0; 16];
+        let length = reader.read(&mut buffer).await.unwrap();
+        assert_eq!(&buffer[..length], b"one ");
+        drop(reader);
+
+        guest.write_all(b"two").await.unwrap();
+        let mut reader = pipe::OpenOptions::new().open_receiver(&path).unwrap();
+        drop(guest);
+        io.finish().await;
+        let mut rest = Vec::new();
+        reader.read_to_end(&mut rest).await.unwrap();
+        assert_eq!(rest, b"two");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn output_that_nobody_takes_does_not_hold_up_the_end() {
+        let directory = Directory::new("stuck");
+        let path = directory.fifo("out");
+        let (mut guest, ours) = UnixStream::pair().unwrap();
+        let mut io = ProcessIo::default();
+        io.outputs.push(tokio::spawn(copy_output(ours, output(&path), io.moved.clone())));
+        let flood = tokio::spawn(async move {
+            let _ = guest.write_all(&vec![0; 1 << 20]).await;
+        });
+        let started = tokio::time::Instant::now();
+        io.finish().await;
+        assert!(started.elapsed() <= DRAIN_IDLE * 3, "{:?}", started.elapsed());
+        flood.abort();
+        // And the FIFO is let go: a reader sees its end, behind what is left in it.
+        let mut reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
+        let mut rest = Vec::new();
+        reader.read_to_end(&mut rest).unwrap();
+    }
+
+    #[tokio::test]
+    async fn input_ends_only_when_it_is_closed() {
+        let directory = Directory::new("input");
+        let path = directory.fifo("in");
+        let (fifo, hold) = open_input(path.to_str().unwrap()).unwrap().unwrap();
+        let (mut guest, ours) = UnixStream::pair().unwrap();
+        let mut io = ProcessIo::default();
+        io.input = Some(tokio::spawn(copy_input(fifo, ours)));
+        io.stdin_hold = Mutex::new(Some(hold));
+        let mut buffer = [0; 16];
+        for text in ["first", "second"] {
+            OpenOptions::new().write(true).open(&path).unwrap().write_all(text.as_bytes()).unwrap();
+            let length = guest.read(&mut buffer).await.unwrap();
+            assert_eq!(&buffer[..length], text.as_bytes());
+        }
+        let waiting = tokio::time::timeout(Duration::from_millis(100), guest.read(&mut buffer)).await;
+        assert!(waiting.is_err(), "the input must not end with its writer");
+
+        // What was written before the close still arrives.
+        OpenOptions::new().write(true).open(&path).unwrap().write_all(b"last").unwrap();
+        io.close_input();
+        let mut rest = Vec::new();
+        guest.read_to_end(&mut rest).await.unwrap();
+        assert_eq!(rest, b"last");
+    }
+
+    #[tokio::test]
+    async fn output_can_be_appended_to_a_file() {
+        let directory = Directory::new("file");
+        let path = directory.0.join("log");
+        std::fs::write(&path, "old ").unwrap();
+        let uri = format!("file://{}?x=y", path.display());
+        let sink = open_output("standard output", &uri).unwrap().unwrap();
+        let (mut guest, ours) = UnixStream::pair().unwrap();
+        let mut io = ProcessIo::default();
+        io.outputs.push(tokio::spawn(copy_output(ours, sink, io.moved.clone())));
+        guest.write_all(b"new").await.unwrap();
+        drop(guest);
+        io.finish().await;
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "old new");
+    }
+
+    #[test]
+    fn other_targets_are_refused() {
+        for uri in ["binary:///bin/logger", "pipe://x", "relative", "file://relative", "http://x/"] {
+            assert!(matches!(target("standard output", uri), Err(StdioError::Scheme { .. })), "{uri}");
+        }
+        assert!(matches!(open_output("standard output", "/etc/passwd"), Err(StdioError::NotAFifo { .. })));
+        assert!(matches!(open_input("/nonexistent/fifo"), Err(StdioError::Open { .. })));
+        assert!(target("standard input", "").unwrap().is_none());
+    }
+}
