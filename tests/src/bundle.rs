@@ -123,7 +123,8 @@ impl Bundle {
     /// What can't be removed.
     pub fn remove(&self) -> Outcome {
         for directory in [Some(self.path.as_path()), self.upper.parent()].into_iter().flatten() {
-            fs::remove_dir_all(directory).explain(|| format!("remove {} after the delete", directory.display()))?;
+            fs::remove_dir_all(directory)
+                .explain(|| format!("remove {} after the delete", directory.display()))?;
         }
         Ok(())
     }

@@ -86,12 +86,16 @@ fn release_all() {
 fn release(directory: &Path) {
     let name = directory.display().to_string();
     let belongs = |process: &node::Process| {
-        let works_there = fs::read_link(format!("/proc/{}/cwd", process.pid)).is_ok_and(|cwd| cwd.starts_with(directory));
+        let works_there =
+            fs::read_link(format!("/proc/{}/cwd", process.pid)).is_ok_and(|cwd| cwd.starts_with(directory));
         process.pid != process::id() as i32 && (works_there || process.command.contains(&name))
     };
     // Ends at the first round in normal life; a dying shim may start a cleanup, though.
     for _ in 0..50 {
-        let ours: Vec<_> = node::processes().into_iter().filter(|process| process.state != 'Z' && belongs(process)).collect();
+        let ours: Vec<_> = node::processes()
+            .into_iter()
+            .filter(|process| process.state != 'Z' && belongs(process))
+            .collect();
         if ours.is_empty() {
             break;
         }

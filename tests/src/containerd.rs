@@ -131,7 +131,11 @@ impl PrivateContainerd {
     pub fn shims(&self, container: &str) -> Vec<i32> {
         let (address, id) = (self.socket().display().to_string(), format!(" -id {container} "));
         let ours = |command: &str| command.contains(&address) && format!("{command} ").contains(&id);
-        crate::node::processes().iter().filter(|process| ours(&process.command)).map(|process| process.pid).collect()
+        crate::node::processes()
+            .iter()
+            .filter(|process| ours(&process.command))
+            .map(|process| process.pid)
+            .collect()
     }
 
     /// The end of containerd's log, which has the shims' logs too.
@@ -145,11 +149,18 @@ impl PrivateContainerd {
     pub fn log(&self) -> String {
         let log = fs::read_to_string(self.log_path()).unwrap_or_default();
         let noise = ["loading plugin", "failed to load plugin", "skip loading plugin", "msg=serving"];
-        log.lines().filter(|line| !noise.iter().any(|noise| line.contains(noise))).flat_map(|line| [line, "\n"]).collect()
+        log.lines()
+            .filter(|line| !noise.iter().any(|noise| line.contains(noise)))
+            .flat_map(|line| [line, "\n"])
+            .collect()
     }
 
     fn launch(&mut self) -> Outcome {
-        let log = File::options().create(true).append(true).open(self.log_path()).explain(|| "open containerd's log".into())?;
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.log_path())
+            .explain(|| "open containerd's log".into())?;
         let program = self.layout.find("containerd")?;
         let daemon = Command::new(&program)
             .arg("--config")
@@ -171,7 +182,9 @@ impl PrivateContainerd {
         })?;
         match served {
             Ok(()) => Ok(()),
-            Err(status) => fail!("containerd ended with {status}; the end of its log:\n{}", self.log_tail(10)),
+            Err(status) => {
+                fail!("containerd ended with {status}; the end of its log:\n{}", self.log_tail(10))
+            }
         }
     }
 
@@ -179,7 +192,8 @@ impl PrivateContainerd {
         let Some(mut daemon) = self.daemon.take() else { return Ok(()) };
         let pid = i32::try_from(daemon.id()).explain(|| "containerd's process id".into())?;
         let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
-        let ended = process::wait(&mut daemon, Instant::now() + STOP_LIMIT).explain(|| "wait for containerd".into())?;
+        let ended = process::wait(&mut daemon, Instant::now() + STOP_LIMIT)
+            .explain(|| "wait for containerd".into())?;
         if ended.is_none() {
             let _ = daemon.kill();
             let _ = daemon.wait();

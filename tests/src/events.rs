@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use containerd_shim_protos::api::{Empty, ForwardRequest};
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart,
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed,
+    TaskStart,
 };
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::ttrpc::{self, Server, TtrpcContext};
@@ -71,7 +72,8 @@ impl EventServer {
     /// # Errors
     /// When it has not come within `limit`.
     pub fn wait_for(&self, container: &str, topic: &str, exec: &str, limit: Duration) -> Outcome<Event> {
-        let matches = |event: &&Event| event.container == container && event.topic == topic && event.exec == exec;
+        let matches =
+            |event: &&Event| event.container == container && event.topic == topic && event.exec == exec;
         let events = self.log.events.lock().unwrap_or_else(PoisonError::into_inner);
         let (events, _) = self
             .log
@@ -81,8 +83,13 @@ impl EventServer {
         match events.iter().find(matches) {
             Some(event) => Ok(event.clone()),
             None => {
-                let came: Vec<&str> = events.iter().filter(|e| e.container == container).map(|e| e.topic.as_str()).collect();
-                fail!("no event {topic} of {container} {exec} within {} s; events: {}", limit.as_secs(), came.join(" "))
+                let came: Vec<&str> =
+                    events.iter().filter(|e| e.container == container).map(|e| e.topic.as_str()).collect();
+                fail!(
+                    "no event {topic} of {container} {exec} within {} s; events: {}",
+                    limit.as_secs(),
+                    came.join(" ")
+                )
             }
         }
     }
@@ -101,8 +108,9 @@ struct Receiver(Arc<Log>);
 impl Events for Receiver {
     fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
         let envelope = request.envelope();
-        let event = decode(&envelope.topic, &envelope.event().value)
-            .map_err(|error| ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::INVALID_ARGUMENT, error.to_string())))?;
+        let event = decode(&envelope.topic, &envelope.event().value).map_err(|error| {
+            ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::INVALID_ARGUMENT, error.to_string()))
+        })?;
         self.0.events.lock().unwrap_or_else(PoisonError::into_inner).push(event);
         self.0.arrived.notify_all();
         Ok(Empty::new())
@@ -118,21 +126,35 @@ fn decode(topic: &str, bytes: &[u8]) -> Result<Event, containerd_shim_protos::pr
         exit_status,
     };
     Ok(match topic {
-        "/tasks/create" => TaskCreate::parse_from_bytes(bytes).map(|e| event(e.container_id, String::new(), e.pid, 0))?,
-        "/tasks/start" => TaskStart::parse_from_bytes(bytes).map(|e| event(e.container_id, String::new(), e.pid, 0))?,
-        "/tasks/delete" => TaskDelete::parse_from_bytes(bytes).map(|e| event(e.container_id, e.id, e.pid, e.exit_status))?,
+        "/tasks/create" => {
+            TaskCreate::parse_from_bytes(bytes).map(|e| event(e.container_id, String::new(), e.pid, 0))?
+        }
+        "/tasks/start" => {
+            TaskStart::parse_from_bytes(bytes).map(|e| event(e.container_id, String::new(), e.pid, 0))?
+        }
+        "/tasks/delete" => {
+            TaskDelete::parse_from_bytes(bytes).map(|e| event(e.container_id, e.id, e.pid, e.exit_status))?
+        }
         "/tasks/exit" => TaskExit::parse_from_bytes(bytes).map(|e| {
             // containerd's own shims name the container's process by the container's id.
             let exec = if e.id == e.container_id { String::new() } else { e.id };
             event(e.container_id, exec, e.pid, e.exit_status)
         })?,
-        "/tasks/exec-added" => TaskExecAdded::parse_from_bytes(bytes).map(|e| event(e.container_id, e.exec_id, 0, 0))?,
+        "/tasks/exec-added" => {
+            TaskExecAdded::parse_from_bytes(bytes).map(|e| event(e.container_id, e.exec_id, 0, 0))?
+        }
         "/tasks/exec-started" => {
             TaskExecStarted::parse_from_bytes(bytes).map(|e| event(e.container_id, e.exec_id, e.pid, 0))?
         }
-        "/tasks/oom" => TaskOOM::parse_from_bytes(bytes).map(|e| event(e.container_id, String::new(), 0, 0))?,
-        "/tasks/paused" => TaskPaused::parse_from_bytes(bytes).map(|e| event(e.container_id, String::new(), 0, 0))?,
-        "/tasks/resumed" => TaskResumed::parse_from_bytes(bytes).map(|e| event(e.container_id, String::new(), 0, 0))?,
+        "/tasks/oom" => {
+            TaskOOM::parse_from_bytes(bytes).map(|e| event(e.container_id, String::new(), 0, 0))?
+        }
+        "/tasks/paused" => {
+            TaskPaused::parse_from_bytes(bytes).map(|e| event(e.container_id, String::new(), 0, 0))?
+        }
+        "/tasks/resumed" => {
+            TaskResumed::parse_from_bytes(bytes).map(|e| event(e.container_id, String::new(), 0, 0))?
+        }
         _ => event(String::new(), String::new(), 0, 0),
     })
 }

@@ -19,7 +19,10 @@ impl Layout {
     /// When the program's own path can't be told.
     pub fn locate() -> Outcome<Self> {
         let program = env::current_exe().explain(|| "own path".into())?;
-        let prefix = program.parent().and_then(Path::parent).explain(|| format!("{} is in no bin/", program.display()))?;
+        let prefix = program
+            .parent()
+            .and_then(Path::parent)
+            .explain(|| format!("{} is in no bin/", program.display()))?;
         Ok(Self { prefix: prefix.to_owned() })
     }
 

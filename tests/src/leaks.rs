@@ -48,7 +48,8 @@ impl Snapshot {
         items.extend(node::unix_sockets().iter().map(|path| format!("socket {path}")));
         items.extend(node::control_groups().iter().map(|path| format!("control group {}", path.display())));
         let files = directories.iter().flat_map(|directory| node::tree(directory));
-        let files = files.filter(|path| !COMMON.iter().any(|common| path.ends_with(common.trim_start_matches('/'))));
+        let files =
+            files.filter(|path| !COMMON.iter().any(|common| path.ends_with(common.trim_start_matches('/'))));
         items.extend(files.map(|path| format!("file {}", path.display())));
         Self { directories, items }
     }
@@ -101,6 +102,9 @@ mod tests {
         child.wait().unwrap();
         std::fs::remove_dir_all(&directory).unwrap();
         assert!(left.iter().any(|item| item.ends_with("/left")), "{left:?}");
-        assert!(left.iter().any(|item| item.starts_with("process ") && item.ends_with("sleep 61")), "{left:?}");
+        assert!(
+            left.iter().any(|item| item.starts_with("process ") && item.ends_with("sleep 61")),
+            "{left:?}"
+        );
     }
 }

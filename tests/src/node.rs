@@ -64,7 +64,10 @@ pub fn descendants(ancestor: i32, name: &str) -> Vec<Process> {
         parent == ancestor
     };
     let name: String = name.chars().take(15).collect();
-    all.values().filter(|process| process.name == name && process.state != 'Z' && below(process)).cloned().collect()
+    all.values()
+        .filter(|process| process.name == name && process.state != 'Z' && below(process))
+        .cloned()
+        .collect()
 }
 
 /// Sends SIGKILL.
@@ -78,7 +81,11 @@ pub fn kill_hard(pid: i32) -> Outcome {
 /// Where something is mounted, in mount order.
 pub fn mount_points() -> Vec<PathBuf> {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    table.lines().filter_map(|line| line.split(' ').nth(4)).map(|path| PathBuf::from(unescape(path))).collect()
+    table
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(|path| PathBuf::from(unescape(path)))
+        .collect()
 }
 
 /// The kernel writes blanks and the like in octal.
@@ -103,7 +110,10 @@ pub fn control_groups() -> Vec<PathBuf> {
     let mut pending = vec![PathBuf::from("/sys/fs/cgroup")];
     while let Some(directory) = pending.pop() {
         let Ok(entries) = fs::read_dir(&directory) else { continue };
-        let below = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path());
+        let below = entries
+            .flatten()
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+            .map(|entry| entry.path());
         pending.extend(below);
         groups.push(directory);
     }
@@ -134,7 +144,9 @@ pub fn tree(directory: &Path) -> Vec<PathBuf> {
 pub fn resident_but_largest_mapping(pid: i32) -> Outcome<u64> {
     let path = format!("/proc/{pid}/smaps");
     let smaps = fs::read_to_string(&path).explain(|| format!("read {path}"))?;
-    let field = |line: &str, key: &str| line.strip_prefix(key)?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok();
+    let field = |line: &str, key: &str| {
+        line.strip_prefix(key)?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()
+    };
     let sizes: Vec<u64> = smaps.lines().filter_map(|line| field(line, "Size:")).collect();
     let resident: Vec<u64> = smaps.lines().filter_map(|line| field(line, "Rss:")).collect();
     let mappings = sizes.into_iter().zip(resident);

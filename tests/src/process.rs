@@ -124,13 +124,26 @@ impl Running {
     /// When it has not ended within `limit` of its start; it is killed then.
     pub fn finish(mut self, limit: Duration) -> Outcome<Output> {
         let deadline = self.started + limit;
-        let Some(status) = wait(&mut self.child, deadline).explain(|| format!("wait for {}", self.name))? else {
-            fail!("{} did not end within {} s; stdout {:?}, stderr {:?}", self.name, limit.as_secs(), self.stdout(), self.stderr.text())
+        let Some(status) = wait(&mut self.child, deadline).explain(|| format!("wait for {}", self.name))?
+        else {
+            fail!(
+                "{} did not end within {} s; stdout {:?}, stderr {:?}",
+                self.name,
+                limit.as_secs(),
+                self.stdout(),
+                self.stderr.text()
+            )
         };
         let elapsed = self.started.elapsed();
         let (stdout_bytes, stderr) = (self.stdout.complete(), self.stderr.complete());
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        Ok(Output { code: code(status), stdout: text(&stdout_bytes), stdout_bytes, stderr: text(&stderr), elapsed })
+        Ok(Output {
+            code: code(status),
+            stdout: text(&stdout_bytes),
+            stdout_bytes,
+            stderr: text(&stderr),
+            elapsed,
+        })
     }
 }
 

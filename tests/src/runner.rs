@@ -19,7 +19,9 @@ pub struct Selection {
 impl Selection {
     /// The selected ones of `cases`, in order. Cases of one fixture stay together, so a fixture is started once.
     fn of<'a>(&self, cases: &'a [Case]) -> Vec<&'a Case> {
-        let named = |case: &&Case| self.names.is_empty() || self.names.iter().any(|name| case.name.contains(name.as_str()));
+        let named = |case: &&Case| {
+            self.names.is_empty() || self.names.iter().any(|name| case.name.contains(name.as_str()))
+        };
         let mut selected: Vec<&Case> = cases.iter().filter(named).collect();
         selected.sort_by_key(|case| case.fixture);
         match self.shard {
@@ -74,7 +76,11 @@ fn run_one(case: &Case, environment: &mut Environment) -> Outcome<String> {
     let limit = Duration::from_secs(case.limit);
     match case_started.elapsed() {
         elapsed if elapsed <= limit => Ok(evidence),
-        elapsed => Err(Failure(format!("took {:.1} s, at most {} s are allowed", elapsed.as_secs_f64(), limit.as_secs()))),
+        elapsed => Err(Failure(format!(
+            "took {:.1} s, at most {} s are allowed",
+            elapsed.as_secs_f64(),
+            limit.as_secs()
+        ))),
     }
 }
 
@@ -97,7 +103,12 @@ mod tests {
 
     #[test]
     fn shards_cover_all_cases_once() {
-        let cases = [case("a", Fixture::Shim), case("b", Fixture::Containerd), case("c", Fixture::Shim), case("d", Fixture::Pod)];
+        let cases = [
+            case("a", Fixture::Shim),
+            case("b", Fixture::Containerd),
+            case("c", Fixture::Shim),
+            case("d", Fixture::Pod),
+        ];
         let shard = |index| Selection { names: Vec::new(), shard: Some((index, 2)) }.of(&cases);
         let mut names: Vec<&str> = shard(1).into_iter().chain(shard(2)).map(|case| case.name).collect();
         names.sort_unstable();

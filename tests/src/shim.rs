@@ -5,9 +5,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use containerd_shim_protos::api::{
-    CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest,
-    KillRequest, PauseRequest, PidsRequest, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StateRequest,
-    StateResponse, StatsRequest, UpdateTaskRequest, WaitRequest, WaitResponse,
+    CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, DeleteRequest, DeleteResponse,
+    ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, ResizePtyRequest, ResumeRequest,
+    ShutdownRequest, StartRequest, StateRequest, StateResponse, StatsRequest, UpdateTaskRequest, WaitRequest,
+    WaitResponse,
 };
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{CodedOutputStream, Message, MessageField};
@@ -97,10 +98,19 @@ impl ShimHost {
         mkfifo(&log, Mode::S_IRWXU).explain(|| format!("make FIFO {}", log.display()))?;
         let log = Reader::new(log, true)?;
         let output = self.invoke(bundle, &["start"])?.success("shim start")?;
-        ensure!(output.stderr.is_empty(), "shim start wrote to stderr, which containerd takes for the reply: {}", output.said());
-        let reply: Value = serde_json::from_str(&output.stdout).explain(|| format!("reply of shim start {:?}", output.stdout))?;
-        let address = reply["address"].as_str().explain(|| format!("no address in the reply of shim start {reply}"))?;
-        ensure!(reply["version"] == 3 && reply["protocol"] == "ttrpc", "shim start offers {reply}, not ttrpc in version 3");
+        ensure!(
+            output.stderr.is_empty(),
+            "shim start wrote to stderr, which containerd takes for the reply: {}",
+            output.said()
+        );
+        let reply: Value = serde_json::from_str(&output.stdout)
+            .explain(|| format!("reply of shim start {:?}", output.stdout))?;
+        let address =
+            reply["address"].as_str().explain(|| format!("no address in the reply of shim start {reply}"))?;
+        ensure!(
+            reply["version"] == 3 && reply["protocol"] == "ttrpc",
+            "shim start offers {reply}, not ttrpc in version 3"
+        );
         let client = Client::connect(address).explain(|| format!("connect to the shim at {address}"))?;
         Ok(Shim { bundle: bundle.clone(), address: address.to_owned(), client: TaskClient::new(client), log })
     }
@@ -112,7 +122,8 @@ impl ShimHost {
     pub fn delete(&self, bundle: &Bundle) -> Outcome<DeleteResponse> {
         let path = bundle.path.display().to_string();
         let output = self.invoke(bundle, &["-bundle", &path, "delete"])?.success("shim delete")?;
-        DeleteResponse::parse_from_bytes(&output.stdout_bytes).explain(|| format!("reply of shim delete, {}", output.said()))
+        DeleteResponse::parse_from_bytes(&output.stdout_bytes)
+            .explain(|| format!("reply of shim delete, {}", output.said()))
     }
 
     /// Runs the shim with some arguments after those that containerd always gives.
@@ -253,7 +264,8 @@ impl Shim {
     /// # Errors
     /// What the shim refuses.
     pub fn kill(&self, exec: &str, signal: u32, all: bool) -> Result<(), CallError> {
-        let request = KillRequest { id: self.id(), exec_id: exec.into(), signal, all, ..KillRequest::default() };
+        let request =
+            KillRequest { id: self.id(), exec_id: exec.into(), signal, all, ..KillRequest::default() };
         self.call("kill", |context| self.client.kill(context, &request)).map(drop)
     }
 
@@ -299,7 +311,13 @@ impl Shim {
     /// # Errors
     /// What the shim refuses.
     pub fn resize(&self, exec: &str, width: u32, height: u32) -> Result<(), CallError> {
-        let request = ResizePtyRequest { id: self.id(), exec_id: exec.into(), width, height, ..ResizePtyRequest::default() };
+        let request = ResizePtyRequest {
+            id: self.id(),
+            exec_id: exec.into(),
+            width,
+            height,
+            ..ResizePtyRequest::default()
+        };
         self.call("resize-pty", |context| self.client.resize_pty(context, &request)).map(drop)
     }
 
@@ -308,7 +326,8 @@ impl Shim {
     /// # Errors
     /// What the shim refuses.
     pub fn close_stdin(&self, exec: &str) -> Result<(), CallError> {
-        let request = CloseIORequest { id: self.id(), exec_id: exec.into(), stdin: true, ..CloseIORequest::default() };
+        let request =
+            CloseIORequest { id: self.id(), exec_id: exec.into(), stdin: true, ..CloseIORequest::default() };
         self.call("close-io", |context| self.client.close_io(context, &request)).map(drop)
     }
 
@@ -322,7 +341,11 @@ impl Shim {
             value: resources.to_string().into_bytes(),
             ..Any::default()
         };
-        let request = UpdateTaskRequest { id: self.id(), resources: MessageField::some(resources), ..UpdateTaskRequest::default() };
+        let request = UpdateTaskRequest {
+            id: self.id(),
+            resources: MessageField::some(resources),
+            ..UpdateTaskRequest::default()
+        };
         self.call("update", |context| self.client.update(context, &request)).map(drop)
     }
 
@@ -365,7 +388,11 @@ impl Shim {
         self.bundle.id.clone()
     }
 
-    fn call<T>(&self, name: &'static str, request: impl FnOnce(context::Context) -> ttrpc::Result<T>) -> Result<T, CallError> {
+    fn call<T>(
+        &self,
+        name: &'static str,
+        request: impl FnOnce(context::Context) -> ttrpc::Result<T>,
+    ) -> Result<T, CallError> {
         call(name, CALL_LIMIT, request)
     }
 }

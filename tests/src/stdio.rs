@@ -57,7 +57,8 @@ impl Stdio {
             }
             Ok(path)
         };
-        let text = |path: &Path, wanted: bool| if wanted { path.display().to_string() } else { String::new() };
+        let text =
+            |path: &Path, wanted: bool| if wanted { path.display().to_string() } else { String::new() };
         let (stdin, stdout) = (fifo("stdin", streams.stdin)?, fifo("stdout", true)?);
         let stderr = fifo("stderr", !streams.terminal)?;
         // Open both ways: neither this end nor the shim's has to wait for the other.
@@ -133,7 +134,11 @@ impl Reader {
             let mut buffer = [0; 65536];
             if let Ok(mut fifo) = File::open(path) {
                 while let Ok(count @ 1..) = fifo.read(&mut buffer) {
-                    content.lock().unwrap_or_else(PoisonError::into_inner).bytes.extend_from_slice(&buffer[..count]);
+                    content
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .bytes
+                        .extend_from_slice(&buffer[..count]);
                     changed.notify_all();
                 }
             }
@@ -210,7 +215,8 @@ mod tests {
     #[test]
     fn undrained_output_waits_in_the_pipe() {
         let directory = WorkDir::new("stdio").unwrap();
-        let stdio = Stdio::new(directory.path(), "p", Streams { undrained: true, ..Streams::default() }).unwrap();
+        let stdio =
+            Stdio::new(directory.path(), "p", Streams { undrained: true, ..Streams::default() }).unwrap();
         let mut writer = OpenOptions::new().write(true).open(&stdio.stdout_path).unwrap();
         writer.write_all(b"kept").unwrap();
         stdio.drain();

@@ -91,7 +91,8 @@ impl Demo {
 }
 
 fn guest_kernel(demo: &Demo) -> Outcome<String> {
-    let host = fs::read_to_string("/proc/sys/kernel/osrelease").explain(|| "the host's kernel release".into())?;
+    let host =
+        fs::read_to_string("/proc/sys/kernel/osrelease").explain(|| "the host's kernel release".into())?;
     let output = demo.containerd.ctr(&demo.run_arguments("kernel", &["uname", "-r"]))?.success("ctr run")?;
     let (guest, host) = (output.stdout.trim(), host.trim());
     ensure!(!guest.is_empty() && guest != host, "the guest's kernel is {guest:?}, the host's {host:?}");
@@ -100,8 +101,15 @@ fn guest_kernel(demo: &Demo) -> Outcome<String> {
 
 fn streams(demo: &Demo) -> Outcome<String> {
     let command = ["/bin/sh", "-c", "read line; echo \"out: $line\"; echo \"err: $line\" >&2"];
-    let output = demo.containerd.ctr_with_input(&demo.run_arguments("streams", &command), b"from stdin\n")?.success("ctr run")?;
-    ensure_eq!((output.stdout.as_str(), output.stderr.as_str()), ("out: from stdin\n", "err: from stdin\n"), "streams");
+    let output = demo
+        .containerd
+        .ctr_with_input(&demo.run_arguments("streams", &command), b"from stdin\n")?
+        .success("ctr run")?;
+    ensure_eq!(
+        (output.stdout.as_str(), output.stderr.as_str()),
+        ("out: from stdin\n", "err: from stdin\n"),
+        "streams"
+    );
     Ok(output.said())
 }
 
@@ -112,7 +120,8 @@ fn exit_code(demo: &Demo) -> Outcome<String> {
 }
 
 fn start_first(demo: &Demo) -> Outcome<String> {
-    let output = demo.containerd.ctr(&["run", "-d", "--runtime", RUNTIME, &demo.image, "first", "sleep", "100000"])?;
+    let output =
+        demo.containerd.ctr(&["run", "-d", "--runtime", RUNTIME, &demo.image, "first", "sleep", "100000"])?;
     let output = output.success("ctr run -d")?;
     Ok(format!("started in {:.3} s", output.elapsed.as_secs_f64()))
 }
@@ -124,13 +133,21 @@ fn exec_in_first(demo: &Demo, id: &str, script: &str) -> Outcome<bulkhead_tests:
 fn exec(demo: &Demo) -> Outcome<String> {
     let output = exec_in_first(demo, "look", "cat /proc/1/cmdline | tr '\\0' ' '; hostname; exit 7")?;
     ensure_eq!(output.code, 7, "exit code of ctr task exec, {}", output.said());
-    ensure!(output.stdout.starts_with("sleep 100000"), "the exec does not see the container's process: {}", output.said());
-    Ok(format!("sees pid 1 = {:?}, exit code 7 carried", output.stdout.lines().next().unwrap_or_default().trim()))
+    ensure!(
+        output.stdout.starts_with("sleep 100000"),
+        "the exec does not see the container's process: {}",
+        output.said()
+    );
+    Ok(format!(
+        "sees pid 1 = {:?}, exit code 7 carried",
+        output.stdout.lines().next().unwrap_or_default().trim()
+    ))
 }
 
 fn init_module(demo: &Demo) -> Outcome<String> {
     let script = "echo module >/tmp/m.ko && insmod /tmp/m.ko";
-    let arguments = ["run", "--rm", "--privileged", "--runtime", RUNTIME, &demo.image, "module", "/bin/sh", "-c", script];
+    let arguments =
+        ["run", "--rm", "--privileged", "--runtime", RUNTIME, &demo.image, "module", "/bin/sh", "-c", script];
     let output = demo.containerd.ctr(&arguments)?;
     ensure!(output.code != 0, "a module was accepted: {}", output.said());
     ensure!(output.stderr.contains("Function not implemented"), "not the kernel's ENOSYS: {}", output.said());
@@ -140,14 +157,18 @@ fn init_module(demo: &Demo) -> Outcome<String> {
 fn second_pod(demo: &Demo) -> Outcome<String> {
     let path = "/proc/sys/kernel/random/boot_id";
     let first = exec_in_first(demo, "boot", &format!("cat {path}"))?.success("exec in the first pod")?.stdout;
-    let second = demo.containerd.ctr(&demo.run_arguments("second", &["cat", path]))?.success("second pod")?.stdout;
+    let second =
+        demo.containerd.ctr(&demo.run_arguments("second", &["cat", path]))?.success("second pod")?.stdout;
     ensure!(first != second && first.len() == 37 && second.len() == 37, "boot ids {first:?} and {second:?}");
     Ok(format!("two kernels, boot ids {} and {}", first.trim(), second.trim()))
 }
 
 fn vmm_memory(demo: &Demo) -> Outcome<String> {
     let shim = *demo.containerd.shims("first").first().explain(|| "no shim of the first pod".into())?;
-    let vmm = node::descendants(shim, "bulkhead-vmm").into_iter().next().explain(|| "no VMM below the shim".into())?;
+    let vmm = node::descendants(shim, "bulkhead-vmm")
+        .into_iter()
+        .next()
+        .explain(|| "no VMM below the shim".into())?;
     let own = node::resident_but_largest_mapping(vmm.pid)?;
     ensure!(own <= 8 << 20, "{own} bytes resident without guest memory, at most 8 MiB are allowed");
     Ok(format!("{:.1} MiB resident without guest memory", own as f64 / f64::from(1 << 20)))
@@ -170,8 +191,12 @@ fn delete_first(demo: &Demo) -> Outcome<String> {
 /// The shim logs for each pod how long it took from the VMM's start to the agent's first answer.
 fn boot_time(demo: &Demo) -> Outcome<String> {
     let log = demo.containerd.log();
-    let times: Vec<u64> = log.lines().filter(|line| line.contains("agent ready")).filter_map(microseconds).collect();
-    let (fastest, slowest) = (times.iter().min().explain(|| "the shims logged no boot time".into())?, times.iter().max().unwrap_or(&0));
+    let times: Vec<u64> =
+        log.lines().filter(|line| line.contains("agent ready")).filter_map(microseconds).collect();
+    let (fastest, slowest) = (
+        times.iter().min().explain(|| "the shims logged no boot time".into())?,
+        times.iter().max().unwrap_or(&0),
+    );
     Ok(format!(
         "{:.1} ms to {:.1} ms in {} boots",
         *fastest as f64 / 1000.0,
@@ -183,7 +208,8 @@ fn boot_time(demo: &Demo) -> Outcome<String> {
 /// The number before `us` in a log line.
 fn microseconds(line: &str) -> Option<u64> {
     let after = line.split("agent ready").nth(1)?;
-    let digits: String = after.chars().skip_while(|c| !c.is_ascii_digit()).take_while(char::is_ascii_digit).collect();
+    let digits: String =
+        after.chars().skip_while(|c| !c.is_ascii_digit()).take_while(char::is_ascii_digit).collect();
     digits.parse().ok()
 }
 

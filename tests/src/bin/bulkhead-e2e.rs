@@ -40,7 +40,9 @@ fn run() -> Outcome<bool> {
             }
             "--reference" => runtime = Runtime::Runc,
             "--shard" => selection.shard = Some(shard(&arguments.next().unwrap_or_default())?),
-            option if option.starts_with('-') => return Err(Failure(format!("unknown option {option}\n{USAGE}"))),
+            option if option.starts_with('-') => {
+                return Err(Failure(format!("unknown option {option}\n{USAGE}")));
+            }
             name => selection.names.push(name.to_owned()),
         }
     }
@@ -50,7 +52,8 @@ fn run() -> Outcome<bool> {
 }
 
 fn shard(text: &str) -> Outcome<(usize, usize)> {
-    let parsed = text.split_once('/').and_then(|(index, count)| Some((index.parse().ok()?, count.parse().ok()?)));
+    let parsed =
+        text.split_once('/').and_then(|(index, count)| Some((index.parse().ok()?, count.parse().ok()?)));
     match parsed {
         Some((index, count)) if (1..=count).contains(&index) => Ok((index, count)),
         _ => Err(Failure(format!("--shard {text:?}: expected I/N with I from 1 to N"))),

@@ -17,18 +17,40 @@ use crate::{ensure, fail};
 
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
-    Case::new("bad-kernel-missing", |e| refused(e, "kernel = \"/nonexistent/vmlinux\"", &["/nonexistent/vmlinux", "o such file"])).on(Fixture::Containerd).bulkhead_only(),
+    Case::new("bad-kernel-missing", |e| {
+        refused(e, "kernel = \"/nonexistent/vmlinux\"", &["/nonexistent/vmlinux", "o such file"])
+    })
+    .on(Fixture::Containerd)
+    .bulkhead_only(),
     Case::new("bad-kernel-truncated", kernel_truncated).on(Fixture::Containerd).bulkhead_only(),
     Case::new("bad-image-truncated", image_truncated).on(Fixture::Containerd).bulkhead_only(),
-    Case::new("bad-image-missing", |e| refused(e, "image = \"/nonexistent/guest.erofs\"", &["/nonexistent/guest.erofs", "o such file"])).on(Fixture::Containerd).bulkhead_only(),
-    Case::new("bad-kvm-missing", |e| refused(e, "kvm = \"/nonexistent/kvm\"", &["/nonexistent/kvm", "o such file"])).on(Fixture::Containerd).bulkhead_only(),
+    Case::new("bad-image-missing", |e| {
+        refused(e, "image = \"/nonexistent/guest.erofs\"", &["/nonexistent/guest.erofs", "o such file"])
+    })
+    .on(Fixture::Containerd)
+    .bulkhead_only(),
+    Case::new("bad-kvm-missing", |e| {
+        refused(e, "kvm = \"/nonexistent/kvm\"", &["/nonexistent/kvm", "o such file"])
+    })
+    .on(Fixture::Containerd)
+    .bulkhead_only(),
     Case::new("bad-kvm-without-permission", kvm_without_permission).on(Fixture::Containerd).bulkhead_only(),
-    Case::new("bad-kvm-is-another-device", |e| refused(e, "kvm = \"/dev/null\"", &["/dev/null"])).on(Fixture::Containerd).bulkhead_only(),
-    Case::new("bad-vmm-missing", |e| refused(e, "vmm = \"/nonexistent/vmm\"", &["/nonexistent/vmm"])).on(Fixture::Containerd).bulkhead_only(),
-    Case::new("bad-configuration-key", |e| refused(e, "surprise = 1", &["surprise"])).on(Fixture::Containerd).bulkhead_only(),
+    Case::new("bad-kvm-is-another-device", |e| refused(e, "kvm = \"/dev/null\"", &["/dev/null"]))
+        .on(Fixture::Containerd)
+        .bulkhead_only(),
+    Case::new("bad-vmm-missing", |e| refused(e, "vmm = \"/nonexistent/vmm\"", &["/nonexistent/vmm"]))
+        .on(Fixture::Containerd)
+        .bulkhead_only(),
+    Case::new("bad-configuration-key", |e| refused(e, "surprise = 1", &["surprise"]))
+        .on(Fixture::Containerd)
+        .bulkhead_only(),
     Case::new("bad-configuration-missing", configuration_missing).on(Fixture::Containerd).bulkhead_only(),
-    Case::new("bad-memory-too-small", |e| refused(e, "memory = \"1Mi\"", &["memory", "64"])).on(Fixture::Containerd).bulkhead_only(),
-    Case::new("bad-memory-not-a-quantity", |e| refused(e, "memory = \"lots\"", &["memory", "lots"])).on(Fixture::Containerd).bulkhead_only(),
+    Case::new("bad-memory-too-small", |e| refused(e, "memory = \"1Mi\"", &["memory", "64"]))
+        .on(Fixture::Containerd)
+        .bulkhead_only(),
+    Case::new("bad-memory-not-a-quantity", |e| refused(e, "memory = \"lots\"", &["memory", "lots"]))
+        .on(Fixture::Containerd)
+        .bulkhead_only(),
     Case::new("bad-annotation", annotation).on(Fixture::Containerd).bulkhead_only(),
     Case::new("bad-program-missing", program_missing).on(Fixture::Containerd),
     Case::new("bad-bundle-without-root-file-system", without_rootfs),
@@ -39,12 +61,24 @@ fn refused(environment: &mut Environment, configuration: &str, expected: &[&str]
     let id = environment.id("bad");
     let file = environment.containerd()?.path().join(format!("{id}.toml"));
     fs::write(&file, configuration).explain(|| format!("write {}", file.display()))?;
-    let message = run_refused(environment, &id, &["--runtime-config-path", &file.display().to_string()], "/bin/true", expected)?;
+    let message = run_refused(
+        environment,
+        &id,
+        &["--runtime-config-path", &file.display().to_string()],
+        "/bin/true",
+        expected,
+    )?;
     fs::remove_file(&file).explain(|| format!("remove {}", file.display()))?;
     Ok(message)
 }
 
-fn run_refused(environment: &mut Environment, id: &str, options: &[&str], program: &str, expected: &[&str]) -> Outcome<String> {
+fn run_refused(
+    environment: &mut Environment,
+    id: &str,
+    options: &[&str],
+    program: &str,
+    expected: &[&str],
+) -> Outcome<String> {
     let runtime = environment.runtime.name();
     let arguments = [&["run", "--rm", "--runtime", runtime], options, &[IMAGE, id, program]].concat();
     let output = environment.containerd()?.ctr(&arguments)?;
@@ -88,11 +122,14 @@ fn image_truncated(environment: &mut Environment) -> Outcome<String> {
 fn kvm_without_permission(environment: &mut Environment) -> Outcome<String> {
     let directory = environment.containerd()?.path().join("nodev");
     fs::create_dir(&directory).explain(|| "make the mount point".into())?;
-    mount(Some("tmpfs"), &directory, Some("tmpfs"), MsFlags::MS_NODEV, None::<&str>).explain(|| "mount a tmpfs".into())?;
+    mount(Some("tmpfs"), &directory, Some("tmpfs"), MsFlags::MS_NODEV, None::<&str>)
+        .explain(|| "mount a tmpfs".into())?;
     let device = directory.join("kvm");
     let result = mknod(&device, SFlag::S_IFCHR, Mode::S_IRWXU, makedev(10, 232))
         .explain(|| "make a device node".into())
-        .and_then(|()| refused(environment, &format!("kvm = {device:?}"), &["nodev/kvm", "ermission denied"]));
+        .and_then(|()| {
+            refused(environment, &format!("kvm = {device:?}"), &["nodev/kvm", "ermission denied"])
+        });
     umount(&directory).explain(|| "unmount the tmpfs".into())?;
     fs::remove_dir(&directory).explain(|| "remove the mount point".into())?;
     result
@@ -100,12 +137,24 @@ fn kvm_without_permission(environment: &mut Environment) -> Outcome<String> {
 
 fn configuration_missing(environment: &mut Environment) -> Outcome<String> {
     let id = environment.id("bad");
-    run_refused(environment, &id, &["--runtime-config-path", "/nonexistent/config.toml"], "/bin/true", &["/nonexistent/config.toml"])
+    run_refused(
+        environment,
+        &id,
+        &["--runtime-config-path", "/nonexistent/config.toml"],
+        "/bin/true",
+        &["/nonexistent/config.toml"],
+    )
 }
 
 fn annotation(environment: &mut Environment) -> Outcome<String> {
     let id = environment.id("bad");
-    run_refused(environment, &id, &["--annotation", "io.bulkhead.memory=-5Mi"], "/bin/true", &["io.bulkhead.memory", "-5Mi"])
+    run_refused(
+        environment,
+        &id,
+        &["--annotation", "io.bulkhead.memory=-5Mi"],
+        "/bin/true",
+        &["io.bulkhead.memory", "-5Mi"],
+    )
 }
 
 fn program_missing(environment: &mut Environment) -> Outcome<String> {
@@ -120,10 +169,14 @@ fn without_rootfs(environment: &mut Environment) -> Outcome<String> {
     fs::remove_dir(bundle.path.join("rootfs")).explain(|| "remove the bundle's rootfs".into())?;
     let shim = host.start(&bundle)?;
     let stdio = shim.stdio("init", Streams::default())?;
-    let Err(error) = shim.create(&stdio, CreateOptions { without_rootfs: true, ..CreateOptions::default() }) else {
+    let Err(error) = shim.create(&stdio, CreateOptions { without_rootfs: true, ..CreateOptions::default() })
+    else {
         fail!("a container without a root file system was created")
     };
-    ensure!(error.message.contains("rootfs"), "the error does not say that it is about the root file system: {error}");
+    ensure!(
+        error.message.contains("rootfs"),
+        "the error does not say that it is about the root file system: {error}"
+    );
     Container { bundle, shim, stdio }.release()?;
     Ok(error.message)
 }

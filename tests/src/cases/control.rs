@@ -24,7 +24,8 @@ fn pause_and_resume(environment: &mut Environment) -> Outcome<String> {
     let script = "i=0; while :; do i=$((i+1)); echo $i >/count; sleep 0.01; done";
     let container = environment.started("pause", bundle::shell(script), Streams::default())?;
     let file = container.bundle.upper.join("count");
-    let count = || std::fs::read_to_string(&file).ok().and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(0);
+    let count =
+        || std::fs::read_to_string(&file).ok().and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(0);
     crate::process::eventually("the container counts", CALL_LIMIT, || {
         ensure!(count() > 2, "count {}", count());
         Ok(())
@@ -46,7 +47,11 @@ fn pause_and_resume(environment: &mut Environment) -> Outcome<String> {
     // A frozen container can be killed.
     container.shim.pause()?;
     container.shim.kill("", 9, true)?;
-    ensure_eq!(container.shim.wait("", CALL_LIMIT)?.exit_status, 137, "exit status of a container that was killed while paused");
+    ensure_eq!(
+        container.shim.wait("", CALL_LIMIT)?.exit_status,
+        137,
+        "exit status of a container that was killed while paused"
+    );
     container.finish()?;
     Ok(format!("stood still at {frozen}, went on, and was killed while paused"))
 }
@@ -65,7 +70,11 @@ fn update(environment: &mut Environment) -> Outcome<String> {
     let container = environment.started("update", bundle::shell("sleep 1000"), Streams::default())?;
     container.shim.update(&json!({ "memory": { "limit": 64 << 20 }, "pids": { "limit": 33 }, "cpu": { "quota": 30_000, "period": 100_000 } }))?;
     let metrics = container.shim.stats()?;
-    ensure_eq!((metrics.memory().usage_limit, metrics.pids().limit), (64 << 20, 33), "limits in the statistics");
+    ensure_eq!(
+        (metrics.memory().usage_limit, metrics.pids().limit),
+        (64 << 20, 33),
+        "limits in the statistics"
+    );
     container.finish()?;
     Ok("memory and process limits changed while it ran".into())
 }

@@ -23,9 +23,10 @@ pub const IMAGE: &str = "bulkhead.test/busybox:1";
 fn run(environment: &mut Environment) -> Outcome<String> {
     let (id, runtime) = (environment.id("run"), environment.runtime.name());
     let command = "read line; echo out $line; echo err >&2; exit 42";
-    let output = environment
-        .containerd()?
-        .ctr_with_input(&["run", "--rm", "--runtime", runtime, IMAGE, &id, "/bin/sh", "-c", command], b"from stdin\n")?;
+    let output = environment.containerd()?.ctr_with_input(
+        &["run", "--rm", "--runtime", runtime, IMAGE, &id, "/bin/sh", "-c", command],
+        b"from stdin\n",
+    )?;
     ensure_eq!(
         (output.code, output.stdout.as_str(), output.stderr.as_str()),
         (42, "out from stdin\n", "err\n"),
@@ -37,8 +38,11 @@ fn run(environment: &mut Environment) -> Outcome<String> {
 fn detached(environment: &mut Environment) -> Outcome<String> {
     let (id, runtime) = (environment.id("detached"), environment.runtime.name());
     let containerd = environment.containerd()?;
-    containerd.ctr(&["run", "-d", "--runtime", runtime, IMAGE, &id, "sleep", "1000"])?.success("ctr run -d")?;
-    let exec = containerd.ctr(&["task", "exec", "--exec-id", "e", &id, "/bin/sh", "-c", "echo inside; exit 3"])?;
+    containerd
+        .ctr(&["run", "-d", "--runtime", runtime, IMAGE, &id, "sleep", "1000"])?
+        .success("ctr run -d")?;
+    let exec =
+        containerd.ctr(&["task", "exec", "--exec-id", "e", &id, "/bin/sh", "-c", "echo inside; exit 3"])?;
     ensure_eq!((exec.code, exec.stdout.as_str()), (3, "inside\n"), "ctr task exec");
     let metrics = containerd.ctr(&["task", "metrics", &id])?.success("ctr task metrics")?.stdout;
     ensure!(metrics.contains("memory.usage "), "ctr task metrics understands nothing: {metrics:?}");
@@ -56,7 +60,12 @@ pub fn remove(environment: &mut Environment, id: &str, status: &str) -> Outcome 
         Ok(())
     })?;
     let deleted = containerd.ctr(&["task", "delete", id])?;
-    ensure!(deleted.code.to_string() == status || deleted.code == 0, "ctr task delete: {}, {}", deleted.code, deleted.said());
+    ensure!(
+        deleted.code.to_string() == status || deleted.code == 0,
+        "ctr task delete: {}, {}",
+        deleted.code,
+        deleted.said()
+    );
     containerd.ctr(&["container", "delete", id])?.success("ctr container delete")?;
     Ok(())
 }
@@ -68,9 +77,24 @@ fn mount_and_limits(environment: &mut Environment) -> Outcome<String> {
     fs::create_dir(&shared).explain(|| "make the shared directory".into())?;
     let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", shared.display());
     let script = "echo written >/data/file; cat /proc/self/cgroup; id -u";
-    let arguments = ["run", "--rm", "--runtime", runtime, "--mount", &mount, "--memory-limit", "67108864", "--user", "1000", IMAGE, &id];
-    fs::set_permissions(&shared, std::os::unix::fs::PermissionsExt::from_mode(0o777)).explain(|| "open the directory to all".into())?;
-    let output = containerd.ctr(&[&arguments[..], &["/bin/sh", "-c", script]].concat())?.success("ctr run")?;
+    let arguments = [
+        "run",
+        "--rm",
+        "--runtime",
+        runtime,
+        "--mount",
+        &mount,
+        "--memory-limit",
+        "67108864",
+        "--user",
+        "1000",
+        IMAGE,
+        &id,
+    ];
+    fs::set_permissions(&shared, std::os::unix::fs::PermissionsExt::from_mode(0o777))
+        .explain(|| "open the directory to all".into())?;
+    let output =
+        containerd.ctr(&[&arguments[..], &["/bin/sh", "-c", script]].concat())?.success("ctr run")?;
     ensure!(output.stdout.ends_with("1000\n"), "user: {}", output.said());
     let written = fs::read_to_string(shared.join("file")).explain(|| "the written file".into())?;
     ensure_eq!(written, "written\n", "what the container wrote");
@@ -79,15 +103,38 @@ fn mount_and_limits(environment: &mut Environment) -> Outcome<String> {
 }
 
 fn two_pods(environment: &mut Environment) -> Outcome<String> {
-    let (first, second, runtime) = (environment.id("first"), environment.id("second"), environment.runtime.name());
+    let (first, second, runtime) =
+        (environment.id("first"), environment.id("second"), environment.runtime.name());
     let containerd = environment.containerd()?;
-    containerd.ctr(&["run", "-d", "--runtime", runtime, IMAGE, &first, "sleep", "1000"])?.success("first ctr run")?;
-    let output = containerd.ctr(&["run", "--rm", "--runtime", runtime, IMAGE, &second, "cat", "/proc/sys/kernel/random/boot_id"])?;
+    containerd
+        .ctr(&["run", "-d", "--runtime", runtime, IMAGE, &first, "sleep", "1000"])?
+        .success("first ctr run")?;
+    let output = containerd.ctr(&[
+        "run",
+        "--rm",
+        "--runtime",
+        runtime,
+        IMAGE,
+        &second,
+        "cat",
+        "/proc/sys/kernel/random/boot_id",
+    ])?;
     let second_boot = output.success("second ctr run")?.stdout;
-    let exec = containerd.ctr(&["task", "exec", "--exec-id", "e", &first, "cat", "/proc/sys/kernel/random/boot_id"])?;
+    let exec = containerd.ctr(&[
+        "task",
+        "exec",
+        "--exec-id",
+        "e",
+        &first,
+        "cat",
+        "/proc/sys/kernel/random/boot_id",
+    ])?;
     let first_boot = exec.success("exec in the first")?.stdout;
     if environment.runtime == super::Runtime::Bulkhead {
-        ensure!(first_boot != second_boot && first_boot.len() == 37, "both pods run in one kernel, boot id {first_boot:?}");
+        ensure!(
+            first_boot != second_boot && first_boot.len() == 37,
+            "both pods run in one kernel, boot id {first_boot:?}"
+        );
     }
     remove(environment, &first, "137")?;
     Ok(format!("boot ids {} and {}", first_boot.trim(), second_boot.trim()))
@@ -97,9 +144,13 @@ fn containerd_restarts(environment: &mut Environment) -> Outcome<String> {
     let (id, runtime) = (environment.id("restart"), environment.runtime.name());
     let containerd = environment.containerd()?;
     let script = "trap 'exit 9' TERM; i=0; while :; do i=$((i+1)); echo $i >/count; sleep 0.05; done";
-    containerd.ctr(&["run", "-d", "--runtime", runtime, IMAGE, &id, "/bin/sh", "-c", script])?.success("ctr run -d")?;
+    containerd
+        .ctr(&["run", "-d", "--runtime", runtime, IMAGE, &id, "/bin/sh", "-c", script])?
+        .success("ctr run -d")?;
     let count = |containerd: &crate::containerd::PrivateContainerd, exec: &str| -> Outcome<u64> {
-        let output = containerd.ctr(&["task", "exec", "--exec-id", exec, &id, "cat", "/count"])?.success("ctr task exec")?;
+        let output = containerd
+            .ctr(&["task", "exec", "--exec-id", exec, &id, "cat", "/count"])?
+            .success("ctr task exec")?;
         output.stdout.trim().parse().explain(|| format!("count {:?}", output.stdout))
     };
     let before = count(containerd, "a")?;

@@ -38,13 +38,19 @@ fn expect_dead(environment: &Environment, container: Container, since: Instant) 
     container.shim.delete("beside")?;
     container.shim.delete("")?;
     container.release()?;
-    let reason = log.lines().rev().find(|line| line.contains("level=error") || line.contains("level=warn")).unwrap_or("").trim();
+    let reason = log
+        .lines()
+        .rev()
+        .find(|line| line.contains("level=error") || line.contains("level=warn"))
+        .unwrap_or("")
+        .trim();
     Ok(format!("known after {:.3} s; {reason}", took.as_secs_f64()))
 }
 
 /// A container that runs, with an exec, and its shim's process id.
 fn running(environment: &Environment) -> Outcome<(Container, i32)> {
-    let container = environment.started("death", bundle::process(&["sleep", "100000"]), Streams::default())?;
+    let container =
+        environment.started("death", bundle::process(&["sleep", "100000"]), Streams::default())?;
     container.exec("beside", &bundle::process(&["sleep", "100000"]), Streams::default())?;
     let shim = container.shim.pid()?;
     Ok((container, shim))
@@ -52,7 +58,10 @@ fn running(environment: &Environment) -> Outcome<(Container, i32)> {
 
 fn of_a_child(environment: &mut Environment, program: &str) -> Outcome<String> {
     let (container, shim) = running(environment)?;
-    let child = node::descendants(shim, program).into_iter().next().explain(|| format!("no {program} below the shim"))?;
+    let child = node::descendants(shim, program)
+        .into_iter()
+        .next()
+        .explain(|| format!("no {program} below the shim"))?;
     let since = Instant::now();
     node::kill_hard(child.pid)?;
     expect_dead(environment, container, since)
@@ -65,12 +74,32 @@ fn of_the_agent(environment: &mut Environment) -> Outcome<String> {
                   tr '\\000' '\\314' </dev/zero | dd of=/proc/1/mem bs=4096 seek=$((from / 4096)) count=$(((to - from) / 4096)) 2>&1; \
                   echo written; exec sleep 100000";
     let mut process = bundle::shell(script);
-    let all = json!(["CAP_SYS_PTRACE", "CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE", "CAP_KILL", "CAP_SETUID", "CAP_SETGID", "CAP_NET_RAW",
-                     "CAP_CHOWN", "CAP_FOWNER", "CAP_FSETID", "CAP_MKNOD", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE",
-                     "CAP_SYS_CHROOT", "CAP_AUDIT_WRITE", "CAP_SYS_MODULE", "CAP_SYS_RAWIO", "CAP_SYS_BOOT", "CAP_NET_ADMIN"]);
+    let all = json!([
+        "CAP_SYS_PTRACE",
+        "CAP_SYS_ADMIN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_KILL",
+        "CAP_SETUID",
+        "CAP_SETGID",
+        "CAP_NET_RAW",
+        "CAP_CHOWN",
+        "CAP_FOWNER",
+        "CAP_FSETID",
+        "CAP_MKNOD",
+        "CAP_SETFCAP",
+        "CAP_SETPCAP",
+        "CAP_NET_BIND_SERVICE",
+        "CAP_SYS_CHROOT",
+        "CAP_AUDIT_WRITE",
+        "CAP_SYS_MODULE",
+        "CAP_SYS_RAWIO",
+        "CAP_SYS_BOOT",
+        "CAP_NET_ADMIN"
+    ]);
     process["capabilities"] = json!({ "bounding": all, "effective": all, "permitted": all });
     let mut spec = bundle::spec(&id, process);
-    spec["linux"]["namespaces"] = json!([{ "type": "ipc" }, { "type": "uts" }, { "type": "mount" }, { "type": "network" }]);
+    spec["linux"]["namespaces"] =
+        json!([{ "type": "ipc" }, { "type": "uts" }, { "type": "mount" }, { "type": "network" }]);
     let mut container = environment.created(&id, &spec, Streams { stdin: true, ..Streams::default() })?;
     container.shim.start("")?;
     container.stdio.stdout.until("found", CALL_LIMIT)?;
@@ -85,13 +114,20 @@ fn of_the_shim(environment: &mut Environment) -> Outcome<String> {
     let helpers = [node::descendants(shim, "bulkhead-vmm"), node::descendants(shim, "bulkhead-fs")].concat();
     node::kill_hard(shim)?;
     eventually("the shim is gone", CALL_LIMIT, || {
-        ensure!(node::process(shim).is_none_or(|process| process.state == 'Z'), "process {shim} is still there");
+        ensure!(
+            node::process(shim).is_none_or(|process| process.state == 'Z'),
+            "process {shim} is still there"
+        );
         Ok(())
     })?;
     let deleted = environment.host()?.delete(&container.bundle)?;
     ensure_eq!(deleted.exit_status, 137, "exit status that the shim's delete reports");
     for helper in &helpers {
-        ensure!(node::process(helper.pid).is_none_or(|now| now.started != helper.started || now.state == 'Z'), "{} is still there", helper.name);
+        ensure!(
+            node::process(helper.pid).is_none_or(|now| now.started != helper.started || now.state == 'Z'),
+            "{} is still there",
+            helper.name
+        );
     }
     // Once more, as containerd may: it finds nothing and is content.
     environment.host()?.delete(&container.bundle)?;
@@ -106,13 +142,26 @@ fn of_the_shim(environment: &mut Environment) -> Outcome<String> {
 fn of_the_vmm_at_ctr(environment: &mut Environment) -> Outcome<String> {
     let (id, runtime) = (environment.id("death"), environment.runtime.name());
     let containerd = environment.containerd()?;
-    let running = containerd.ctr_running(&["run", "--rm", "--runtime", runtime, IMAGE, &id, "/bin/sh", "-c", "echo up; exec sleep 1000"])?;
+    let running = containerd.ctr_running(&[
+        "run",
+        "--rm",
+        "--runtime",
+        runtime,
+        IMAGE,
+        &id,
+        "/bin/sh",
+        "-c",
+        "echo up; exec sleep 1000",
+    ])?;
     eventually("the container runs", CALL_LIMIT * 2, || {
         ensure!(running.stdout().contains("up"), "stdout {:?}", running.stdout());
         Ok(())
     })?;
     let shim = *containerd.shims(&id).first().explain(|| "no shim of the container".into())?;
-    let vmm = node::descendants(shim, "bulkhead-vmm").into_iter().next().explain(|| "no VMM below the shim".into())?;
+    let vmm = node::descendants(shim, "bulkhead-vmm")
+        .into_iter()
+        .next()
+        .explain(|| "no VMM below the shim".into())?;
     let since = Instant::now();
     node::kill_hard(vmm.pid)?;
     let output = running.finish(CALL_LIMIT * 4)?;
@@ -125,7 +174,9 @@ fn of_the_vmm_at_ctr(environment: &mut Environment) -> Outcome<String> {
 fn of_the_shim_at_ctr(environment: &mut Environment) -> Outcome<String> {
     let (id, runtime) = (environment.id("death"), environment.runtime.name());
     let containerd = environment.containerd()?;
-    containerd.ctr(&["run", "-d", "--null-io", "--runtime", runtime, IMAGE, &id, "sleep", "1000"])?.success("ctr run -d")?;
+    containerd
+        .ctr(&["run", "-d", "--null-io", "--runtime", runtime, IMAGE, &id, "sleep", "1000"])?
+        .success("ctr run -d")?;
     let shim = *containerd.shims(&id).first().explain(|| "no shim of the container".into())?;
     let since = Instant::now();
     node::kill_hard(shim)?;

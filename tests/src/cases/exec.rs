@@ -25,10 +25,18 @@ pub const CASES: &[Case] = &[
 fn output_and_exit_code(environment: &mut Environment) -> Outcome<String> {
     let (pod, name) = (environment.shared()?, environment.id("exec"));
     let ended = pod.exec_script(&name, "echo out; echo err >&2; exit 5")?;
-    ensure_eq!((ended.exit_status, ended.stdout.as_str(), ended.stderr.as_str()), (5, "out\n", "err\n"), "exec");
+    ensure_eq!(
+        (ended.exit_status, ended.stdout.as_str(), ended.stderr.as_str()),
+        (5, "out\n", "err\n"),
+        "exec"
+    );
     let events = environment.host()?.events.of(&pod.bundle.id);
-    let topics: Vec<&str> = events.iter().filter(|event| event.exec == name).map(|event| event.topic.as_str()).collect();
-    ensure!(topics.starts_with(&["/tasks/exec-added", "/tasks/exec-started", "/tasks/exit"]), "events of the exec: {topics:?}");
+    let topics: Vec<&str> =
+        events.iter().filter(|event| event.exec == name).map(|event| event.topic.as_str()).collect();
+    ensure!(
+        topics.starts_with(&["/tasks/exec-added", "/tasks/exec-started", "/tasks/exit"]),
+        "events of the exec: {topics:?}"
+    );
     Ok(topics.join(" "))
 }
 
@@ -37,7 +45,10 @@ fn same_namespaces(environment: &mut Environment) -> Outcome<String> {
     let script = "for n in pid mnt ipc uts net; do [ $(readlink /proc/self/ns/$n) = $(readlink /proc/1/ns/$n) ] || echo $n; done; ps";
     let output = pod.exec_script(&name, script)?.success()?;
     let lines: Vec<&str> = output.lines().collect();
-    ensure!(lines.first().is_some_and(|line| line.contains("PID")), "namespaces that differ, or no ps: {output:?}");
+    ensure!(
+        lines.first().is_some_and(|line| line.contains("PID")),
+        "namespaces that differ, or no ps: {output:?}"
+    );
     ensure!(output.contains("sleep 100000"), "the container's own process is not seen: {output:?}");
     Ok(format!("{} processes seen", lines.len() - 1))
 }
@@ -79,7 +90,10 @@ fn missing_program(environment: &mut Environment) -> Outcome<String> {
     let (pod, name) = (environment.shared()?, environment.id("exec"));
     let stdio = pod.shim.stdio(&name, Streams::default())?;
     // Either call may be the one that looks for the program.
-    let result = pod.shim.exec(&name, &bundle::process(&["/no/such/program"]), &stdio).and_then(|()| pod.shim.start(&name));
+    let result = pod
+        .shim
+        .exec(&name, &bundle::process(&["/no/such/program"]), &stdio)
+        .and_then(|()| pod.shim.start(&name));
     let Err(error) = result else { fail!("an exec of a program that does not exist was started") };
     ensure!(error.message.contains("/no/such/program"), "the error does not name the program: {error}");
     ensure!(error.message.contains("no such file"), "the error is not the one that runc gives: {error}");
@@ -124,7 +138,8 @@ fn ends_with_container(environment: &mut Environment) -> Outcome<String> {
     ensure_eq!(container.shim.wait("last", CALL_LIMIT)?.exit_status, 137, "exit status of the exec");
     let (id, events) = (container.bundle.id.clone(), &environment.host()?.events);
     events.wait_for(&id, "/tasks/exit", "", CALL_LIMIT)?;
-    let exits: Vec<String> = events.of(&id).into_iter().filter(|e| e.topic == "/tasks/exit").map(|e| e.exec).collect();
+    let exits: Vec<String> =
+        events.of(&id).into_iter().filter(|e| e.topic == "/tasks/exit").map(|e| e.exec).collect();
     ensure_eq!(exits, ["last", ""], "order of the exit events (the exec's first)");
     container.shim.delete("last")?;
     container.finish()?;

@@ -79,7 +79,11 @@ fn large_input(environment: &mut Environment) -> Outcome<String> {
 
 fn undrained(environment: &mut Environment) -> Outcome<String> {
     let streams = Streams { undrained: true, ..Streams::default() };
-    let container = environment.started("undrained", bundle::shell("while :; do echo 0123456789012345678901234567890123456789; done"), streams)?;
+    let container = environment.started(
+        "undrained",
+        bundle::shell("while :; do echo 0123456789012345678901234567890123456789; done"),
+        streams,
+    )?;
     // Long enough for every buffer on the way to fill.
     std::thread::sleep(std::time::Duration::from_millis(100));
     ensure_eq!(container.kill()?.exit_status, 137, "exit status");

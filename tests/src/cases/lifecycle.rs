@@ -36,7 +36,11 @@ fn states_output_events(environment: &mut Environment) -> Outcome<String> {
     ensure!(pid > 0, "start: process id {pid}");
     let exit = shim.wait("", CALL_LIMIT)?;
     ensure_eq!(exit.exit_status, 42, "exit status of wait");
-    ensure!(exit.exited_at.as_ref().is_some_and(|at| at.seconds > 1_000_000_000), "wait: no time of exit: {:?}", exit.exited_at);
+    ensure!(
+        exit.exited_at.as_ref().is_some_and(|at| at.seconds > 1_000_000_000),
+        "wait: no time of exit: {:?}",
+        exit.exited_at
+    );
     state(status::STOPPED, "after exit")?;
     ensure_eq!(container.stdio.stdout.to_end(CALL_LIMIT)?, "out\n", "stdout");
     ensure_eq!(container.stdio.stderr.to_end(CALL_LIMIT)?, "err\n", "stderr");
@@ -56,13 +60,18 @@ fn states_output_events(environment: &mut Environment) -> Outcome<String> {
 
 fn created_and_deleted(environment: &mut Environment) -> Outcome<String> {
     let id = environment.id("created");
-    let container = environment.created(&id, &bundle::spec(&id, bundle::shell("echo never")), Streams::default())?;
+    let container =
+        environment.created(&id, &bundle::spec(&id, bundle::shell("echo never")), Streams::default())?;
     // As containerd's clients do: a container that was created is killed before it is deleted.
     ensure_eq!(container.kill()?.exit_status, 137, "exit status");
     container.shim.delete("")?;
     container.release()?;
-    let topics: Vec<String> = environment.host()?.events.of(&id).into_iter().map(|event| event.topic).collect();
-    ensure!(!topics.iter().any(|topic| topic == "/tasks/start"), "a start event of a container that was not started: {topics:?}");
+    let topics: Vec<String> =
+        environment.host()?.events.of(&id).into_iter().map(|event| event.topic).collect();
+    ensure!(
+        !topics.iter().any(|topic| topic == "/tasks/start"),
+        "a start event of a container that was not started: {topics:?}"
+    );
     Ok("a container that was never started is released".into())
 }
 
@@ -80,7 +89,8 @@ fn signals(environment: &mut Environment) -> Outcome<String> {
     }
     container.finish()?;
 
-    let container = environment.started("signal", bundle::shell("sleep 1000 & sleep 1000 & wait"), Streams::default())?;
+    let container =
+        environment.started("signal", bundle::shell("sleep 1000 & sleep 1000 & wait"), Streams::default())?;
     container.shim.kill("", 9, true)?;
     ensure_eq!(container.shim.wait("", CALL_LIMIT)?.exit_status, 137, "exit status after SIGKILL to all");
     container.finish()?;
@@ -102,7 +112,8 @@ fn wrong_order(environment: &mut Environment) -> Outcome<String> {
 }
 
 fn shutdown_ignored(environment: &mut Environment) -> Outcome<String> {
-    let container = environment.started("shutdown", bundle::shell("echo up; sleep 1000"), Streams::default())?;
+    let container =
+        environment.started("shutdown", bundle::shell("echo up; sleep 1000"), Streams::default())?;
     container.stdio.stdout.until("up", CALL_LIMIT)?;
     container.shim.shutdown()?;
     eventually("the shim goes on", CALL_LIMIT, || Ok(container.shim.connect()?))?;

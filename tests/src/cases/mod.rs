@@ -159,7 +159,8 @@ impl Environment {
             self.host = Some(ShimHost::new(&self.layout, self.runtime.program())?);
         }
         if fixture == Fixture::Pod && self.shared.is_none() {
-            let container = self.started("shared", bundle::process(&["sleep", "100000"]), Streams::default())?;
+            let container =
+                self.started("shared", bundle::process(&["sleep", "100000"]), Streams::default())?;
             self.shared = Some(container);
         }
         if fixture == Fixture::Containerd && self.containerd.is_none() {
@@ -248,7 +249,8 @@ impl Environment {
         let container = self.created(id, spec, Streams::default())?;
         container.shim.start("")?;
         let exit = container.shim.wait("", CALL_LIMIT)?;
-        let (stdout, stderr) = (container.stdio.stdout.to_end(CALL_LIMIT)?, container.stdio.stderr.to_end(CALL_LIMIT)?);
+        let (stdout, stderr) =
+            (container.stdio.stdout.to_end(CALL_LIMIT)?, container.stdio.stderr.to_end(CALL_LIMIT)?);
         container.finish()?;
         Ok(Ended { exit_status: exit.exit_status, stdout, stderr })
     }
@@ -280,7 +282,13 @@ impl Ended {
     /// # Errors
     /// Any other exit code.
     pub fn success(self) -> Outcome<String> {
-        ensure!(self.exit_status == 0, "exit status {}, stdout {:?}, stderr {:?}", self.exit_status, self.stdout, self.stderr);
+        ensure!(
+            self.exit_status == 0,
+            "exit status {}, stdout {:?}, stderr {:?}",
+            self.exit_status,
+            self.stdout,
+            self.stderr
+        );
         Ok(self.stdout)
     }
 }
@@ -351,7 +359,10 @@ impl Container {
         let pid = self.shim.pid()?;
         self.shim.shutdown()?;
         eventually("the shim ends after shutdown", Duration::from_secs(5), || {
-            ensure!(node::process(pid).is_none_or(|process| process.state == 'Z'), "process {pid} is still there");
+            ensure!(
+                node::process(pid).is_none_or(|process| process.state == 'Z'),
+                "process {pid} is still there"
+            );
             Ok(())
         })?;
         self.bundle.remove()

@@ -5,8 +5,8 @@ use serde_json::json;
 use super::{Case, Environment, Fixture};
 use crate::bundle;
 use crate::failure::Outcome;
-use crate::stdio::Streams;
 use crate::shim::CreateOptions;
+use crate::stdio::Streams;
 use crate::{ensure, ensure_eq, fail};
 
 /// The cases of this theme.
@@ -46,7 +46,12 @@ fn process_attributes(environment: &mut Environment) -> Outcome<String> {
 
 fn seccomp(environment: &mut Environment) -> Outcome<String> {
     let id = environment.id("seccomp");
-    let mut spec = bundle::spec(&id, bundle::shell("mkdir /tmp/a 2>&1; echo $?; chmod 700 /tmp 2>&1; echo $?; grep ^Seccomp: /proc/self/status | tr -d '\\t'"));
+    let mut spec = bundle::spec(
+        &id,
+        bundle::shell(
+            "mkdir /tmp/a 2>&1; echo $?; chmod 700 /tmp 2>&1; echo $?; grep ^Seccomp: /proc/self/status | tr -d '\\t'",
+        ),
+    );
     spec["linux"]["seccomp"] = json!({
         "defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],
         "syscalls": [
@@ -56,8 +61,14 @@ fn seccomp(environment: &mut Environment) -> Outcome<String> {
         ]
     });
     let output = environment.run_to_end(&id, &spec)?.success()?;
-    ensure!(output.contains("mkdir") && output.contains("not supported"), "mkdir was to fail with EOPNOTSUPP: {output:?}");
-    ensure!(output.contains("chmod") && output.contains("not permitted"), "chmod 700 was to fail with EPERM: {output:?}");
+    ensure!(
+        output.contains("mkdir") && output.contains("not supported"),
+        "mkdir was to fail with EOPNOTSUPP: {output:?}"
+    );
+    ensure!(
+        output.contains("chmod") && output.contains("not permitted"),
+        "chmod 700 was to fail with EPERM: {output:?}"
+    );
     ensure!(output.ends_with("Seccomp:2\n"), "no filter is installed: {output:?}");
     Ok("refused with the given and with the default error".into())
 }
@@ -83,7 +94,12 @@ fn devices(environment: &mut Environment) -> Outcome<String> {
 
 fn limits(environment: &mut Environment) -> Outcome<String> {
     let id = environment.id("limits");
-    let mut spec = bundle::spec(&id, bundle::shell("cd /sys/fs/cgroup; cat memory.max memory.low cpu.max cpu.weight pids.max; cat /proc/self/cgroup"));
+    let mut spec = bundle::spec(
+        &id,
+        bundle::shell(
+            "cd /sys/fs/cgroup; cat memory.max memory.low cpu.max cpu.weight pids.max; cat /proc/self/cgroup",
+        ),
+    );
     spec["linux"]["resources"]["memory"] = json!({ "limit": 50 << 20, "reservation": 10 << 20 });
     spec["linux"]["resources"]["cpu"] = json!({ "quota": 20_000, "period": 100_000, "shares": 512 });
     spec["linux"]["resources"]["pids"] = json!({ "limit": 64 });
@@ -93,7 +109,11 @@ fn limits(environment: &mut Environment) -> Outcome<String> {
         mounts.push(json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro", "nosuid", "noexec", "nodev"] }));
     }
     let output = environment.run_to_end(&id, &spec)?.success()?;
-    ensure_eq!(output, "52428800\n10485760\n20000 100000\n20\n64\n0::/\n", "limits in the container's control group");
+    ensure_eq!(
+        output,
+        "52428800\n10485760\n20000 100000\n20\n64\n0::/\n",
+        "limits in the container's control group"
+    );
     Ok("memory 50 MiB, protected 10 MiB, CPU 20 %, weight 20 for 512 shares, 64 processes".into())
 }
 
@@ -102,14 +122,20 @@ fn memory_limit_kills(environment: &mut Environment) -> Outcome<String> {
     let mut spec = bundle::spec(&id, bundle::shell("head -c 40000000 /dev/zero | tail; echo survived $?"));
     spec["linux"]["resources"]["memory"] = json!({ "limit": 16 << 20, "swap": 16 << 20 });
     let ended = environment.run_to_end(&id, &spec)?;
-    ensure!(ended.exit_status == 137 || ended.stdout.contains("137"), "a process over its limit was not killed: {ended:?}");
+    ensure!(
+        ended.exit_status == 137 || ended.stdout.contains("137"),
+        "a process over its limit was not killed: {ended:?}"
+    );
     environment.host()?.events.wait_for(&id, "/tasks/oom", "", crate::shim::CALL_LIMIT)?;
     Ok("killed, and an OOM event was sent".into())
 }
 
 fn read_only_root(environment: &mut Environment) -> Outcome<String> {
     let id = environment.id("readonly");
-    let mut spec = bundle::spec(&id, bundle::shell("touch /file 2>&1; touch /run/file && echo run; touch /dev/shm/file && echo shm"));
+    let mut spec = bundle::spec(
+        &id,
+        bundle::shell("touch /file 2>&1; touch /run/file && echo run; touch /dev/shm/file && echo shm"),
+    );
     spec["root"]["readonly"] = true.into();
     let output = environment.run_to_end(&id, &spec)?.success()?;
     ensure_eq!(output, "touch: /file: Read-only file system\nrun\nshm\n", "writes");
@@ -124,7 +150,9 @@ fn hooks(environment: &mut Environment) -> Outcome<String> {
     let bundle = host.bundle(&id, &spec)?;
     let shim = host.start(&bundle)?;
     let stdio = shim.stdio("init", Streams::default())?;
-    let Err(error) = shim.create(&stdio, CreateOptions::default()) else { fail!("a container with hooks was created") };
+    let Err(error) = shim.create(&stdio, CreateOptions::default()) else {
+        fail!("a container with hooks was created")
+    };
     ensure!(error.message.contains("hook"), "the error does not say that it is about hooks: {error}");
     super::Container { bundle, shim, stdio }.release()?;
     Ok(error.message)
@@ -133,14 +161,18 @@ fn hooks(environment: &mut Environment) -> Outcome<String> {
 fn no_modules(environment: &mut Environment) -> Outcome<String> {
     let name = environment.id("privileged");
     let pod = environment.shared()?;
-    let mut process = bundle::shell("echo module >/tmp/m.ko; insmod /tmp/m.ko 2>&1; ls /proc/modules 2>&1; rm /tmp/m.ko");
+    let mut process =
+        bundle::shell("echo module >/tmp/m.ko; insmod /tmp/m.ko 2>&1; ls /proc/modules 2>&1; rm /tmp/m.ko");
     let all: Vec<String> = ["CAP_SYS_MODULE", "CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE"].map(String::from).to_vec();
     process["capabilities"] = json!({ "bounding": all, "effective": all, "permitted": all });
     let stdio = pod.exec(&name, &process, Streams::default())?;
     pod.shim.wait(&name, crate::shim::CALL_LIMIT)?;
     let output = stdio.stdout.to_end(crate::shim::CALL_LIMIT)?;
     pod.shim.delete(&name)?;
-    ensure!(output.contains("Function not implemented"), "init_module with CAP_SYS_MODULE was to be unknown: {output:?}");
+    ensure!(
+        output.contains("Function not implemented"),
+        "init_module with CAP_SYS_MODULE was to be unknown: {output:?}"
+    );
     ensure!(output.contains("No such file"), "there is a /proc/modules: {output:?}");
     Ok(output.lines().collect::<Vec<_>>().join("; "))
 }

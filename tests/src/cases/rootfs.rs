@@ -25,15 +25,25 @@ fn writes_land(environment: &mut Environment) -> Outcome<String> {
     ensure_eq!(container.shim.wait("", crate::shim::CALL_LIMIT)?.exit_status, 0, "exit status");
     container.shim.delete("")?;
     let upper = container.bundle.upper.clone();
-    let read = |name: &str| fs::read_to_string(upper.join(name)).explain(|| format!("{name} in the snapshot"));
+    let read =
+        |name: &str| fs::read_to_string(upper.join(name)).explain(|| format!("{name} in the snapshot"));
     ensure_eq!(read("new")?, "new\n", "/new");
     ensure!(read("etc/group")?.ends_with("more\n"), "the change of /etc/group is not in the snapshot");
     ensure_eq!(read("d/f")?, "x\n", "/d/f");
     let metadata = fs::metadata(upper.join("d/f")).explain(|| "/d/f".into())?;
-    ensure_eq!((metadata.uid(), metadata.gid(), metadata.permissions().mode() & 0o777), (1000, 1001, 0o640), "owner and mode of /d/f");
-    let whiteout = fs::symlink_metadata(upper.join("etc/passwd")).explain(|| "whiteout of /etc/passwd".into())?;
+    ensure_eq!(
+        (metadata.uid(), metadata.gid(), metadata.permissions().mode() & 0o777),
+        (1000, 1001, 0o640),
+        "owner and mode of /d/f"
+    );
+    let whiteout =
+        fs::symlink_metadata(upper.join("etc/passwd")).explain(|| "whiteout of /etc/passwd".into())?;
     ensure!(whiteout.file_type().is_char_device(), "the removed file has no whiteout in the snapshot");
-    ensure_eq!(fs::read_link(upper.join("l")).explain(|| "/l".into())?.display().to_string(), "/new", "the symbolic link");
+    ensure_eq!(
+        fs::read_link(upper.join("l")).explain(|| "/l".into())?.display().to_string(),
+        "/new",
+        "the symbolic link"
+    );
     container.release()?;
     Ok("new, changed and removed files, owners, modes and links".into())
 }
@@ -46,7 +56,8 @@ fn file_operations(environment: &mut Environment) -> Outcome<String> {
                   exec 3>held; rm held; echo x >&3; exec 3>&-; cd /; rm -r /w; [ ! -e /w ]; df / >/dev/null; /bin/echo exec";
     let output = environment.run_script("files", script)?.success()?;
     ensure_eq!(output, "exec\n", "file operations");
-    Ok("1 MiB copied and compared; links, rename, truncate, 200 files, FIFO, times, removed while open, exec".into())
+    Ok("1 MiB copied and compared; links, rename, truncate, 200 files, FIFO, times, removed while open, exec"
+        .into())
 }
 
 fn bind_mounts(environment: &mut Environment) -> Outcome<String> {
@@ -55,7 +66,8 @@ fn bind_mounts(environment: &mut Environment) -> Outcome<String> {
     for directory in ["rw", "ro/sub"] {
         fs::create_dir_all(host.join(directory)).explain(|| directory.into())?;
     }
-    for (file, text) in [("rw/given", "from the host"), ("ro/sub/file", "read only"), ("single", "one file")] {
+    for (file, text) in [("rw/given", "from the host"), ("ro/sub/file", "read only"), ("single", "one file")]
+    {
         fs::write(host.join(file), text).explain(|| file.into())?;
     }
     let script = "cat /data/given; echo; echo back >/data/answer; cat /fixed/sub/file; echo; touch /fixed/x 2>&1; cat /etc/single; echo; \
@@ -93,7 +105,9 @@ fn bind_of_nothing(environment: &mut Environment) -> Outcome<String> {
     let bundle = host.bundle(&id, &spec)?;
     let shim = host.start(&bundle)?;
     let stdio = shim.stdio("init", crate::stdio::Streams::default())?;
-    let Err(error) = shim.create(&stdio, crate::shim::CreateOptions::default()) else { crate::fail!("a bind mount of nothing was created") };
+    let Err(error) = shim.create(&stdio, crate::shim::CreateOptions::default()) else {
+        crate::fail!("a bind mount of nothing was created")
+    };
     ensure!(error.message.contains("/no/such/source"), "the error does not name the source: {error}");
     super::Container { bundle, shim, stdio }.release()?;
     Ok(error.message)

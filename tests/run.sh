@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# run.sh demo | e2e [ARG...]: run the demo or the end-to-end suite where there is a KVM for it.
+#
+# On hardware KVM they run on this machine, as root; else in the nested KVM host (tests/nested), the suite in two of them side
+# by side. Both get the same payload: our release binaries, guest kernel and image, and the test images, as hard links in a
+# directory of their own. ARGs go to the suite: `run.sh e2e exec stdin` runs the cases whose names contain one of these.
+set -euo pipefail
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+release=$root/target/x86_64-unknown-linux-gnu/release
+guest=$root/target/guest
+
+fail() {
+    echo "run: $*" >&2
+    exit 1
+}
+what=${1:-}
+case $what in
+demo | e2e) shift ;;
+*) fail "say what to run: demo or e2e" ;;
+esac
+program=bulkhead-$what
+for file in "$release"/{containerd-shim-bulkhead-v1,bulkhead,bulkhead-vmm,bulkhead-fs,"$program"} "$guest"/{vmlinux,guest.erofs}; do
+    [[ -f $file ]] || fail "$file is missing; run make build guest"
+done
+
+kind=$("$release/bulkhead" check --kvm-kind) || true
+case $kind in
+hardware) echo "$what: hardware KVM here, so it runs directly on this machine" ;;
+software | none)
+    command -v qemu-system-x86_64 >/dev/null ||
+        fail "there is no hardware KVM (kind: $kind) and no QEMU: enable virtualisation, or install qemu-system-x86"
+    if [[ $kind == none ]]; then why="there is no usable /dev/kvm"; else why="this machine's /dev/kvm only emulates"; fi
+    echo "$what: $why, so it runs in the nested KVM host (QEMU); times are virtual: instructions"
+    ;;
+*) fail "bulkhead check --kvm-kind says '$kind'" ;;
+esac
+
+"$root/tests/images/build.sh"
+mkdir -p "$root/target/payload"
+payload=$(mktemp -d "$root/target/payload/$what.XXXXXX")
+pids=()
+# shellcheck disable=SC2317 # called by the trap
+cleanup() {
+    for pid in "${pids[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
+    wait
+    rm -rf "$payload"
+}
+trap cleanup EXIT
+trap 'exit 130' INT TERM
+
+mkdir -p "$payload"/{bin,libexec/bulkhead,share/bulkhead,images}
+ln "$release"/{containerd-shim-bulkhead-v1,bulkhead,"$program"} "$payload/bin/"
+ln "$release"/{bulkhead-vmm,bulkhead-fs} "$payload/libexec/bulkhead/"
+ln "$guest"/{vmlinux,guest.erofs} "$payload/share/bulkhead/"
+ln "$root"/target/images/busybox.tar "$payload/images/"
+cp -al "$root/target/images/busybox" "$payload/images/"
+printf '#!/bin/sh\nexec "$(dirname "$0")/bin/%s" "$@"\n' "$program" >"$payload/run"
+chmod 755 "$payload" "$payload/run"
+
+if [[ $kind == hardware ]]; then
+    sudo=()
+    if ((EUID != 0)); then
+        command -v sudo >/dev/null || fail "root is needed: mounts, control groups and a containerd of our own"
+        sudo=(sudo)
+    fi
+    "$root/guest-image/fetch-debs.sh" sid "$root/target/debs/sid" containerd
+    dpkg-deb -x "$(compgen -G "$root/target/debs/sid/containerd_*.deb" | sort -V | tail -n1)" "$payload/containerd"
+    ln "$payload"/containerd/usr/bin/{containerd,ctr} "$payload/bin/"
+    "${sudo[@]}" "$payload/run" "$@"
+    exit
+fi
+
+nested=$root/tests/nested/run.sh
+"$root/tests/nested/build.sh"
+if [[ $what == demo || $# -gt 0 ]]; then
+    "$nested" --timeout 3000 "$payload" "$@"
+    exit
+fi
+
+# One nested host per core; a shard's lines come as they are, its own summary is replaced by that of both.
+results=$root/target/e2e
+rm -rf "$results"
+mkdir -p "$results"
+for shard in 1 2; do
+    "$nested" --timeout 3000 --results "$results/$shard" "$payload" --shard "$shard/2" >"$results/$shard.log" 2>&1 &
+    pids+=($!)
+    tail -q -n +1 -f --pid=$! "$results/$shard.log" | grep --line-buffered -E '^(ok|FAIL|skip|     \|) ' &
+done
+codes=()
+for pid in "${pids[@]}"; do
+    code=0
+    wait "$pid" || code=$?
+    codes+=("$code")
+done
+wait
+pids=()
+grep -h '^nested: .*virtual' "$results"/*.log || true
+for shard in 1 2; do
+    # A shard that did not come to its summary has said why.
+    grep -q '^[0-9]* passed' "$results/$shard.log" || { tail -n 30 "$results/$shard.log" >&2 && fail "shard $shard ended early with exit code ${codes[shard - 1]}"; }
+done
+awk '/^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$/ { passed += $1; failed += $3; skipped += $5 }
+     END { printf "%d passed, %d failed, %d skipped\n", passed, failed, skipped; exit failed > 0 }' "$results"/*.log
+[[ ${codes[*]} == "0 0" ]]
