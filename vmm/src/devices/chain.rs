@@ -260,6 +260,36 @@ impl ChainReader<'_> {
         self.0.advance(done);
         Ok(done)
     }
+
+    /// Sends `head` and then everything that is left as one packet, without waiting, straight from guest memory.
+    /// `EMSGSIZE` when that is too long or too scattered.
+    pub fn send_packet(&mut self, socket: BorrowedFd<'_>, head: &[u8]) -> Result<(), IoFault> {
+        let slices = self.0.host_slices(self.0.remaining)?;
+        if slices.iter().map(VolatileSlice::len).sum::<usize>() != self.0.remaining {
+            return Err(io::Error::from_raw_os_error(libc::EMSGSIZE).into());
+        }
+        let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard).collect();
+        let mut vectors =
+            vec![libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() }];
+        vectors.extend(
+            guards.iter().map(|guard| libc::iovec {
+                iov_base: guard.as_ptr().cast_mut().cast(),
+                iov_len: guard.len(),
+            }),
+        );
+        // SAFETY: `msghdr` is plain data, for which zeros are valid.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = vectors.as_mut_ptr();
+        message.msg_iovlen = vectors.len();
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        // SAFETY: each vector points to `head` or into guest memory that `self` keeps mapped; the kernel only reads them.
+        let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, flags) };
+        if sent < 0 {
+            return Err(io::Error::last_os_error().into());
+        }
+        self.0.advance(self.0.remaining);
+        Ok(())
+    }
 }
 
 /// Writes what the driver will read; made by [`Chain::writer`].

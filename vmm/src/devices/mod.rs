@@ -23,6 +23,7 @@ pub mod blk;
 mod chain;
 mod config;
 pub mod console;
+pub mod fs;
 mod interrupt;
 pub mod mmio;
 mod queue;

@@ -93,6 +93,20 @@ impl TestDriver {
         driver
     }
 
+    /// Resets the device and initialises it again, with empty rings.
+    pub fn restart(&mut self) {
+        self.negotiate(0);
+        for queue in 0..self.queues.len() {
+            let registers = self.queue_registers(queue);
+            self.queues[queue] = DriverQueue { size: registers.size, ..DriverQueue::default() };
+            self.write_bytes(registers.available, &[0; 4]);
+            self.write_bytes(registers.used, &[0; 4]);
+            self.write_queue(queue, registers);
+        }
+        self.set(0x70, 1 | 2 | 8 | 4);
+        self.run();
+    }
+
     /// Runs the device thread's loop until nothing is left to do.
     pub fn run(&mut self) {
         for _ in 0..1000 {

@@ -472,7 +472,7 @@ fn requests_that_are_not_answered_end_in_time() {
     guest.connector.connect(1025, theirs.into()).unwrap();
     guest.receive_one(Op::Request);
     assert!(!is_closed(&mut ours));
-    guest.wait(|_| is_closed(&mut ours));
+    guest.driver.run_until(|_| is_closed(&mut ours));
     guest.receive_one(Op::Reset);
 }
 
