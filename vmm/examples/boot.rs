@@ -67,9 +67,12 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
 
     let printer = std::thread::spawn(move || {
         let mut buffer = [0; 4096];
+        let mut last = 0.0;
         while let Ok(count @ 1..) = console.read(&mut buffer) {
+            last = millis(begin);
             let _ = std::io::stdout().write_all(&buffer[..count]);
         }
+        last
     });
     let pid = vmm.id();
     let watcher = std::thread::spawn(move || {
@@ -84,7 +87,9 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     eprintln!("boot: {event:?} after {:.1} ms", millis(begin));
     let status = vmm.wait()?;
     eprintln!("boot: the VMM ended ({status}) after {:.1} ms", millis(begin));
-    let _ = printer.join();
+    if let Ok(last) = printer.join() {
+        eprintln!("boot: the last output came after {last:.1} ms");
+    }
     if let Ok(rss) = watcher.join() {
         eprintln!("boot: the VMM's own memory was {rss} KiB at most");
     }

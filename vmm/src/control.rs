@@ -103,16 +103,20 @@ fn run(channel: &Channel, machine: &RunningMachine, handles: &Handles) -> Result
         };
         let result = match packet.message {
             Request::Boot(_) => Err(invalid("a machine is running already")),
-            Request::ConnectVsock { port } => handles.connect_vsock(port, packet.fds),
+            Request::ConnectVsock { port } => connect_vsock(handles, port, packet.fds),
         };
         reply(channel, result)?;
     }
 }
 
-impl Handles {
-    fn connect_vsock(&self, _port: u32, _fds: Vec<OwnedFd>) -> Result<(), Refusal> {
-        Err(invalid("there is no vsock device"))
-    }
+fn connect_vsock(handles: &Handles, port: u32, fds: Vec<OwnedFd>) -> Result<(), Refusal> {
+    let Ok([stream]) = <[OwnedFd; 1]>::try_from(fds) else {
+        return Err(invalid("a connection needs one descriptor"));
+    };
+    handles.vsock.connect(port, stream).map_err(|error| Refusal {
+        kind: RefusalKind::Resources,
+        message: format!("can't connect to port {port} of the guest: {error}"),
+    })
 }
 
 fn reply(channel: &Channel, result: Result<(), Refusal>) -> Result<(), ChannelError> {
@@ -135,7 +139,7 @@ fn refusal(error: &MachineError) -> Refusal {
         }
     };
     let mut message = chain_of(error);
-    message.truncate(message.floor_char_boundary(REFUSAL_MAX));
+    crate::logger::truncate(&mut message, REFUSAL_MAX);
     Refusal { kind, message }
 }
 

@@ -43,10 +43,19 @@ impl Log for Logger {
 
 fn format_line(record: &Record<'_>) -> String {
     let mut line = format!("{}: {}", record.level().as_str().to_lowercase(), record.args());
-    line.truncate(line.floor_char_boundary(LINE - 1));
+    truncate(&mut line, LINE - 1);
     let mut line = line.replace('\n', " ");
     line.push('\n');
     line
+}
+
+/// Cuts a text to at most `limit` bytes, at the end of a character.
+pub(crate) fn truncate(text: &mut String, limit: usize) {
+    let mut end = limit.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.truncate(end);
 }
 
 #[cfg(test)]

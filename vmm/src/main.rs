@@ -17,7 +17,9 @@ const OPEN_FILES: u64 = 1024;
 /// Why the process ends without having served a machine to its end.
 #[derive(Debug, thiserror::Error)]
 enum MainError {
-    #[error("usage: bulkhead-vmm --uid UID --gid GID, with the control socket as descriptor {CONTROL_FD}: {0}")]
+    #[error(
+        "usage: bulkhead-vmm --uid UID --gid GID, with the control socket as descriptor {CONTROL_FD}: {0}"
+    )]
     Usage(String),
     #[error("running as root without a jail: --uid and --gid are needed")]
     Root,

@@ -10,6 +10,7 @@ use crate::devices::VirtioDevice;
 use crate::devices::blk::Block;
 use crate::devices::console::Console;
 use crate::devices::rng::Rng;
+use crate::devices::vsock::{Vsock, VsockConnector};
 use crate::layout::MAX_DEVICES;
 
 /// What can't be used.
@@ -47,7 +48,10 @@ pub enum ResourceError {
 }
 
 /// Handles to devices that the control thread talks to.
-pub struct Handles {}
+pub struct Handles {
+    /// Opens connections to the guest.
+    pub vsock: VsockConnector,
+}
 
 /// What a machine is built from.
 pub(crate) struct Resources {
@@ -81,6 +85,13 @@ impl Resources {
         let output = config.console.map(|index| fds.take(index)).transpose()?;
         devices.push(Box::new(Console::new(output).map_err(device_failed("console's output"))?));
         devices.push(Box::new(Rng));
+        let streams = config.vsock.guest_streams.iter();
+        let streams = streams
+            .map(|guest| Ok((guest.port, fds.take(guest.stream)?)))
+            .collect::<Result<_, ResourceError>>()?;
+        let (vsock, connector) =
+            Vsock::new(config.vsock.guest_cid, streams).map_err(device_failed("vsock device"))?;
+        devices.push(Box::new(vsock));
         for (index, disk) in config.disks.iter().enumerate() {
             let file = fds.take(disk.file)?;
             let block = Block::new(file, disk.read_only, &disk.serial)
@@ -90,6 +101,6 @@ impl Resources {
         if devices.len() > MAX_DEVICES {
             return Err(ResourceError::TooManyDevices(devices.len()));
         }
-        Ok(Resources { kvm, kernel, devices, handles: Handles {} })
+        Ok(Resources { kvm, kernel, devices, handles: Handles { vsock: connector } })
     }
 }

@@ -13,9 +13,10 @@ use bulkhead_vmm_protocol::{ExitReason, FromVmm, RefusalKind, Request};
 use common::guest::{Code, DATA, Driver, LOAD, MMIO, WINDOW};
 use common::process::{Boot, Vmm, kvm_or_skip};
 
-/// Windows: console, entropy, vsock if any, then disks.
+/// Windows: console, entropy, vsock, a file system if there is one, disks.
 const CONSOLE: u64 = 0;
 const ENTROPY: u64 = 1;
+const DISK: u64 = 3;
 
 #[test]
 fn power_off_reset_panic_and_triple_fault_are_told_apart() {
@@ -140,7 +141,7 @@ fn a_disk_is_read_and_written() {
     const HEADER: u64 = DATA;
     const STATUS: u64 = DATA + 0x100;
     const SECTOR: u64 = DATA + 0x1000;
-    let disk = Driver::new(2);
+    let disk = Driver::new(DISK);
     let mut code = disk.initialise(Code::new(), 2, 1).expect32(disk.window + 0x100, 2);
     // Read sector 1, then write what came to sector 0.
     code = code.store32(HEADER, 0).store64(HEADER + 8, 1).store32(STATUS, 0xee);
@@ -220,7 +221,8 @@ fn what_can_not_be_booted_is_refused_with_its_kind() {
         return;
     }
     let kernel = Code::new().power_off().kernel();
-    let cases: [(&str, fn(&mut Boot), RefusalKind); 7] = [
+    type Change = fn(&mut Boot);
+    let cases: [(&str, Change, RefusalKind); 7] = [
         (
             "no kernel",
             |boot| boot.fds[1] = common::process::file_with(b"nothing of the kind"),

@@ -19,18 +19,17 @@ pub(super) fn write(
     own_header: Option<setup_header>,
     cmdline_length: usize,
 ) -> Result<(), BootError> {
-    let mut params = boot_params::default();
-    params.hdr = own_header.unwrap_or(setup_header {
+    let mut header = own_header.unwrap_or(setup_header {
         boot_flag: BOOT_FLAG,
         header: HEADER_MAGIC,
         ..setup_header::default()
     });
-    params.hdr.type_of_loader = LOADER_UNDEFINED;
-    params.hdr.cmd_line_ptr = CMDLINE as u32;
-    params.hdr.cmdline_size = cmdline_length as u32;
+    header.type_of_loader = LOADER_UNDEFINED;
+    header.cmd_line_ptr = CMDLINE as u32;
+    header.cmdline_size = cmdline_length as u32;
 
     let map = memory_map(ram);
-    params.e820_entries = map.len() as u8;
+    let mut params = boot_params { hdr: header, e820_entries: map.len() as u8, ..boot_params::default() };
     params.e820_table[..map.len()].copy_from_slice(&map);
     ram.write_obj(params, GuestAddress(ZERO_PAGE)).map_err(write_failed("the zero page"))
 }

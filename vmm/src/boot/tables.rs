@@ -32,7 +32,7 @@ pub(super) fn write(ram: &GuestRam) -> Result<(), BootError> {
     let failed = || write_failed("page tables");
     ram.write_obj(pdpt | PRESENT_WRITABLE, GuestAddress(PAGE_TABLES)).map_err(failed())?;
     for directory in 0..DIRECTORIES {
-        let entry = directories + directory * PAGE | PRESENT_WRITABLE;
+        let entry = (directories + directory * PAGE) | PRESENT_WRITABLE;
         ram.write_obj(entry, GuestAddress(pdpt + 8 * directory)).map_err(failed())?;
         let mut table = [0; PAGE as usize];
         for (bytes, page) in table.as_chunks_mut::<8>().0.iter_mut().zip(directory * 512..) {

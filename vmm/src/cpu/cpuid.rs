@@ -168,7 +168,7 @@ mod tests {
     #[test]
     fn virtualisation_is_hidden_and_the_hypervisor_shown() {
         let supported = [
-            leaf(1, 0, 0, u32::MAX & !leaf1_ecx::HYPERVISOR, 0),
+            leaf(1, 0, 0, !leaf1_ecx::HYPERVISOR, 0),
             leaf(0xa, 1, 2, 3, 4),
             leaf(0x8000_0001, 0, 0, SVM | 1, 0),
             leaf(0x8000_000a, 1, 1, 1, 1),

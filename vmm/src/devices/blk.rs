@@ -195,7 +195,7 @@ impl Block {
             return Err(Failure::Io);
         }
         let length = reader.remaining();
-        if length == 0 || length % RANGE_SIZE != 0 || length / RANGE_SIZE > RANGES as usize {
+        if length == 0 || !length.is_multiple_of(RANGE_SIZE) || length / RANGE_SIZE > RANGES as usize {
             return Err(Failure::Io);
         }
         while reader.remaining() > 0 {

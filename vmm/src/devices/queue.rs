@@ -309,7 +309,8 @@ mod tests {
 
     #[test]
     fn broken_chains_are_fatal() {
-        let cases: [(&str, &[(u64, u32, u16, u16)]); 9] = [
+        type Raw = (u64, u32, u16, u16);
+        let cases: [(&str, &[Raw]); 9] = [
             ("a loop", &[(BUFFERS, 1, NEXT, 0)]),
             ("a loop of two", &[(BUFFERS, 1, NEXT, 1), (BUFFERS, 1, NEXT, 0)]),
             ("a link past the table", &[(BUFFERS, 1, NEXT, 16)]),
