@@ -56,8 +56,6 @@ pub struct PodSpec {
     pub directory: PathBuf,
     /// Sizes and places.
     pub config: Config,
-    /// Host name of the guest.
-    pub hostname: String,
     /// Cgroup on the host and its limits; `None` on hosts without cgroup version 2.
     pub cgroup: Option<(PathBuf, cgroup::Limits)>,
 }

@@ -214,7 +214,6 @@ fn pod_spec(
         id: request.id.clone(),
         directory: bundle.join(state::DIRECTORY),
         cgroup: pod_cgroup(spec, role, &config)?,
-        hostname: spec.hostname().clone().unwrap_or_default(),
         config,
     })
 }
