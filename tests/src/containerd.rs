@@ -12,6 +12,7 @@ use nix::unistd::Pid;
 use crate::cleanup::WorkDir;
 use crate::failure::{Explain, Outcome};
 use crate::layout::Layout;
+use crate::node;
 use crate::process::{self, Output, Running, eventually};
 use crate::{ensure, fail};
 
@@ -39,7 +40,7 @@ const DISABLED: [&str; 10] = [
 ];
 
 /// Where containerd puts the control groups of its default namespace's containers.
-const CGROUP_PARENT: &str = "/sys/fs/cgroup/default";
+const CGROUP_PARENT: &str = "default";
 
 /// A private containerd; ended, and everything of it removed, when dropped.
 #[derive(Debug)]
@@ -56,8 +57,6 @@ impl PrivateContainerd {
     /// When it does not, with the end of its log.
     pub fn start(layout: &Layout) -> Outcome<Self> {
         let directory = WorkDir::new("containerd")?;
-        // runc would make it with the first container, and leave it.
-        let _ = fs::create_dir(CGROUP_PARENT);
         let disabled: Vec<String> = DISABLED.iter().map(|plugin| format!("{plugin:?}")).collect();
         let path = directory.path().display();
         let config = format!(
@@ -214,6 +213,6 @@ impl PrivateContainerd {
 impl Drop for PrivateContainerd {
     fn drop(&mut self) {
         let _ = self.stop();
-        let _ = fs::remove_dir(CGROUP_PARENT);
+        node::remove_control_group(CGROUP_PARENT);
     }
 }

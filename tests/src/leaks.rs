@@ -25,6 +25,9 @@ const COMMON: [&str; 6] = [
     "io.containerd.runtime.v2.task/default",
 ];
 
+/// Control groups that the first container makes, and the harness removes at its end.
+const COMMON_GROUPS: [&str; 2] = ["default", "bulkhead-test"];
+
 /// Everything on the node that a pod could leave behind, as lines for a person.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
@@ -46,7 +49,9 @@ impl Snapshot {
         items.extend(node::mount_points().iter().map(|path| format!("mount {}", path.display())));
         items.extend(node::interfaces().iter().map(|name| format!("network interface {name}")));
         items.extend(node::unix_sockets().iter().map(|path| format!("socket {path}")));
-        items.extend(node::control_groups().iter().map(|path| format!("control group {}", path.display())));
+        let groups = node::control_groups().into_iter();
+        let groups = groups.filter(|path| !COMMON_GROUPS.iter().any(|name| path.ends_with(name)));
+        items.extend(groups.map(|path| format!("control group {}", path.display())));
         let files = directories.iter().flat_map(|directory| node::tree(directory));
         let files =
             files.filter(|path| !COMMON.iter().any(|common| path.ends_with(common.trim_start_matches('/'))));

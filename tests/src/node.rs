@@ -120,6 +120,15 @@ pub fn control_groups() -> Vec<PathBuf> {
     groups
 }
 
+/// Removes a control group of the top level, and empty ones in it, from every hierarchy.
+pub fn remove_control_group(name: &str) {
+    let mut groups = control_groups();
+    groups.retain(|path| path.iter().any(|part| part == name));
+    for group in groups.iter().rev() {
+        let _ = fs::remove_dir(group);
+    }
+}
+
 /// Every file and directory below a directory, without crossing into what is mounted there.
 pub fn tree(directory: &Path) -> Vec<PathBuf> {
     let mounts = mount_points();

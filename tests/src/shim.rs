@@ -23,6 +23,7 @@ use crate::cleanup::WorkDir;
 use crate::events::EventServer;
 use crate::failure::{Explain, Failure, Outcome};
 use crate::layout::Layout;
+use crate::node;
 use crate::process::{self, Output};
 use crate::stdio::{Reader, Stdio, Streams};
 use crate::{ensure, fail};
@@ -34,7 +35,7 @@ pub const CALL_LIMIT: Duration = Duration::from_secs(10);
 const NAMESPACE: &str = "bulkhead-test";
 
 /// Where [`crate::bundle::spec`] puts the containers' control groups.
-const CGROUP_PARENT: &str = "/sys/fs/cgroup/bulkhead-test";
+const CGROUP_PARENT: &str = "bulkhead-test";
 
 /// A call that the shim refused.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -70,8 +71,6 @@ impl ShimHost {
     /// When either can't be had.
     pub fn new(layout: &Layout, program: &'static str) -> Outcome<Self> {
         let directory = WorkDir::new("shim")?;
-        // The parent of the containers' control groups is containerd's user's to make.
-        let _ = std::fs::create_dir(CGROUP_PARENT);
         let events = EventServer::start(&directory.path().join("events.sock"))?;
         Ok(Self { layout: layout.clone(), directory, events, program })
     }
@@ -149,7 +148,7 @@ impl ShimHost {
 
 impl Drop for ShimHost {
     fn drop(&mut self) {
-        let _ = std::fs::remove_dir(CGROUP_PARENT);
+        node::remove_control_group(CGROUP_PARENT);
     }
 }
 
