@@ -19,6 +19,9 @@ use ttrpc::Code;
 const FILES: &str = "vmm = \"/nonexistent/bulkhead-vmm\"\nfs_server = \"/nonexistent/bulkhead-fs\"\n\
                      kernel = \"/proc/self/exe\"\nimage = \"/proc/self/exe\"\nkvm = \"/dev/null\"\n";
 
+/// Makes something wrong.
+type Change<T> = fn(&mut T);
+
 struct Case {
     containerd: Containerd,
     bundle: Bundle,
@@ -162,7 +165,7 @@ async fn root_file_systems_that_cannot_be_mounted() {
 
 #[tokio::test]
 async fn specifications_that_need_the_host() {
-    let cases: [(fn(&mut Value), &str); 5] = [
+    let cases: [(Change<Value>, &str); 5] = [
         (|spec| spec["linux"]["namespaces"] = json!([{"type": "mount"}]), "host network"),
         (|spec| spec["hooks"] = json!({"createRuntime": [{"path": "/bin/true"}]}), "createRuntime hooks"),
         (
@@ -194,7 +197,7 @@ async fn specifications_that_need_the_host() {
 
 #[tokio::test]
 async fn requests_that_are_wrong() {
-    let changes: [(fn(&mut CreateTaskRequest), &str); 5] = [
+    let changes: [(Change<CreateTaskRequest>, &str); 5] = [
         (|request| request.id = "../c1".into(), "can't be used as an id"),
         (|request| request.checkpoint = "/checkpoint".into(), "checkpoint"),
         (|request| request.bundle = "relative".into(), "not an absolute path"),
