@@ -9,6 +9,7 @@ use bulkhead_vmm_protocol::{FdIndex, VmConfig};
 use crate::devices::VirtioDevice;
 use crate::devices::blk::Block;
 use crate::devices::console::Console;
+use crate::devices::fs::FileSystem;
 use crate::devices::rng::Rng;
 use crate::devices::vsock::{Vsock, VsockConnector};
 use crate::layout::MAX_DEVICES;
@@ -92,6 +93,12 @@ impl Resources {
         let (vsock, connector) =
             Vsock::new(config.vsock.guest_cid, streams).map_err(device_failed("vsock device"))?;
         devices.push(Box::new(vsock));
+        if let Some(fs) = &config.fs {
+            let server = fds.take(fs.server)?;
+            devices.push(Box::new(
+                FileSystem::new(&fs.tag, server).map_err(device_failed("file system device"))?,
+            ));
+        }
         for (index, disk) in config.disks.iter().enumerate() {
             let file = fds.take(disk.file)?;
             let block = Block::new(file, disk.read_only, &disk.serial)
