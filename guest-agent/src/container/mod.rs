@@ -1,0 +1,19 @@
+//! OCI containers.
+
+pub mod capabilities;
+pub mod cgroup;
+pub mod copy_up;
+pub mod devices;
+pub mod executable;
+pub mod launch;
+pub mod limits;
+pub mod mount_options;
+pub mod mounts;
+pub mod namespaces;
+pub mod plan;
+pub mod process;
+pub mod rootfs;
+pub mod seccomp;
+pub mod spec;
+pub mod sysctl;
+pub mod user;

@@ -1,0 +1,57 @@
+//! System call filters of containers: the OCI profile becomes a classic BPF program that the kernel runs at every call.
+//!
+//! [`rules`] reads and checks the profile, [`compiler`] makes the program out of it.
+
+mod assembler;
+mod compiler;
+#[cfg(test)]
+mod interpreter;
+mod rules;
+
+use std::io;
+
+use crate::sys::check;
+
+pub use rules::{Action, Profile, ProfileError};
+
+/// A program for the kernel, and how it is to be installed.
+#[derive(Debug, Clone)]
+pub struct Filter {
+    program: Vec<libc::sock_filter>,
+    flags: libc::c_ulong,
+}
+
+impl Filter {
+    /// Compiles a profile of the specification.
+    pub fn new(seccomp: &super::spec::Seccomp) -> Result<Self, ProfileError> {
+        let profile = Profile::new(seccomp)?;
+        let program = compiler::compile(&profile);
+        if program.len() > libc::BPF_MAXINSNS as usize {
+            return Err(ProfileError::TooLong(program.len()));
+        }
+        Ok(Self { program, flags: profile.flags })
+    }
+
+    /// Length of the program in instructions.
+    pub fn len(&self) -> usize {
+        self.program.len()
+    }
+
+    /// Whether the program is empty, which no compiled one is.
+    pub fn is_empty(&self) -> bool {
+        self.program.is_empty()
+    }
+
+    /// Installs the filter on the calling thread, which has `no_new_privs` set or `CAP_SYS_ADMIN`.
+    pub fn install(&self) -> io::Result<()> {
+        let program = libc::sock_fprog {
+            len: u16::try_from(self.program.len()).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?,
+            filter: self.program.as_ptr().cast_mut(),
+        };
+        // SAFETY: `program` describes the instructions, which outlive the call; the kernel only reads them.
+        check(unsafe {
+            libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, self.flags, &raw const program)
+        })
+        .map(drop)
+    }
+}

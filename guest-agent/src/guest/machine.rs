@@ -1,0 +1,132 @@
+//! What the host's requests do to the guest as a whole.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bulkhead_agent_protocol::ConfigureRequest;
+use tokio::time::timeout;
+
+use super::{filesystems, power};
+use crate::error_chain;
+use crate::reaper::Reaper;
+use crate::service::{ConfigureFailure, Machine};
+use crate::sys::process::{CloneOptions, clone_process, exit_now};
+use crate::sys::{check, network};
+
+/// Least entropy that the host has to give, in bytes.
+const MIN_ENTROPY: usize = 32;
+
+/// Most entropy that is passed on, in bytes.
+const MAX_ENTROPY: usize = 512;
+
+/// How long writing back to the host's disks may take at the end.
+const SYNC_LIMIT: Duration = Duration::from_secs(5);
+
+/// `RNDADDENTROPY` and `RNDRESEEDCRNG` of `linux/random.h`.
+const ADD_ENTROPY: libc::c_ulong = 0x4008_5203;
+const RESEED: libc::c_ulong = 0x5207;
+
+/// The guest.
+#[derive(Debug)]
+pub struct GuestMachine {
+    reaper: Arc<Reaper>,
+    ready_us: u64,
+}
+
+impl GuestMachine {
+    /// The guest, ready from now on.
+    pub fn new(reaper: Arc<Reaper>) -> Self {
+        Self { reaper, ready_us: monotonic_us() }
+    }
+}
+
+#[async_trait]
+impl Machine for GuestMachine {
+    fn configure(&self, request: &ConfigureRequest) -> Result<(), ConfigureFailure> {
+        let invalid = |message: &str| Err(ConfigureFailure { invalid: true, message: message.to_owned() });
+        let failed = |what: &'static str| {
+            move |error: io::Error| ConfigureFailure {
+                invalid: false,
+                message: format!("can't {what}: {error}"),
+            }
+        };
+        if request.entropy.len() < MIN_ENTROPY {
+            return invalid("entropy: at least 32 bytes are needed");
+        }
+        if request.hostname.len() > 64 {
+            return invalid("hostname: more than 64 bytes");
+        }
+        if request.realtime_ns <= 0 {
+            return invalid("realtime_ns: not a time after 1970");
+        }
+        // Before anything else draws random numbers for the pod.
+        add_entropy(&request.entropy).map_err(failed("add entropy"))?;
+        set_clock(request.realtime_ns).map_err(failed("set the clock"))?;
+        if !request.hostname.is_empty() {
+            nix::unistd::sethostname(&request.hostname)
+                .map_err(|error| failed("set the host name")(error.into()))?;
+        }
+        network::bring_loopback_up().map_err(failed("bring the loopback interface up"))?;
+        if !request.shared_tag.is_empty() {
+            filesystems::mount_shared(&request.shared_tag)
+                .map_err(|error| ConfigureFailure { invalid: false, message: error_chain(&error) })?;
+        }
+        Ok(())
+    }
+
+    fn ready_us(&self) -> u64 {
+        self.ready_us
+    }
+
+    async fn power_off(&self) {
+        // In a process of its own, because a host that does not answer must not keep the guest alive.
+        // SAFETY: the agent runs on one thread.
+        match unsafe { clone_process(CloneOptions::default()) } {
+            Ok(0) => {
+                // SAFETY: takes nothing.
+                unsafe { libc::sync() };
+                exit_now(0)
+            }
+            Ok(pid) => {
+                if timeout(SYNC_LIMIT, self.reaper.expect(pid)).await.is_err() {
+                    log::warn!("file systems were not written back within {} seconds", SYNC_LIMIT.as_secs());
+                }
+            }
+            Err(error) => log::warn!("file systems are not written back: {error}"),
+        }
+        power::off()
+    }
+}
+
+fn add_entropy(bytes: &[u8]) -> io::Result<()> {
+    let bytes = bytes.get(..MAX_ENTROPY).unwrap_or(bytes);
+    let length = bytes.len() as libc::c_int;
+    // `struct rand_pool_info`: entropy in bits, length in bytes, then the bytes.
+    let mut pool = [(length * 8).to_ne_bytes(), length.to_ne_bytes()].concat();
+    pool.extend_from_slice(bytes);
+    let random = File::open("/dev/random")?;
+    // SAFETY: the structure is complete and outlives the call; reseeding takes no argument.
+    unsafe {
+        check(libc::ioctl(random.as_raw_fd(), ADD_ENTROPY, pool.as_ptr()).into())?;
+        check(libc::ioctl(random.as_raw_fd(), RESEED).into())?;
+    }
+    Ok(())
+}
+
+fn set_clock(realtime_ns: i64) -> io::Result<()> {
+    const SECOND: i64 = 1_000_000_000;
+    let time = libc::timespec { tv_sec: realtime_ns / SECOND, tv_nsec: realtime_ns % SECOND };
+    // SAFETY: the time is valid and outlives the call.
+    check(unsafe { libc::clock_settime(libc::CLOCK_REALTIME, &raw const time) }.into()).map(drop)
+}
+
+fn monotonic_us() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the structure is a valid place for a time; this clock always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    (time.tv_sec * 1_000_000 + time.tv_nsec / 1000).unsigned_abs()
+}

@@ -1,0 +1,12 @@
+//! Standard streams: the host's connections, and copying between them and the processes.
+//!
+//! A process gets pipes or a terminal, never a connection itself: programs open `/dev/stdout` again, which a socket does
+//! not allow, and a connection must end when the process does, not when the last of its grandchildren does.
+
+mod connection;
+mod copy;
+mod listener;
+
+pub use connection::Connection;
+pub use copy::{InputControl, copy_input, copy_output};
+pub use listener::{StreamError, Streams};

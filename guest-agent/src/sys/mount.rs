@@ -1,0 +1,218 @@
+//! The descriptor-based mount API of Linux 5.2 to 5.12: every mount is made detached and then attached to a place that
+//! was looked up beforehand, so that no path is walked twice.
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
+
+use super::{c_path, c_string, check};
+
+const OPEN_TREE_CLONE: u32 = 1;
+const OPEN_TREE_CLOEXEC: u32 = libc::O_CLOEXEC as u32;
+const MOVE_MOUNT_F_EMPTY_PATH: u32 = 0x04;
+const MOVE_MOUNT_T_EMPTY_PATH: u32 = 0x40;
+const FSOPEN_CLOEXEC: u32 = 1;
+const FSMOUNT_CLOEXEC: u32 = 1;
+const FSCONFIG_SET_FLAG: u32 = 0;
+const FSCONFIG_SET_STRING: u32 = 1;
+const FSCONFIG_CMD_CREATE: u32 = 6;
+
+/// Attributes of a mount, from `linux/mount.h`.
+pub mod attr {
+    /// Read-only.
+    pub const RDONLY: u64 = 0x1;
+    /// No set-user-id programs.
+    pub const NOSUID: u64 = 0x2;
+    /// No device nodes.
+    pub const NODEV: u64 = 0x4;
+    /// No programs.
+    pub const NOEXEC: u64 = 0x8;
+    /// The bits of the access time policy.
+    pub const ATIME_MASK: u64 = 0x70;
+    /// Access times follow changes.
+    pub const RELATIME: u64 = 0;
+    /// No access times.
+    pub const NOATIME: u64 = 0x10;
+    /// Every access sets the access time.
+    pub const STRICTATIME: u64 = 0x20;
+    /// No access times of directories.
+    pub const NODIRATIME: u64 = 0x80;
+    /// Symbolic links are not followed.
+    pub const NOSYMFOLLOW: u64 = 0x20_0000;
+}
+
+/// Changes of a mount's attributes, as `mount_setattr` takes them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct AttrChange {
+    /// Attributes to set.
+    pub set: u64,
+    /// Attributes to clear.
+    pub clear: u64,
+    /// Propagation type (`MS_SHARED` and the like), 0 for no change.
+    pub propagation: u64,
+    userns_fd: u64,
+}
+
+impl AttrChange {
+    /// A change of attributes only.
+    pub fn new(set: u64, clear: u64) -> Self {
+        Self { set, clear, ..Self::default() }
+    }
+
+    /// A change of the propagation type only.
+    pub fn propagation(propagation: u64) -> Self {
+        Self { propagation, ..Self::default() }
+    }
+
+    /// Whether there is nothing to change.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
+    let fd = check(result)?;
+    // SAFETY: the callers pass the result of a call that returns a new descriptor; nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// A detached copy of the mount at `path` (with everything mounted below it if `recursive`), for a bind mount.
+pub fn clone_tree(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    clone_tree_at(libc::AT_FDCWD, &path, recursive, 0)
+}
+
+/// A detached copy of the mount of the file that `fd` refers to, rooted there.
+pub fn clone_tree_of(fd: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd> {
+    clone_tree_at(fd.as_raw_fd(), c"", recursive, libc::AT_EMPTY_PATH as u32)
+}
+
+fn clone_tree_at(dir: RawFd, path: &CStr, recursive: bool, flags: u32) -> io::Result<OwnedFd> {
+    let recursive = if recursive { libc::AT_RECURSIVE as u32 } else { 0 };
+    let flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | recursive | flags;
+    // SAFETY: `path` is a NUL-terminated string that outlives the call.
+    owned(unsafe { libc::syscall(libc::SYS_open_tree, dir, path.as_ptr(), flags) })
+}
+
+/// Attaches a detached mount to the place that `target` refers to.
+pub fn attach(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: both paths are empty constants.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            target.as_raw_fd(),
+            c"".as_ptr(),
+            MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
+        )
+    })
+    .map(drop)
+}
+
+/// Changes attributes of the mount that `mount` refers to, and of all mounts below it if `recursive`.
+pub fn set_attributes(mount: BorrowedFd<'_>, change: AttrChange, recursive: bool) -> io::Result<()> {
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the structure has the kernel's layout (four 64-bit fields) and its size is passed with it.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const change,
+            size_of::<AttrChange>(),
+        )
+    })
+    .map(drop)
+}
+
+/// A new file system of the kind `fstype`, mounted but attached nowhere.
+///
+/// `options` are the file system's own, each `key=value` or `flag`; `attributes` are those of the mount.
+///
+/// # Errors
+/// The kernel's number, with the text that the file system gave for it if it gave one.
+pub fn new_file_system(
+    fstype: &str,
+    source: Option<&str>,
+    options: &[String],
+    attributes: u64,
+) -> io::Result<OwnedFd> {
+    let name = c_string(fstype)?;
+    // SAFETY: `name` is a NUL-terminated string that outlives the call.
+    let context = owned(unsafe { libc::syscall(libc::SYS_fsopen, name.as_ptr(), FSOPEN_CLOEXEC) })?;
+    configure(&context, source, options).map_err(|error| with_log(&context, error))?;
+    // SAFETY: takes numbers only.
+    owned(unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), FSMOUNT_CLOEXEC, attributes) })
+        .map_err(|error| with_log(&context, error))
+}
+
+fn configure(context: &OwnedFd, source: Option<&str>, options: &[String]) -> io::Result<()> {
+    if let Some(source) = source {
+        fsconfig(context, FSCONFIG_SET_STRING, Some("source"), Some(source))?;
+    }
+    for option in options {
+        match option.split_once('=') {
+            Some((key, value)) => fsconfig(context, FSCONFIG_SET_STRING, Some(key), Some(value))?,
+            None => fsconfig(context, FSCONFIG_SET_FLAG, Some(option), None)?,
+        }
+    }
+    fsconfig(context, FSCONFIG_CMD_CREATE, None, None)
+}
+
+fn fsconfig(context: &OwnedFd, command: u32, key: Option<&str>, value: Option<&str>) -> io::Result<()> {
+    let key = key.map(c_string).transpose()?;
+    let value = value.map(c_string).transpose()?;
+    let pointer =
+        |text: &Option<std::ffi::CString>| text.as_ref().map_or(std::ptr::null(), |text| text.as_ptr());
+    // SAFETY: key and value are NUL-terminated strings that outlive the call, or null where the command takes none.
+    check(unsafe {
+        libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), command, pointer(&key), pointer(&value), 0)
+    })
+    .map(drop)
+}
+
+/// Adds what the file system wrote to its context's log, which says far more than an error number.
+fn with_log(context: &OwnedFd, error: io::Error) -> io::Error {
+    let mut buffer = [0u8; 256];
+    // SAFETY: the buffer is writable for its whole length. The log is read a message a call and never blocks.
+    let length = unsafe { libc::read(context.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len()) };
+    match usize::try_from(length) {
+        Ok(length) if length > 0 => {
+            let text = String::from_utf8_lossy(&buffer[..length]);
+            io::Error::new(error.kind(), format!("{error}: {}", text.trim()))
+        }
+        _ => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_detached_tmpfs_can_be_made_with_options() {
+        let options = ["mode=700".to_owned(), "size=64k".to_owned()];
+        let mount = new_file_system("tmpfs", Some("tmpfs"), &options, attr::NOSUID).unwrap();
+        let metadata = std::fs::metadata(format!("/proc/self/fd/{}", mount.as_raw_fd())).unwrap();
+        assert_eq!(std::os::unix::fs::PermissionsExt::mode(&metadata.permissions()) & 0o777, 0o700);
+    }
+
+    #[test]
+    fn a_wrong_option_is_named_in_the_error() {
+        let error = new_file_system("tmpfs", None, &["mood=good".to_owned()], 0).unwrap_err();
+        assert!(error.to_string().contains("mood"), "{error}");
+    }
+
+    #[test]
+    fn attributes_of_a_detached_mount_can_be_changed() {
+        use std::os::fd::AsFd;
+        let mount = new_file_system("tmpfs", None, &[], 0).unwrap();
+        set_attributes(mount.as_fd(), AttrChange::new(attr::RDONLY, 0), false).unwrap();
+        let path = format!("/proc/self/fd/{}/file", mount.as_raw_fd());
+        assert_eq!(std::fs::write(path, "").unwrap_err().raw_os_error(), Some(libc::EROFS));
+    }
+}
