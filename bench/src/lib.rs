@@ -13,6 +13,7 @@ pub mod report;
 pub mod rows;
 pub mod runtime;
 pub mod stats;
+pub mod timeline;
 pub mod workload;
 
 /// containerd's messages, generated from `proto/containerd.proto`.

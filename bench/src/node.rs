@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 pub struct Process {
     /// Its id.
     pub pid: u32,
-    /// Its name: the first 15 bytes of its program's.
+    /// Its program's file name; for kernel threads, and programs that can't be looked at, what the kernel calls it.
     pub name: String,
     /// Its arguments, separated by blanks; empty for kernel threads.
     pub command_line: String,
@@ -26,7 +26,11 @@ pub fn processes() -> Vec<Process> {
                 .map(String::from_utf8_lossy)
                 .collect::<Vec<_>>()
                 .join(" ");
-            let name = String::from_utf8_lossy(&read("comm")?).trim_end().to_owned();
+            let program = fs::read_link(entry.path().join("exe")).ok();
+            let name = match program.as_deref().and_then(Path::file_name) {
+                Some(name) => name.to_string_lossy().trim_end_matches(" (deleted)").to_owned(),
+                None => String::from_utf8_lossy(&read("comm")?).trim_end().to_owned(),
+            };
             Some(Process { pid, name, command_line })
         })
         .collect()

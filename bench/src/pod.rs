@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::stat::Mode;
+use nix::time::{ClockId, clock_gettime};
 use nix::unistd::mkfifo;
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
@@ -82,6 +83,8 @@ static NEXT_POD: AtomicU64 = AtomicU64::new(1);
 /// How long the steps of a start took.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StartTimes {
+    /// When the first call was made, by the monotonic clock.
+    pub from: Duration,
     /// From the first call to the first byte of output.
     pub total: Duration,
     /// The name and duration of each step, in order; together the total.
@@ -159,6 +162,12 @@ fn at(step: &'static str) -> impl Fn(GrpcError) -> PodError {
     move |source| PodError::Containerd { step, source }
 }
 
+/// The time of the monotonic clock, which all processes of the node share.
+fn monotonic() -> Duration {
+    // This clock always exists; a zero would only make phases disappear from the report.
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from)
+}
+
 fn open_fifo(path: &Path) -> io::Result<Receiver> {
     mkfifo(path, Mode::from_bits_truncate(0o600))?;
     OpenOptions::new().open_receiver(path)
@@ -167,7 +176,7 @@ fn open_fifo(path: &Path) -> io::Result<Receiver> {
 impl Pod {
     async fn run(&mut self, runtime: &Runtime, spec: Any) -> Result<StartTimes, PodError> {
         let client = &self.pods.client;
-        let started = Instant::now();
+        let (from, started) = (monotonic(), Instant::now());
         let mounts = client
             .prepare_snapshot(SNAPSHOTTER, &self.id, &self.pods.snapshot)
             .await
@@ -200,6 +209,7 @@ impl Pod {
         self.output.push(byte);
         let answered = answered.min(printed);
         Ok(StartTimes {
+            from,
             total: printed - started,
             steps: [
                 ("records", recorded - started),

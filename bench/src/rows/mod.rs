@@ -1,5 +1,9 @@
 //! What is measured: groups of rows that share their pods.
 
+pub mod burst;
+pub mod inside;
+pub mod memory;
+pub mod setup;
 pub mod start;
 
 use std::path::Path;
@@ -13,13 +17,33 @@ use crate::report::{Better, Row, Skipped};
 use crate::runtime::{self, Runtime};
 
 /// Groups of rows, in the order in which they are measured.
-pub const GROUPS: [Group; 1] = [Group::Start];
+pub const GROUPS: [Group; 7] = [
+    Group::Start,
+    Group::Memory,
+    Group::Syscalls,
+    Group::Rootfs,
+    Group::Setup,
+    Group::Burst20,
+    Group::Burst50,
+];
 
 /// Rows that are measured together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Group {
     /// Starting, stopping and removing one pod after the other.
     Start,
+    /// Memory of idle pods.
+    Memory,
+    /// System calls inside the workload.
+    Syscalls,
+    /// The root file system inside the workload.
+    Rootfs,
+    /// Making root file systems.
+    Setup,
+    /// 20 pods at once.
+    Burst20,
+    /// 50 pods at once.
+    Burst50,
 }
 
 impl Group {
@@ -27,13 +51,27 @@ impl Group {
     pub fn name(self) -> &'static str {
         match self {
             Self::Start => "start",
+            Self::Memory => "memory",
+            Self::Syscalls => "syscalls",
+            Self::Rootfs => "rootfs",
+            Self::Setup => "setup",
+            Self::Burst20 => "burst-20",
+            Self::Burst50 => "burst-50",
         }
     }
 
     /// For people: what its rows are.
     pub fn explanation(self) -> &'static str {
         match self {
-            Self::Start => "pod start up to the first byte of output, by step; stop and remove",
+            Self::Start => "pod start up to the first byte of output, by phase; stop and remove",
+            Self::Memory => {
+                "memory per idle pod: drop of the node's free memory, PSS by process, the VMM's own"
+            }
+            Self::Syscalls => "getppid, fork and exec, page fault, context switch inside the workload",
+            Self::Rootfs => "walk, unpack, small files, sequential read and write inside the workload",
+            Self::Setup => "first and repeated set-up of a root file system by containerd's snapshotters",
+            Self::Burst20 => "20 pods at once: pods a second, slowest start, failures",
+            Self::Burst50 => "50 pods at once: the same",
         }
     }
 
@@ -46,6 +84,11 @@ impl Group {
     pub async fn measure(self, bench: &mut Bench<'_>) {
         match self {
             Self::Start => start::measure(bench).await,
+            Self::Memory => memory::measure(bench).await,
+            Self::Syscalls | Self::Rootfs => inside::measure(bench, self.name()).await,
+            Self::Setup => setup::measure(bench).await,
+            Self::Burst20 => burst::measure(bench, 20).await,
+            Self::Burst50 => burst::measure(bench, 50).await,
         }
     }
 }
@@ -115,15 +158,15 @@ impl Results {
 
     /// The finished rows, those of one quantity together, and what was skipped.
     pub fn finish(mut self) -> (Vec<Row>, Vec<Skipped>) {
-        // The runtimes took turns: which came first is of no interest. Stable, so rows stay in their order.
-        let place = |series: &Series| runtime::ALL.iter().position(|kind| kind.name() == series.runtime);
-        self.series.sort_by_key(place);
-        let mut names: Vec<&str> = Vec::new();
+        let mut names: Vec<String> = Vec::new();
         for series in &self.series {
-            if !names.contains(&series.row.as_str()) {
-                names.push(&series.row);
+            if !names.contains(&series.row) {
+                names.push(series.row.clone());
             }
         }
+        // The runtimes took turns: which came first is of no interest.
+        let place = |series: &Series| runtime::ALL.iter().position(|kind| kind.name() == series.runtime);
+        self.series.sort_by_key(place);
         let rows = names
             .iter()
             .flat_map(|name| self.series.iter().filter(move |series| series.row == *name))

@@ -1,17 +1,24 @@
 //! What runs inside the containers: `workload NAME` measures one thing with the clock it finds there, and prints a line
-//! `SAMPLE UNIT NUMBER` for each sample and `end` at last.
+//! `ROW UNIT NUMBER` for each sample and `end` at last.
 //!
 //! It is one static binary without a runtime, so that its start costs next to nothing anywhere.
 
 pub mod files;
+mod rootfs;
+mod syscalls;
 
 use std::io::{self, Write};
+use std::path::Path;
+use std::time::Duration;
+
+/// Between the start and the first measurement.
+const SETTLE: Duration = Duration::from_millis(100);
 
 /// What keeps a workload from being measured.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkloadError {
     /// The arguments make no sense.
-    #[error("usage: workload idle")]
+    #[error("usage: workload idle | exit | syscalls | rootfs")]
     Usage,
     /// A step failed.
     #[error("{step}: {source}")]
@@ -23,20 +30,45 @@ pub enum WorkloadError {
     },
 }
 
+/// Where samples go: the workload's output.
+pub struct Samples<'a> {
+    out: &'a mut dyn Write,
+}
+
+impl Samples<'_> {
+    /// Adds one.
+    fn add(&mut self, row: &str, unit: &str, value: f64) -> Result<(), WorkloadError> {
+        writeln!(self.out, "{row} {unit} {value}").map_err(step("write to standard output"))
+    }
+}
+
 /// Runs the workload that the arguments (without the program's name) ask for.
 ///
 /// # Errors
 /// The step that failed.
 pub fn run(arguments: &[String]) -> Result<(), WorkloadError> {
-    let mut out = io::stdout().lock();
-    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["idle"] => idle(&mut out),
-        _ => Err(WorkloadError::Usage),
+    if arguments.len() == 1 && !matches!(arguments[0].as_str(), "idle" | "exit") {
+        // The runtime's own processes are still busy with this start.
+        std::thread::sleep(SETTLE);
     }
+    // Whole, at the end: output during the measurement would be part of it.
+    let mut printed = Vec::new();
+    let mut samples = Samples { out: &mut printed };
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["idle"] => return idle(),
+        ["exit"] => return Ok(()),
+        ["syscalls"] => syscalls::measure(&mut samples)?,
+        ["rootfs"] => rootfs::measure(&mut samples, Path::new("/"))?,
+        _ => return Err(WorkloadError::Usage),
+    }
+    printed.extend_from_slice(files::END_MARK);
+    let mut out = io::stdout().lock();
+    out.write_all(&printed).and_then(|()| out.flush()).map_err(step("write to standard output"))
 }
 
 /// Prints one byte and sleeps until it is killed.
-fn idle(out: &mut impl Write) -> Result<(), WorkloadError> {
+fn idle() -> Result<(), WorkloadError> {
+    let mut out = io::stdout().lock();
     out.write_all(b"x").and_then(|()| out.flush()).map_err(step("write to standard output"))?;
     loop {
         std::thread::park();
@@ -46,4 +78,17 @@ fn idle(out: &mut impl Write) -> Result<(), WorkloadError> {
 fn step(name: impl Into<String>) -> impl FnOnce(io::Error) -> WorkloadError {
     let step = name.into();
     move |source| WorkloadError::Step { step, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_workloads_are_refused() {
+        for arguments in [&[][..], &["walk"][..], &["idle", "now"][..]] {
+            let arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+            assert!(matches!(run(&arguments), Err(WorkloadError::Usage)), "{arguments:?}");
+        }
+    }
 }
