@@ -29,7 +29,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use self::agent::Agent;
-use self::boot::{BootError, FS_TAG};
+use self::boot::{BootError, Booted, FS_TAG};
 use self::machine::{Control, ControlListener, MachineError, socket_pair};
 use self::resources::Resources;
 use self::tree::SharedTree;
@@ -133,28 +133,51 @@ impl Pod {
         let mut resources = Resources::new(spec.directory.clone());
         let launched = Instant::now();
         match boot::boot(spec, &mut resources).await {
-            Ok(booted) => {
-                let pod = Arc::new(Pod {
-                    id: spec.id.clone(),
-                    tree: booted.tree,
-                    agent: booted.agent,
-                    control: booted.control,
-                    vmm: booted.vmm,
-                    launched,
-                    next_stream: AtomicU64::new(1),
-                    resources: tokio::sync::Mutex::new(resources),
-                    stopping: watch::Sender::new(false),
-                    death: watch::Sender::new(None),
-                });
-                tokio::spawn(pod.clone().watch_over(booted.listening));
-                Ok(pod)
-            }
+            Ok(booted) => Ok(Pod::assemble(&spec.id, booted, resources, launched)),
             Err(error) => {
                 let explained = resources.explain(error);
                 resources.release().await;
                 Err(explained)
             }
         }
+    }
+
+    /// Takes charge of a guest that boots.
+    fn assemble(id: &str, booted: Booted, resources: Resources, launched: Instant) -> Arc<Pod> {
+        let pod = Arc::new(Pod {
+            id: id.to_owned(),
+            tree: booted.tree,
+            agent: booted.agent,
+            control: booted.control,
+            vmm: booted.vmm,
+            launched,
+            next_stream: AtomicU64::new(1),
+            resources: tokio::sync::Mutex::new(resources),
+            stopping: watch::Sender::new(false),
+            death: watch::Sender::new(None),
+        });
+        tokio::spawn(pod.clone().watch_over(booted.listening));
+        pod
+    }
+
+    /// A pod whose guest is played by a test, at the other ends of `agent` and `channel`.
+    #[cfg(test)]
+    pub(crate) async fn with_guest(
+        id: &str,
+        directory: PathBuf,
+        agent: UnixStream,
+        channel: bulkhead_vmm_protocol::Channel,
+    ) -> Arc<Pod> {
+        std::fs::create_dir(&directory).unwrap();
+        let (control, listening) = Control::new(channel).unwrap();
+        let booted = Booted {
+            tree: Arc::new(SharedTree::create(&directory).await.unwrap()),
+            agent: Agent::new(agent),
+            control: Arc::new(control),
+            listening,
+            vmm: ProcessId::current().unwrap(),
+        };
+        Pod::assemble(id, booted, Resources::new(directory), Instant::now())
     }
 
     /// Waits for the agent and makes the guest this pod's.

@@ -194,14 +194,15 @@ impl Container {
     async fn await_execs(&self, exit: Exit, publisher: &Publisher) {
         let execs: Vec<_> = self.execs().values().cloned().collect();
         let all = async {
-            for exec in &execs {
+            for exec in execs.iter().filter(|exec| exec.state() == State::Running) {
                 exec.ended().await;
             }
         };
         if tokio::time::timeout(EXEC_LIMIT, all).await.is_err() {
-            for exec in execs {
-                self.report(&exec, Exit { status: KILLED, at_ns: exit.at_ns }, publisher).await;
-            }
+            log::warn!("the agent did not report the end of every exec of {}", self.id);
+        }
+        for exec in &execs {
+            self.report(exec, Exit { status: KILLED, at_ns: exit.at_ns }, publisher).await;
         }
     }
 

@@ -7,3 +7,6 @@ pub mod service;
 pub mod shim;
 pub mod stats;
 pub mod stdio;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,247 @@
+//! A guest played by the test: the agent's API on a socket pair, and a VMM's end of a control socket.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bulkhead_agent_protocol as api;
+use bulkhead_agent_protocol::{Agent, create_agent};
+use bulkhead_vmm_protocol::{Channel, Event, ExitReason, FromVmm, Packet, Request};
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use ttrpc::asynchronous::transport::Listener;
+use ttrpc::asynchronous::{Server, TtrpcContext};
+
+use crate::pod::Pod;
+
+/// What the agent does, as far as a test wants it to be special.
+#[derive(Default)]
+struct Script {
+    /// Exit statuses by "container exec".
+    exits: watch::Sender<HashMap<String, u32>>,
+    calls: Mutex<Vec<(&'static str, String)>>,
+    delays: Mutex<HashMap<&'static str, Duration>>,
+    refusals: Mutex<HashMap<&'static str, (ttrpc::Code, String)>>,
+    oom: watch::Sender<Vec<String>>,
+}
+
+impl Script {
+    async fn call(&self, name: &'static str, what: String) -> ttrpc::Result<()> {
+        self.calls.lock().unwrap().push((name, what));
+        let delay = self.delays.lock().unwrap().get(name).copied();
+        if let Some(delay) = delay {
+            tokio::time::sleep(delay).await;
+        }
+        match self.refusals.lock().unwrap().remove(name) {
+            Some((code, message)) => Err(ttrpc::Error::RpcStatus(ttrpc::get_status(code, message))),
+            None => Ok(()),
+        }
+    }
+
+    fn exit(&self, container: &str, exec: &str, status: u32) {
+        self.exits.send_modify(|exits| {
+            exits.insert(format!("{container} {exec}"), status);
+        });
+    }
+}
+
+struct FakeAgent(Arc<Script>, Arc<Channel>);
+
+#[async_trait]
+impl Agent for FakeAgent {
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::CreateContainerRequest,
+    ) -> ttrpc::Result<api::CreateProcessResponse> {
+        self.0.call("CreateContainer", request.container_id).await?;
+        Ok(api::CreateProcessResponse { pid: 42, ..Default::default() })
+    }
+
+    async fn create_exec(
+        &self,
+        _: &TtrpcContext,
+        request: api::CreateExecRequest,
+    ) -> ttrpc::Result<api::CreateProcessResponse> {
+        self.0.call("CreateExec", request.exec_id).await?;
+        Ok(api::CreateProcessResponse::new())
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: api::ProcessRequest) -> ttrpc::Result<api::Empty> {
+        self.0.call("Start", request.container_id).await?;
+        Ok(api::Empty::new())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: api::ProcessRequest) -> ttrpc::Result<api::WaitResponse> {
+        let key = format!("{} {}", request.container_id, request.exec_id);
+        let mut exits = self.0.exits.subscribe();
+        loop {
+            let status = exits.borrow_and_update().get(&key).copied();
+            if let Some(exit_status) = status {
+                return Ok(api::WaitResponse { exit_status, exited_at_ns: 1, ..Default::default() });
+            }
+            exits.changed().await.unwrap();
+        }
+    }
+
+    async fn signal(&self, _: &TtrpcContext, request: api::SignalRequest) -> ttrpc::Result<api::Empty> {
+        let all = if request.all { " all" } else { "" };
+        let what = format!("{} {} {}{all}", request.container_id, request.exec_id, request.signal);
+        self.0.call("Signal", what).await?;
+        self.0.exit(&request.container_id, &request.exec_id, 128 + request.signal);
+        Ok(api::Empty::new())
+    }
+
+    async fn delete(&self, _: &TtrpcContext, request: api::ProcessRequest) -> ttrpc::Result<api::Empty> {
+        self.0.call("Delete", format!("{} {}", request.container_id, request.exec_id)).await?;
+        Ok(api::Empty::new())
+    }
+
+    async fn pause(&self, _: &TtrpcContext, _: api::ContainerRequest) -> ttrpc::Result<api::Empty> {
+        Ok(api::Empty::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, _: api::ContainerRequest) -> ttrpc::Result<api::Empty> {
+        Ok(api::Empty::new())
+    }
+
+    async fn pids(
+        &self,
+        _: &TtrpcContext,
+        request: api::ContainerRequest,
+    ) -> ttrpc::Result<api::PidsResponse> {
+        self.0.call("Pids", request.container_id).await?;
+        Ok(api::PidsResponse { pids: vec![42], ..Default::default() })
+    }
+
+    async fn power_off(&self, _: &TtrpcContext, _: api::Empty) -> ttrpc::Result<api::Empty> {
+        self.1.send(&FromVmm::Event(Event::Exited(ExitReason::PowerOff)), &[]).unwrap();
+        Ok(api::Empty::new())
+    }
+
+    async fn next_event(&self, _: &TtrpcContext, _: api::Empty) -> ttrpc::Result<api::AgentEvent> {
+        let mut oom = self.0.oom.subscribe();
+        loop {
+            let next = {
+                let ids = oom.borrow_and_update();
+                let calls = self.0.calls.lock().unwrap().len();
+                ids.get(calls % ids.len().max(1)).cloned()
+            };
+            if let Some(id) = next {
+                self.0.calls.lock().unwrap().push(("NextEvent", id.clone()));
+                let mut event = api::AgentEvent::new();
+                event.set_oom(id);
+                return Ok(event);
+            }
+            oom.changed().await.unwrap();
+        }
+    }
+}
+
+/// The guest's side of a pod.
+pub struct Guest {
+    script: Arc<Script>,
+    vmm: Arc<Channel>,
+    streams: Arc<Mutex<Vec<OwnedFd>>>,
+    hang_up: watch::Sender<bool>,
+}
+
+impl Guest {
+    pub async fn start(id: &str, directory: PathBuf) -> (Guest, Arc<Pod>) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (channel, vmm) = Channel::pair().unwrap();
+        let script = Arc::new(Script::default());
+
+        let hang_up = watch::Sender::new(false);
+        let mut hung_up = hang_up.subscribe();
+        let vmm = Arc::new(vmm);
+        let agent = FakeAgent(script.clone(), vmm.clone());
+        tokio::spawn(async move {
+            let listener = Listener::new(Once(Some(theirs)));
+            let mut server =
+                Server::new().add_listener(listener).register_service(create_agent(Arc::new(agent)));
+            server.start().await.unwrap();
+            hung_up.wait_for(|hung_up| *hung_up).await.unwrap();
+            server.disconnect().await;
+        });
+
+        let streams: Arc<Mutex<Vec<OwnedFd>>> = Arc::default();
+        let (serving, connected) = (vmm.clone(), streams.clone());
+        std::thread::spawn(move || {
+            while let Ok(Packet { message: Request::ConnectVsock { .. }, mut fds }) = serving.receive() {
+                connected.lock().unwrap().append(&mut fds);
+                serving.send(&FromVmm::Reply(Ok(())), &[]).unwrap();
+            }
+        });
+        let pod = Pod::with_guest(id, directory, ours, channel).await;
+        (Guest { script, vmm, streams, hang_up }, pod)
+    }
+
+    /// A process ends, and with it the streams of all.
+    pub fn exit(&self, container: &str, exec: &str, status: u32) {
+        self.streams.lock().unwrap().clear();
+        self.script.exit(container, exec, status);
+    }
+
+    /// What calls of this name were about.
+    pub fn calls(&self, name: &str) -> Vec<String> {
+        let calls = self.script.calls.lock().unwrap();
+        calls.iter().filter(|(called, _)| *called == name).map(|(_, what)| what.clone()).collect()
+    }
+
+    /// Answers calls of this name later.
+    pub fn delay(&self, name: &'static str, delay: Duration) {
+        self.script.delays.lock().unwrap().insert(name, delay);
+    }
+
+    /// Refuses the next call of this name.
+    pub fn refuse(&self, name: &'static str, code: ttrpc::Code, message: &str) {
+        self.script.refusals.lock().unwrap().insert(name, (code, message.to_owned()));
+    }
+
+    /// The virtual machine ends.
+    pub fn end(&self, reason: ExitReason) {
+        self.streams.lock().unwrap().clear();
+        self.vmm.send(&FromVmm::Event(Event::Exited(reason)), &[]).unwrap();
+    }
+
+    /// The agent closes its connection.
+    pub fn hang_up(&self) {
+        self.hang_up.send_replace(true);
+    }
+
+    /// Writes to the first stdio stream without end.
+    pub fn write_endlessly(&self) -> JoinHandle<()> {
+        let stream = std::os::unix::net::UnixStream::from(self.streams.lock().unwrap().remove(0));
+        stream.set_nonblocking(true).unwrap();
+        let mut stream = UnixStream::from_std(stream).unwrap();
+        tokio::spawn(async move { while stream.write_all(&[b'x'; 4096]).await.is_ok() {} })
+    }
+
+    /// Reports processes killed for want of memory, as fast as it is asked, in these containers.
+    pub fn flood_with_oom(&self, containers: &[&str]) {
+        self.script.oom.send_replace(containers.iter().map(|&id| id.to_owned()).collect());
+    }
+}
+
+/// A stream of one connection that never ends.
+struct Once(Option<UnixStream>);
+
+impl futures_core::Stream for Once {
+    type Item = std::io::Result<UnixStream>;
+
+    fn poll_next(
+        mut self: std::pin::Pin<&mut Self>,
+        _: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Self::Item>> {
+        match self.0.take() {
+            Some(stream) => std::task::Poll::Ready(Some(Ok(stream))),
+            None => std::task::Poll::Pending,
+        }
+    }
+}
