@@ -7,10 +7,10 @@ PREFIX ?= /usr/local
 VMLINUX := target/guest/vmlinux
 IMAGE := target/guest/guest.erofs
 
-.PHONY: help demo test build guest unit e2e lint audit install clean packages
+.PHONY: help demo test bench bench-compare build guest unit e2e lint audit install clean packages
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: build guest ## Run real containers in microVMs through a private containerd and check what is promised
 	@tests/run.sh demo
@@ -22,6 +22,19 @@ unit: packages ## Unit tests, and the VMM's tests on this machine's /dev/kvm
 
 e2e: build guest ## The end-to-end suite through containerd (ARGS="NAME..." runs the cases whose names match)
 	@tests/run.sh e2e $(ARGS)
+
+bench: build guest ## Measure runc, crun, gVisor and Bulkhead side by side (ARGS="--rounds 3 start memory" for a part)
+	@tests/run.sh bench $(ARGS)
+
+# The two words after bench-compare are reports, not things to make.
+ifeq (bench-compare,$(firstword $(MAKECMDGOALS)))
+REPORTS := $(wordlist 2,3,$(MAKECMDGOALS))
+.PHONY: $(sort $(REPORTS))
+$(sort $(REPORTS)): ; @:
+endif
+bench-compare: ## What became better or worse beyond noise: make bench-compare A.json B.json (default: the baseline, the last run)
+	@$(CARGO) run --quiet --release --locked -p bulkhead-bench --bin bulkhead-bench -- compare \
+	    $(or $(REPORTS),bench/baseline.json target/bench/report.json)
 
 build: packages ## Release binaries
 	@echo "build: release binaries (the first time takes some minutes)"

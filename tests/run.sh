@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# run.sh demo | e2e [ARG...]: run the demo or the end-to-end suite where there is a KVM for it.
+# run.sh demo | e2e | bench [ARG...]: run the demo, the end-to-end suite or the benchmark where there is a KVM for it.
 #
 # On hardware KVM they run on this machine, as root; else in the nested KVM host (tests/nested), the suite in two of them side
 # by side. Both get the same payload: our release binaries, guest kernel and image, and the test images, as hard links in a
-# directory of their own. ARGs go to the suite: `run.sh e2e exec stdin` runs the cases whose names contain one of these.
+# directory of their own. ARGs go to the suite: `run.sh e2e exec stdin` runs the cases whose names contain one of these; or to the
+# benchmark: `run.sh bench --rounds 3 start memory` measures these groups of rows.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -16,8 +17,8 @@ fail() {
 }
 what=${1:-}
 case $what in
-demo | e2e) shift ;;
-*) fail "say what to run: demo or e2e" ;;
+demo | e2e | bench) shift ;;
+*) fail "say what to run: demo, e2e or bench" ;;
 esac
 program=bulkhead-$what
 for file in "$release"/{containerd-shim-bulkhead-v1,bulkhead,bulkhead-vmm,bulkhead-fs,"$program"} "$guest"/{vmlinux,guest.erofs}; do
@@ -57,6 +58,8 @@ ln "$root"/target/images/busybox.tar "$payload/images/"
 cp -al "$root/target/images/busybox" "$payload/images/"
 printf '#!/bin/sh\nexec "$(dirname "$0")/bin/%s" "$@"\n' "$program" >"$payload/run"
 chmod 755 "$payload" "$payload/run"
+results=$root/target/$what
+[[ $what != bench ]] || "$root/bench/payload.sh" "$payload" "$kind"
 
 if [[ $kind == hardware ]]; then
     sudo=()
@@ -73,13 +76,17 @@ fi
 
 nested=$root/tests/nested/run.sh
 "$root/tests/nested/build.sh"
-if [[ $what == demo || $# -gt 0 ]]; then
+if [[ $what == demo || ($what == e2e && $# -gt 0) ]]; then
     "$nested" --timeout 3000 "$payload" "$@"
+    exit
+fi
+if [[ $what == bench ]]; then
+    "$nested" --timeout 7200 --results "$results" "$payload" "$@"
+    echo "bench: report in ${results#"$root/"}/report.html"
     exit
 fi
 
 # One nested host per core; a shard's lines come as they are, its own summary is replaced by that of both.
-results=$root/target/e2e
 rm -rf "$results"
 mkdir -p "$results"
 for shard in 1 2; do
