@@ -40,6 +40,11 @@ pub fn cgroups() -> Option<PathBuf> {
     Some(line.split(' ').nth(1)?.into())
 }
 
+/// A path, which is another one where the tests run on another machine than they were built on.
+fn from_environment(variable: &str, default: &str) -> PathBuf {
+    std::env::var_os(variable).map_or_else(|| default.into(), PathBuf::from)
+}
+
 /// The agent with what it serves.
 pub struct Guest {
     pub client: AgentClient,
@@ -83,7 +88,7 @@ impl Guest {
             return None;
         };
         let ids = format!("{name}-{}", std::process::id());
-        let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(&ids);
+        let directory = from_environment("BULKHEAD_TEST_DIR", env!("CARGO_TARGET_TMPDIR")).join(&ids);
         let _ = fs::remove_dir_all(&directory);
         fs::create_dir_all(&directory).unwrap();
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -124,6 +129,21 @@ impl Guest {
         spec["root"]["path"] = json!(root);
         spec["process"]["args"] = json!(["sh", "-c", script]);
         spec
+    }
+
+    /// Whether containers can be limited by a controller; says so if they can't.
+    pub fn has_controller(&self, controller: &str) -> bool {
+        let controllers = fs::read_to_string(self.cgroups.join("cgroup.controllers")).unwrap();
+        let has = controllers.split_whitespace().any(|name| name == controller);
+        if !has {
+            skip(&format!("cgroup v2 has no {controller} controller here"));
+        }
+        has
+    }
+
+    /// A file of a container's cgroup.
+    pub fn cgroup_file(&self, id: &str, file: &str) -> String {
+        fs::read_to_string(self.cgroups.join(format!("container-{id}")).join(file)).unwrap().trim().to_owned()
     }
 
     /// Opens streams for a process.
@@ -378,7 +398,8 @@ pub fn children(pid: u32) -> Vec<String> {
 }
 
 fn spawn_agent(connection: OwnedFd, listener: OwnedFd, cgroups: &Path) -> Child {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-agent"));
+    let mut command =
+        Command::new(from_environment("BULKHEAD_TEST_AGENT", env!("CARGO_BIN_EXE_bulkhead-agent")));
     let (connection_fd, listener_fd) = (connection.as_raw_fd(), listener.as_raw_fd());
     command
         .args([
