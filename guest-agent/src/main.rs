@@ -105,5 +105,7 @@ impl Machine for ForeignMachine {
         0
     }
 
+    fn forget_files(&self) {}
+
     async fn power_off(&self) {}
 }

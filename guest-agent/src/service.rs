@@ -28,6 +28,9 @@ pub trait Machine: Send + Sync {
     /// Monotonic time when the agent was ready, in microseconds.
     fn ready_us(&self) -> u64;
 
+    /// Forgets what is cached of the files of a container that is gone, so that the host can let go of them.
+    fn forget_files(&self);
+
     /// Ends the machine; the processes are dead already. Does not return on a real one.
     async fn power_off(&self);
 }
@@ -162,10 +165,12 @@ impl<M: Machine + 'static> Agent for Service<M> {
     }
 
     async fn delete(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<Empty> {
-        let pod = self.pod.clone();
+        let (pod, machine) = (self.pod.clone(), self.machine.clone());
         complete(async move {
             if request.exec_id.is_empty() {
-                pod.delete(&request.container_id).await
+                pod.delete(&request.container_id).await?;
+                machine.forget_files();
+                Ok(())
             } else {
                 pod.container(&request.container_id)?.delete_exec(&request.exec_id).await
             }

@@ -164,7 +164,7 @@ async fn links_in_the_image_lead_nowhere_else() {
     fs::remove_dir(root.join("tmp")).unwrap();
     let source = guest.directory.join("source");
     fs::create_dir(&source).unwrap();
-    let mut spec = guest.spec(&root, "grep -c -e /absolute -e /made /proc/self/mounts; pwd; ls /tmp");
+    let mut spec = guest.spec(&root, "pwd; ls -d /tmp/cwd /tmp/made");
     add_mount(
         &mut spec,
         json!({"destination": "/absolute/new", "type": "bind", "source": source, "options": ["bind"]}),
@@ -174,7 +174,7 @@ async fn links_in_the_image_lead_nowhere_else() {
     spec["linux"]["devices"] = json!([{"type": "c", "path": "/absolute/null", "major": 1, "minor": 3}]);
     spec["process"]["cwd"] = json!("/relative/cwd");
     let output = guest.run(&guest.id("a"), &spec).await;
-    assert_eq!(output.stdout.lines().skip(1).collect::<Vec<_>>(), ["/tmp/cwd", "cwd", "made"], "{output:?}");
+    assert_eq!(output.stdout, "/tmp/cwd\n/tmp/cwd\n/tmp/made\n", "{output:?}");
     let names: Vec<_> = fs::read_dir(&outside).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(names, ["file"], "nothing was made outside");
 

@@ -164,19 +164,25 @@ impl Namespaces {
         self.new & !(libc::CLONE_NEWCGROUP | libc::CLONE_NEWTIME)
     }
 
-    /// Joins the namespaces given by path; a user namespace last, because it takes the privilege for the others.
-    pub fn join(&self) -> Result<(), NamespaceError> {
+    /// Joins the namespaces given by path; a user namespace last, because it takes the privilege for the others. The
+    /// cgroup namespace is returned: it can be joined only by a process that is in the container's group.
+    pub fn join(&self) -> Result<Option<OwnedFd>, NamespaceError> {
         let open = |(kind, path): &(Kind, PathBuf)| Ok((*kind, path.clone(), open_namespace(*kind, path)?));
         let mut opened = self.joined.iter().map(open).collect::<Result<Vec<_>, NamespaceError>>()?;
         opened.sort_by_key(|(kind, ..)| *kind == Kind::User);
+        let mut cgroup = None;
         for (kind, path, fd) in opened {
+            if kind == Kind::Cgroup {
+                cgroup = Some(fd);
+                continue;
+            }
             process::join_namespaces(fd.as_fd(), kind.flag()).map_err(|source| NamespaceError::Join {
                 kind,
                 path,
                 source,
             })?;
         }
-        Ok(())
+        Ok(cgroup)
     }
 
     /// Writes the id maps of a process that was just cloned into a new user namespace.

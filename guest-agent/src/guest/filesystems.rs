@@ -29,7 +29,8 @@ const EARLY: [(&str, &str, MsFlags, &str); 8] = {
         ("devtmpfs", "/dev", no_programs, "mode=755"),
         ("proc", "/proc", nothing, ""),
         ("sysfs", "/sys", nothing, ""),
-        ("cgroup2", CGROUPS, nothing, ""),
+        // Delegated, so that a container that may write to its own group can't lift the limits on it.
+        ("cgroup2", CGROUPS, nothing, "nsdelegate,memory_recursiveprot"),
         ("tmpfs", "/run", no_devices, "mode=755"),
         ("tmpfs", "/tmp", no_devices, "mode=1777"),
         ("devpts", "/dev/pts", no_programs, "mode=620,ptmxmode=666,gid=5"),

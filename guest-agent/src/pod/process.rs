@@ -10,7 +10,7 @@ use tokio::sync::{Mutex, oneshot, watch};
 use tokio::time::timeout;
 
 use super::{Pod, PodError};
-use crate::container::launch::{ChildStdio, Job, Launch, Progress, Setup, TerminalSize};
+use crate::container::launch::{ChildStdio, Job, Launch, LaunchError, Progress, Setup, TerminalSize};
 use crate::container::process::ProcessPlan;
 use crate::reaper::Exit;
 use crate::stdio::{Connection, InputControl, copy_input, copy_output};
@@ -107,26 +107,29 @@ impl Process {
             null: pod.null(),
         })?;
         let mut pid = launch.first_pid();
-        let mut exit = pod.reaper.expect(pid);
+        let mut exits = vec![(pid, pod.reaper.expect(pid))];
         let ready = launch.ready(|progress| match progress {
             Progress::Pid(second) => {
                 pid = second;
-                exit = pod.reaper.expect(second);
+                exits.push((second, pod.reaper.expect(second)));
             }
             Progress::Remark(remark) => log::warn!("container {}: {remark}", new.container_id),
         });
         let master = match ready.await {
             Ok(master) => master,
             Err(error) => {
-                kill_half_made(&launch, pid);
+                end_half_made(exits).await;
                 return Err(error.into());
             }
         };
         drop(guard);
         if let Err(error) = new.plan.limits.apply(pid) {
-            kill_half_made(&launch, pid);
+            end_half_made(exits).await;
             return Err(error.into());
         }
+        // The last one is the process; one that made it has nothing left to do.
+        let (pid, exit) = exits.pop().ok_or(PodError::Launch(LaunchError::Died))?;
+        wait_for_ends(exits).await;
         let terminal =
             master.map(Connection::new).transpose().map_err(system("use the terminal"))?.map(Arc::new);
         let (report, ended) = watch::channel(None);
@@ -276,11 +279,29 @@ fn make_pipes(host: &HostStreams) -> io::Result<(ChildStdio, AgentStdio)> {
     Ok((child, ours))
 }
 
-/// Ends what is left of a process that could not be set up. Their ends are collected as those of strangers.
-fn kill_half_made(launch: &Launch, pid: libc::pid_t) {
-    for pid in [launch.first_pid(), pid] {
-        // It may have ended by itself.
-        let _ = sys::process::kill(pid, libc::SIGKILL);
+/// A process that takes part in setting one up, and its end.
+type Expected = (libc::pid_t, oneshot::Receiver<Exit>);
+
+/// Ends what is left of a process that could not be set up.
+async fn end_half_made(mut processes: Vec<Expected>) {
+    for (pid, exit) in &mut processes {
+        // The id of one that has been collected may be someone else's by now.
+        if matches!(exit.try_recv(), Err(oneshot::error::TryRecvError::Empty)) {
+            // It may be just ending by itself.
+            let _ = sys::process::kill(*pid, libc::SIGKILL);
+        }
+    }
+    wait_for_ends(processes).await;
+}
+
+async fn wait_for_ends(processes: Vec<Expected>) {
+    for (pid, exit) in processes {
+        if !exit.is_terminated() && timeout(KILL_LIMIT, exit).await.is_err() {
+            log::warn!(
+                "process {pid}, which set up another one, did not end in {} seconds",
+                KILL_LIMIT.as_secs()
+            );
+        }
     }
 }
 

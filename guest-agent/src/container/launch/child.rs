@@ -130,9 +130,13 @@ fn set_up(setup: Setup<'_>, agent: &Agent, two_steps: bool) -> Result<std::conve
         Job::Container(plan) => {
             let opened = plan.root.open()?;
             if two_steps {
-                plan.namespaces.join()?;
+                let cgroup = plan.namespaces.join()?;
                 plan.namespaces.unshare_time()?;
                 second_step(&setup, agent, plan.namespaces.clone_flags())?;
+                if let Some(cgroup) = cgroup {
+                    join_namespaces(cgroup.as_fd(), libc::CLONE_NEWCGROUP)
+                        .step("join the cgroup namespace")?;
+                }
             }
             if plan.namespaces.has(Kind::User) {
                 become_namespace_root()?;
@@ -144,8 +148,13 @@ fn set_up(setup: Setup<'_>, agent: &Agent, two_steps: bool) -> Result<std::conve
             plan.root.finish(built)?;
         }
         Job::Exec { pidfd, namespaces } => {
-            join_namespaces(pidfd, namespaces).step("join the container's namespaces")?;
+            let cgroup = namespaces & libc::CLONE_NEWCGROUP;
+            join_namespaces(pidfd, namespaces & !cgroup).step("join the container's namespaces")?;
             second_step(&setup, agent, 0)?;
+            if cgroup != 0 {
+                // A process outside the group that is the root of the namespace could not be cloned into the group.
+                join_namespaces(pidfd, cgroup).step("join the container's cgroup namespace")?;
+            }
             if namespaces & libc::CLONE_NEWUSER != 0 {
                 become_namespace_root()?;
             }
