@@ -22,10 +22,10 @@ use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::{self, Context};
 
 const BUSYBOX: &str = "/bin/busybox";
-const APPLETS: [&str; 34] = [
+const APPLETS: [&str; 35] = [
     "sh", "cat", "cp", "dd", "echo", "env", "false", "grep", "hostname", "id", "ifconfig", "kill", "ls",
     "mkdir", "mknod", "mount", "pwd", "ps", "readlink", "rm", "sleep", "stat", "stty", "sync", "test",
-    "touch", "tr", "true", "tty", "umount", "uname", "wc", "seq", "head",
+    "touch", "tr", "true", "tty", "umount", "uname", "wc", "seq", "head", "cut",
 ];
 
 /// Says loudly why a test does nothing.
