@@ -40,12 +40,13 @@ esac
 "$root/tests/images/build.sh"
 mkdir -p "$root/target/payload"
 payload=$(mktemp -d "$root/target/payload/$what.XXXXXX")
+results=
 pids=()
 # shellcheck disable=SC2317 # called by the trap
 cleanup() {
     for pid in "${pids[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
     wait
-    rm -rf "$payload"
+    rm -rf "$payload" ${results:+"$results"}
 }
 trap cleanup EXIT
 trap 'exit 130' INT TERM
@@ -103,6 +104,7 @@ done
 wait
 pids=()
 grep -h '^nested: .*virtual' "$results"/*.log || true
+rm -rf "$root/target/e2e" && cp -r "$results" "$root/target/e2e" # for a closer look: each shard's whole log, its node's kernel log
 for shard in 1 2; do
     # A shard that did not come to its summary has said why.
     grep -q '^[0-9]* passed' "$results/$shard.log" || { tail -n 30 "$results/$shard.log" >&2 && fail "shard $shard ended early with exit code ${codes[shard - 1]}"; }

@@ -135,7 +135,8 @@ impl ShimHost {
         command
             .args(["-namespace", NAMESPACE, "-id", &bundle.id, "-address"])
             .arg(self.path().join("containerd.sock"))
-            .args(["-publish-binary", "/bin/false"])
+            .arg("-publish-binary")
+            .arg(self.layout.find("containerd")?)
             .args(arguments)
             .current_dir(&bundle.path)
             .env("PATH", self.layout.search_path())
