@@ -13,8 +13,8 @@ use std::thread::{self, JoinHandle};
 use bulkhead_seccomp::Filter;
 use bulkhead_vmm_protocol::{ExitReason, VmConfig};
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_enable_cap,
-    kvm_irq_routing_entry, kvm_userspace_memory_region,
+    KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_PMU_CAP_DISABLE,
+    KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use log::error;
@@ -297,6 +297,12 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, MachineError> {
     let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
     split.args[0] = IRQ_PINS.into();
     vm.enable_cap(&split).map_err(kvm_failed("split the interrupt controllers"))?;
+    // Where KVM can, the guest gets no performance counters at all, not only none that CPUID lists.
+    if kvm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into()) & KVM_PMU_CAP_DISABLE as i32 != 0 {
+        let mut no_counters = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
+        no_counters.args[0] = KVM_PMU_CAP_DISABLE.into();
+        vm.enable_cap(&no_counters).map_err(kvm_failed("take the performance counters away"))?;
+    }
     Ok(vm)
 }
 

@@ -28,6 +28,8 @@ const PROCESSOR_TRACE: u32 = 1 << 25;
 const SGX_LAUNCH_CONTROL: u32 = 1 << 30;
 /// Leaf 0x8000_0001, ECX.
 const SVM: u32 = 1 << 2;
+/// Leaf 0, EBX: how "AuthenticAMD" and "HygonGenuine" begin.
+const AMD_VENDORS: [u32; 2] = [u32::from_le_bytes(*b"Auth"), u32::from_le_bytes(*b"Hygo")];
 /// Size of a cache line, in units of 8 bytes.
 const CLFLUSH_LINE: u32 = 8;
 
@@ -49,11 +51,12 @@ impl CpuidTemplate {
 
     fn from_supported(supported: &[kvm_cpuid_entry2], tsc_deadline: bool, vcpus: u8) -> Self {
         let mut entries = supported.to_vec();
+        let amd = entries.iter().any(|entry| entry.function == 0 && AMD_VENDORS.contains(&entry.ebx));
         // The topology leaves are written anew, with all of their levels.
         entries.retain(|entry| !matches!(entry.function, 0xb | 0x1f));
         for entry in &mut entries {
             hide(entry);
-            describe_package(entry, vcpus);
+            describe_package(entry, vcpus, amd);
             if entry.function == 1 {
                 entry.ecx |= leaf1_ecx::HYPERVISOR;
                 if tsc_deadline {
@@ -111,7 +114,7 @@ fn hide(entry: &mut kvm_cpuid_entry2) {
 }
 
 /// One package with `vcpus` cores of one thread, in the vendors' older leaves.
-fn describe_package(entry: &mut kvm_cpuid_entry2, vcpus: u8) {
+fn describe_package(entry: &mut kvm_cpuid_entry2, vcpus: u8, amd: bool) {
     let last_core = u32::from(vcpus) - 1;
     match entry.function {
         1 if vcpus > 1 => entry.edx |= HTT,
@@ -123,7 +126,7 @@ fn describe_package(entry: &mut kvm_cpuid_entry2, vcpus: u8) {
             entry.eax = entry.eax & 0x3fff | sharing << 14 | last_core << 26;
         }
         // AMD: cores in the package and the width of the APIC id.
-        0x8000_0008 => entry.ecx = entry.ecx & !0xf0ff | last_core | id_bits(vcpus) << 12,
+        0x8000_0008 if amd => entry.ecx = entry.ecx & !0xf0ff | last_core | id_bits(vcpus) << 12,
         0x8000_001d if entry.eax & 0x1f != 0 => {
             let level = entry.eax >> 5 & 7;
             let sharing = if level >= 3 { last_core } else { 0 };
@@ -185,6 +188,7 @@ mod tests {
     #[test]
     fn each_vcpu_is_a_core_of_one_package() {
         let supported = [
+            leaf(0, 13, AMD_VENDORS[0], 0, 0),
             leaf(1, 0, 0, 0, 0),
             leaf(4, 0x3fc0_0121, 0, 0, 0),
             leaf(0xb, 9, 9, 9, 9),

@@ -16,6 +16,10 @@
 //!                        ◄──────────────────────────── NeedsReset (queues dropped)
 //! ```
 //!
+//! A new device is a file or folder here that implements [`VirtioDevice`] ([`rng`] is the shortest), a [`DeviceKind`], and
+//! a line in [`crate::resources`] that makes it from what the shim hands over. If it makes system calls of its own, they
+//! go into `seccomp-profiles/vmm-device.json`.
+//!
 //! Guest memory can be reached only through [`Virtqueue`]s and the [`Chain`]s they hand out, and these exist only while
 //! a device is activated: a device that isn't can't be used.
 
