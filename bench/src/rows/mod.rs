@@ -5,6 +5,7 @@ pub mod inside;
 pub mod memory;
 pub mod setup;
 pub mod start;
+pub mod vmm;
 
 use std::path::Path;
 use std::time::Duration;
@@ -34,6 +35,8 @@ pub enum Group {
     Start,
     /// Memory of idle pods.
     Memory,
+    /// The VMM alone.
+    Vmm,
     /// System calls inside the workload.
     Syscalls,
     /// The root file system inside the workload.
@@ -52,6 +55,7 @@ impl Group {
         match self {
             Self::Start => "start",
             Self::Memory => "memory",
+            Self::Vmm => "vmm",
             Self::Syscalls => "syscalls",
             Self::Rootfs => "rootfs",
             Self::Setup => "setup",
@@ -67,6 +71,7 @@ impl Group {
             Self::Memory => {
                 "memory per idle pod: drop of the node's free memory, PSS by process, the VMM's own"
             }
+            Self::Vmm => "the VMM alone beside QEMU's microvm machine: time to init, memory",
             Self::Syscalls => "getppid, fork and exec, page fault, context switch inside the workload",
             Self::Rootfs => "walk, unpack, small files, sequential read and write inside the workload",
             Self::Setup => "first and repeated set-up of a root file system by containerd's snapshotters",
@@ -86,6 +91,7 @@ impl Group {
             Self::Start => start::measure(bench).await,
             Self::Memory => memory::measure(bench).await,
             Self::Syscalls | Self::Rootfs => inside::measure(bench, self.name()).await,
+            Self::Vmm => vmm::measure(bench).await,
             Self::Setup => setup::measure(bench).await,
             Self::Burst20 => burst::measure(bench, 20).await,
             Self::Burst50 => burst::measure(bench, 50).await,
@@ -165,7 +171,10 @@ impl Results {
             }
         }
         // The runtimes took turns: which came first is of no interest.
-        let place = |series: &Series| runtime::ALL.iter().position(|kind| kind.name() == series.runtime);
+        let place = |series: &Series| {
+            let position = runtime::ALL.iter().position(|kind| kind.name() == series.runtime);
+            position.unwrap_or(runtime::ALL.len())
+        };
         self.series.sort_by_key(place);
         let rows = names
             .iter()
