@@ -169,7 +169,10 @@ impl<M: Machine + 'static> Agent for Service<M> {
         complete(async move {
             if request.exec_id.is_empty() {
                 pod.delete(&request.container_id).await?;
-                machine.forget_files();
+                // After the last one the guest is about to end, and with it the cache.
+                if !pod.is_empty() {
+                    machine.forget_files();
+                }
                 Ok(())
             } else {
                 pod.container(&request.container_id)?.delete_exec(&request.exec_id).await

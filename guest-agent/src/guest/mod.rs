@@ -66,6 +66,8 @@ async fn serve_host() -> Result<Infallible, GuestError> {
     logging::to_kernel().map_err(system("open the kernel's log"))?;
     forbid_modules().map_err(system("forbid loading kernel modules"))?;
 
+    raise_limits().map_err(system("raise the limits of processes"))?;
+
     let reaper = Arc::new(Reaper::new().map_err(system("watch for the end of processes"))?);
     let streams = Arc::new(Streams::default());
     let listener = vsock::listen(STDIO_PORT).map_err(system("listen for streams"))?;
@@ -90,6 +92,25 @@ async fn serve_host() -> Result<Infallible, GuestError> {
     pod.end_everything().await;
     machine.power_off().await;
     Err(error)
+}
+
+/// Gives containers that name no limits what they have elsewhere, instead of what the kernel gives its first process,
+/// which goes by the guest's memory.
+fn raise_limits() -> io::Result<()> {
+    const UNLIMITED: u64 = libc::RLIM64_INFINITY;
+    let limits = [
+        // Programs that close every descriptor they could have, or use select, need the soft limit to stay low.
+        (libc::RLIMIT_NOFILE, 1024, 524_288),
+        (libc::RLIMIT_NPROC, UNLIMITED, UNLIMITED),
+        (libc::RLIMIT_SIGPENDING, UNLIMITED, UNLIMITED),
+    ];
+    for (resource, soft, hard) in limits {
+        let limit = libc::rlimit64 { rlim_cur: soft, rlim_max: hard };
+        // SAFETY: the limit is a valid structure; no old one is asked for.
+        let set = unsafe { libc::prlimit64(0, resource, &raw const limit, std::ptr::null_mut()) };
+        crate::sys::check(set.into())?;
+    }
+    Ok(())
 }
 
 /// Makes the kernel refuse modules for ever, if it could load any at all.
