@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use bulkhead_agent_protocol::AGENT_PORT;
 use bulkhead_vmm_protocol::{
-    BlockConfig, Channel, FdIndex, FsConfig, GuestStream, Request, VmConfig, VsockConfig,
+    BlockConfig, Channel, FdIndex, FsConfig, GuestStream, Refusal, RefusalKind, Request, VmConfig,
+    VsockConfig,
 };
 use log::Level;
 use nix::sys::socket::SockType;
@@ -88,6 +89,17 @@ pub enum BootError {
         /// Where it is.
         path: PathBuf,
     },
+    /// The VMM can't use what it was given.
+    #[error("the {what} {path} can't be used")]
+    Refused {
+        /// What it was.
+        what: &'static str,
+        /// Where it comes from.
+        path: PathBuf,
+        /// The VMM's words.
+        #[source]
+        source: Refusal,
+    },
     /// A pipe for the console.
     #[error("can't set up the guest's console")]
     Console(#[source] io::Error),
@@ -96,7 +108,9 @@ pub enum BootError {
 impl Classify for BootError {
     fn code(&self) -> Code {
         match self {
-            BootError::Open { .. } | BootError::NotAFile { .. } => Code::FAILED_PRECONDITION,
+            BootError::Open { .. } | BootError::NotAFile { .. } | BootError::Refused { .. } => {
+                Code::FAILED_PRECONDITION
+            }
             _ => Code::INTERNAL,
         }
     }
@@ -172,7 +186,9 @@ pub(super) async fn boot(spec: &PodSpec, resources: &mut Resources) -> Result<Bo
         },
     };
     let (control, listener) = Control::new(channel)?;
-    let listening = boot_vmm(&control, listener, &Request::Boot(Box::new(config)), &fds.0).await?;
+    let listening = boot_vmm(&control, listener, &Request::Boot(Box::new(config)), &fds.0)
+        .await
+        .map_err(|error| name_refused(error, spec))?;
     Ok(Booted { tree, agent, control: Arc::new(control), listening, vmm: vmm_id })
 }
 
@@ -195,6 +211,18 @@ async fn boot_vmm(
         }
     }
     Ok(listener)
+}
+
+/// The VMM knows descriptors only; people know files.
+fn name_refused(error: PodError, spec: &PodSpec) -> PodError {
+    let PodError::Machine(MachineError::Refused(source)) = error else { return error };
+    let (what, path) = match source.kind {
+        RefusalKind::Kernel => ("guest kernel", &spec.config.kernel),
+        RefusalKind::Disk => ("guest image", &spec.config.image),
+        RefusalKind::Kvm => ("KVM device", &spec.config.kvm),
+        RefusalKind::InvalidRequest | RefusalKind::Resources => return MachineError::Refused(source).into(),
+    };
+    BootError::Refused { what, path: path.clone(), source }.into()
 }
 
 #[derive(Default)]
