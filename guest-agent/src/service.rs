@@ -25,6 +25,9 @@ pub trait Machine: Send + Sync {
     /// A message for the operator.
     fn configure(&self, request: &ConfigureRequest) -> Result<(), ConfigureFailure>;
 
+    /// Monotonic time when the agent began, in microseconds.
+    fn started_us(&self) -> u64;
+
     /// Monotonic time when the agent was ready, in microseconds.
     fn ready_us(&self) -> u64;
 
@@ -102,6 +105,7 @@ impl<M: Machine + 'static> Agent for Service<M> {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             kernel_release: crate::sys::kernel_release(),
             ready_us: self.machine.ready_us(),
+            started_us: self.machine.started_us(),
             ..Default::default()
         })
     }

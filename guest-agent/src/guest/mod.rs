@@ -57,6 +57,7 @@ pub fn run() -> ! {
 }
 
 async fn serve_host() -> Result<Infallible, GuestError> {
+    let started_us = machine::monotonic_us();
     let system = |what| move |source| GuestError::System { what, source };
     // The host answers while the rest is done.
     let dialing = vsock::Dialing::start(AGENT_PORT).map_err(system("dial the host"))?;
@@ -73,7 +74,7 @@ async fn serve_host() -> Result<Infallible, GuestError> {
     let listener = vsock::listen(STDIO_PORT).map_err(system("listen for streams"))?;
     let pod = Pod::new(reaper.clone(), streams.clone(), Path::new(filesystems::CGROUPS))?;
     let connection = dialing.finish(DIAL_LIMIT).await.map_err(system("connect to the host"))?;
-    let machine = Arc::new(GuestMachine::new(reaper.clone()));
+    let machine = Arc::new(GuestMachine::new(reaper.clone(), started_us));
 
     let service = Arc::new(Service::new(pod.clone(), machine.clone()));
     let serving = async { server::serve(connection, service).await.map_err(GuestError::Serve) };
