@@ -1,5 +1,6 @@
 //! What is measured: groups of rows that share their pods.
 
+pub mod block;
 pub mod burst;
 pub mod inside;
 pub mod memory;
@@ -18,11 +19,13 @@ use crate::report::{Better, Row, Skipped};
 use crate::runtime::{self, Runtime};
 
 /// Groups of rows, in the order in which they are measured.
-pub const GROUPS: [Group; 7] = [
+pub const GROUPS: [Group; 9] = [
     Group::Start,
     Group::Memory,
+    Group::Vmm,
     Group::Syscalls,
     Group::Rootfs,
+    Group::Block,
     Group::Setup,
     Group::Burst20,
     Group::Burst50,
@@ -41,6 +44,8 @@ pub enum Group {
     Syscalls,
     /// The root file system inside the workload.
     Rootfs,
+    /// A block volume inside the workload.
+    Block,
     /// Making root file systems.
     Setup,
     /// 20 pods at once.
@@ -58,6 +63,7 @@ impl Group {
             Self::Vmm => "vmm",
             Self::Syscalls => "syscalls",
             Self::Rootfs => "rootfs",
+            Self::Block => "block",
             Self::Setup => "setup",
             Self::Burst20 => "burst-20",
             Self::Burst50 => "burst-50",
@@ -74,6 +80,7 @@ impl Group {
             Self::Vmm => "the VMM alone beside QEMU's microvm machine: time to init, memory",
             Self::Syscalls => "getppid, fork and exec, page fault, context switch inside the workload",
             Self::Rootfs => "walk, unpack, small files, sequential read and write inside the workload",
+            Self::Block => "4 KiB random reads and writes of a block volume inside the workload",
             Self::Setup => "first and repeated set-up of a root file system by containerd's snapshotters",
             Self::Burst20 => "20 pods at once: pods a second, slowest start, failures",
             Self::Burst50 => "50 pods at once: the same",
@@ -92,6 +99,7 @@ impl Group {
             Self::Memory => memory::measure(bench).await,
             Self::Syscalls | Self::Rootfs => inside::measure(bench, self.name()).await,
             Self::Vmm => vmm::measure(bench).await,
+            Self::Block => block::measure(bench).await,
             Self::Setup => setup::measure(bench).await,
             Self::Burst20 => burst::measure(bench, 20).await,
             Self::Burst50 => burst::measure(bench, 50).await,

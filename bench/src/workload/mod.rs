@@ -3,6 +3,7 @@
 //!
 //! It is one static binary without a runtime, so that its start costs next to nothing anywhere.
 
+mod block;
 pub mod files;
 mod rootfs;
 mod syscalls;
@@ -18,7 +19,7 @@ const SETTLE: Duration = Duration::from_millis(100);
 #[derive(Debug, thiserror::Error)]
 pub enum WorkloadError {
     /// The arguments make no sense.
-    #[error("usage: workload idle | init | exit | syscalls | rootfs")]
+    #[error("usage: workload idle | init | exit | syscalls | rootfs | block VOLUME")]
     Usage,
     /// A step failed.
     #[error("{step}: {source}")]
@@ -47,7 +48,7 @@ impl Samples<'_> {
 /// # Errors
 /// The step that failed.
 pub fn run(arguments: &[String]) -> Result<(), WorkloadError> {
-    if arguments.len() == 1 && !matches!(arguments[0].as_str(), "idle" | "init" | "exit") {
+    if !matches!(arguments.first().map(String::as_str), Some("idle" | "init" | "exit")) {
         // The runtime's own processes are still busy with this start.
         std::thread::sleep(SETTLE);
     }
@@ -60,6 +61,7 @@ pub fn run(arguments: &[String]) -> Result<(), WorkloadError> {
         ["exit"] => return Ok(()),
         ["syscalls"] => syscalls::measure(&mut samples)?,
         ["rootfs"] => rootfs::measure(&mut samples, Path::new("/"))?,
+        ["block", volume] => block::measure(&mut samples, Path::new(volume))?,
         _ => return Err(WorkloadError::Usage),
     }
     printed.extend_from_slice(files::END_MARK);
