@@ -23,8 +23,8 @@ use crate::workload::files;
 const GUEST_MEMORY_MIB: u32 = 256;
 /// Mappings from this size on are guest memory.
 const GUEST_MEMORY_MAPPING: u64 = 32 << 20;
-/// Kernel parameters besides those for devices. What follows the dashes is for init.
-const KERNEL_PARAMETERS: &str = "root=/dev/vda rootfstype=erofs ro init=/workload quiet -- init";
+/// Kernel parameters besides those for devices, which QEMU puts behind these.
+const KERNEL_PARAMETERS: &str = "root=/dev/vda rootfstype=erofs ro init=/workload quiet";
 /// How long a guest may take.
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
 /// The most console output that is kept while waiting for init's line.
