@@ -19,6 +19,7 @@ use super::machine::{Control, ControlListener, Jailed, MachineError, identity_ar
 use super::resources::Resources;
 use super::state::StateError;
 use super::tail::Tail;
+use super::timeline::Timeline;
 use super::tree::{SharedTree, TREE, TreeError};
 use super::{PodError, PodSpec};
 use crate::error::{Classify, Code};
@@ -117,7 +118,11 @@ impl Classify for BootError {
 }
 
 /// Makes everything of the pod that is not a container. What was made is in `resources`, however this ends.
-pub(super) async fn boot(spec: &PodSpec, resources: &mut Resources) -> Result<Booted, PodError> {
+pub(super) async fn boot(
+    spec: &PodSpec,
+    resources: &mut Resources,
+    timeline: &Timeline,
+) -> Result<Booted, PodError> {
     // Before anything exists: what fails here is what users get wrong.
     let files = Files::open(spec)?;
 
@@ -152,6 +157,7 @@ pub(super) async fn boot(spec: &PodSpec, resources: &mut Resources) -> Result<Bo
     resources.fs_server = Some(Arc::new(fs_server));
     resources.record(|state| state.fs_server = Some(id)).map_err(BootError::from)?;
 
+    timeline.stamp("shim");
     let (channel, vmm_channel) = Channel::pair().map_err(MachineError::Channel)?;
     let vmm = Jailed::start(&spec.config.vmm, &identity_args(), "VMM", vmm_channel.as_fd(), cgroup_fd, None)?;
     drop(vmm_channel);
@@ -189,6 +195,7 @@ pub(super) async fn boot(spec: &PodSpec, resources: &mut Resources) -> Result<Bo
     let listening = boot_vmm(&control, listener, &Request::Boot(Box::new(config)), &fds.0)
         .await
         .map_err(|error| name_refused(error, spec))?;
+    timeline.stamp("vmm");
     Ok(Booted { tree, agent, control: Arc::new(control), listening, vmm: vmm_id })
 }
 

@@ -11,6 +11,7 @@ pub mod resources;
 pub mod state;
 pub mod stream;
 pub mod tail;
+pub mod timeline;
 pub mod tree;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -32,6 +33,7 @@ use self::agent::Agent;
 use self::boot::{BootError, Booted, FS_TAG};
 use self::machine::{Control, ControlListener, MachineError, socket_pair};
 use self::resources::Resources;
+use self::timeline::{Timeline, now_us};
 use self::tree::SharedTree;
 use crate::config::Config;
 use crate::error::{ApiError, Classify, Code, chain};
@@ -61,6 +63,8 @@ pub struct PodSpec {
     pub config: Config,
     /// Cgroup on the host and its limits; `None` on hosts without cgroup version 2.
     pub cgroup: Option<(PathBuf, cgroup::Limits)>,
+    /// When the request for it arrived, on the clock of [`timeline::now_us`].
+    pub received_us: u64,
 }
 
 /// Why a pod is no more.
@@ -81,6 +85,7 @@ pub struct Pod {
     control: Arc<Control>,
     vmm: ProcessId,
     launched: Instant,
+    timeline: Timeline,
     next_stream: AtomicU64,
     resources: tokio::sync::Mutex<Resources>,
     /// Set by [`Pod::stop`]: from then on the end of the pod is no accident.
@@ -134,9 +139,10 @@ impl Pod {
     /// Starts the pod's processes and boots the guest. Nothing is left behind when it fails.
     pub async fn launch(spec: &PodSpec) -> Result<Arc<Pod>, PodError> {
         let mut resources = Resources::new(spec.directory.clone());
+        let timeline = Timeline::new(spec.received_us);
         let launched = Instant::now();
-        match boot::boot(spec, &mut resources).await {
-            Ok(booted) => Ok(Pod::assemble(&spec.id, booted, resources, launched)),
+        match boot::boot(spec, &mut resources, &timeline).await {
+            Ok(booted) => Ok(Pod::assemble(&spec.id, booted, resources, launched, timeline)),
             Err(error) => {
                 let explained = resources.explain(error);
                 resources.release().await;
@@ -146,7 +152,13 @@ impl Pod {
     }
 
     /// Takes charge of a guest that boots.
-    fn assemble(id: &str, booted: Booted, resources: Resources, launched: Instant) -> Arc<Pod> {
+    fn assemble(
+        id: &str,
+        booted: Booted,
+        resources: Resources,
+        launched: Instant,
+        timeline: Timeline,
+    ) -> Arc<Pod> {
         let pod = Arc::new(Pod {
             id: id.to_owned(),
             tree: booted.tree,
@@ -154,6 +166,7 @@ impl Pod {
             control: booted.control,
             vmm: booted.vmm,
             launched,
+            timeline,
             next_stream: AtomicU64::new(1),
             resources: tokio::sync::Mutex::new(resources),
             stopping: watch::Sender::new(false),
@@ -180,7 +193,7 @@ impl Pod {
             listening,
             vmm: ProcessId::current().unwrap(),
         };
-        Pod::assemble(id, booted, Resources::new(directory), Instant::now())
+        Pod::assemble(id, booted, Resources::new(directory), Instant::now(), Timeline::new(now_us()))
     }
 
     /// Waits for the agent and makes the guest this pod's.
@@ -207,6 +220,10 @@ impl Pod {
         };
         match answer {
             Ok(answer) => {
+                let now = now_us();
+                self.timeline
+                    .stamp_at("kernel", now - answer.ready_us.saturating_sub(answer.started_us).min(now));
+                self.timeline.stamp_at("agent", now);
                 log::info!(
                     "agent ready: {} us after the start of the VMM, {} us of guest time, agent {}, guest kernel {}",
                     self.launched.elapsed().as_micros(),
@@ -241,6 +258,11 @@ impl Pod {
     /// The tree that the guest shares with the host.
     pub fn tree(&self) -> &SharedTree {
         &self.tree
+    }
+
+    /// The moments of its start.
+    pub fn timeline(&self) -> &Timeline {
+        &self.timeline
     }
 
     /// The process that containerd is told as the pid of every task: it lives as long as the pod, and it is the only

@@ -1,6 +1,6 @@
 //! Making a container, and with the first one the pod.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use bulkhead_agent_protocol as api;
@@ -19,6 +19,7 @@ use crate::host::cgroup;
 use crate::id;
 use crate::options::RuntimeOptions;
 use crate::pod::agent::AgentError;
+use crate::pod::timeline::now_us;
 use crate::pod::{DEATH_LIMIT, Pod, PodSpec, state};
 use crate::spec::sandbox::Role;
 use crate::spec::{self, GuestSpec, PodNamespaces};
@@ -32,6 +33,7 @@ const PIDS_MAX: u32 = 128;
 impl Shim {
     /// Sets a container up; gives what containerd is told as its process id. Nothing of it is left when this fails.
     pub async fn create(self: Arc<Self>, request: CreateTaskRequest) -> Result<u32, ApiError> {
+        let received_us = now_us();
         id::check(&request.id).map_err(|error| ApiError::invalid(error.to_string()))?;
         if !request.checkpoint.is_empty() {
             return Err(ApiError::invalid("restoring from a checkpoint is not supported"));
@@ -43,7 +45,7 @@ impl Shim {
                 format!("there is a container {:?} already", request.id),
             ));
         }
-        let container = match self.create_in(&mut slot, &request).await {
+        let container = match self.create_in(&mut slot, &request, received_us).await {
             Ok(container) => container,
             Err(error) => {
                 log::error!("container {}: {error}", request.id);
@@ -73,6 +75,7 @@ impl Shim {
         self: &Arc<Self>,
         slot: &mut Slot,
         request: &CreateTaskRequest,
+        received_us: u64,
     ) -> Result<Arc<Container>, ApiError> {
         let bundle = PathBuf::from(&request.bundle);
         if !bundle.is_absolute() {
@@ -100,7 +103,12 @@ impl Shim {
         let is_new = existing.is_none();
         let pod = match existing {
             Some(pod) => pod,
-            None => Pod::launch(&pod_spec(request, &spec, &role, &bundle)?).await?,
+            None => {
+                let (config, cgroup) = pod_config(request, &spec, &role)?;
+                let directory = bundle.join(state::DIRECTORY);
+                let id = request.id.clone();
+                Pod::launch(&PodSpec { id, directory, config, cgroup, received_us }).await?
+            }
         };
         let own_pid_namespace = guest.own_pid_namespace;
         let order =
@@ -160,7 +168,9 @@ impl Order<'_> {
             ..Default::default()
         };
         let answer = pod.agent().create_container(&message).await;
-        Ok((explain(pod, answer).await?, io))
+        let guest_pid = explain(pod, answer).await?;
+        pod.timeline().stamp("container");
+        Ok((guest_pid, io))
     }
 }
 
@@ -196,12 +206,13 @@ fn pod_for(slot: &Slot, id: &str, role: &Role) -> Result<Option<Arc<Pod>>, ApiEr
     }
 }
 
-fn pod_spec(
+type PodCgroup = Option<(PathBuf, cgroup::Limits)>;
+
+fn pod_config(
     request: &CreateTaskRequest,
     spec: &Spec,
     role: &Role,
-    bundle: &Path,
-) -> Result<PodSpec, ApiError> {
+) -> Result<(Config, PodCgroup), ApiError> {
     let options = match request.options.as_ref() {
         Some(any) => RuntimeOptions::from_any(any)?,
         None => RuntimeOptions::default(),
@@ -210,19 +221,11 @@ fn pod_spec(
     let config = Config::load(&options.config)?.with_annotations(&annotations)?;
     // containerd's own debug switch counts as well.
     log::set_max_level(config.log_level.max(log::max_level()));
-    Ok(PodSpec {
-        id: request.id.clone(),
-        directory: bundle.join(state::DIRECTORY),
-        cgroup: pod_cgroup(spec, role, &config)?,
-        config,
-    })
+    let cgroup = pod_cgroup(spec, role, &config)?;
+    Ok((config, cgroup))
 }
 
-fn pod_cgroup(
-    spec: &Spec,
-    role: &Role,
-    config: &Config,
-) -> Result<Option<(PathBuf, cgroup::Limits)>, ApiError> {
+fn pod_cgroup(spec: &Spec, role: &Role, config: &Config) -> Result<PodCgroup, ApiError> {
     let Some(linux) = spec.linux() else { return Ok(None) };
     let Some(path) = linux.cgroups_path().as_ref().filter(|path| !path.as_os_str().is_empty()) else {
         return Ok(None);

@@ -290,6 +290,8 @@ async fn start(shim: &Shim, id: &str, exec_id: &str) -> Result<u32, ApiError> {
         State::Stopped(_) => return Err(ended(&container)),
     }
     explain(&container.pod, container.pod.agent().start(id, exec_id).await).await?;
+    container.pod.timeline().stamp("start");
+    container.pod.timeline().finish(id);
     process.set_state(State::Running);
     let pid = process.pid;
     shim.publisher.publish(if exec_id.is_empty() {
