@@ -71,7 +71,11 @@ async fn complete<T: Send + 'static>(
     }
 }
 
+/// Longest error message in characters. A specification may have anything in it that a message quotes.
+const MAX_MESSAGE: usize = 2048;
+
 fn rpc_error(code: Code, message: impl ToString) -> ttrpc::Error {
+    let message: String = message.to_string().chars().take(MAX_MESSAGE).collect();
     ttrpc::Error::RpcStatus(get_status(code, message))
 }
 

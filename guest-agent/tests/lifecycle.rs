@@ -331,6 +331,10 @@ async fn failed_containers_leave_nothing() {
         let invalid = !expected.contains("nonsense");
         assert_eq!(code == Code::INVALID_ARGUMENT, invalid, "{code:?} {message}");
     }
+    // What is quoted of a specification is cut: the host takes no long answers.
+    let long = change(&|spec| spec["process"]["env"] = json!(["x".repeat(100_000)]));
+    let (code, message) = failure(guest.create(&id, &long, &Stdio::default()).await);
+    assert_eq!((code, message.len()), (Code::INVALID_ARGUMENT, 2048));
     // A program that is one only in name fails when it is started.
     std::fs::write(root.join("bin/broken"), "not a program").unwrap();
     std::fs::set_permissions(root.join("bin/broken"), std::os::unix::fs::PermissionsExt::from_mode(0o755))

@@ -142,3 +142,25 @@ async fn a_container_manages_groups_of_its_own() {
     assert!(!deep.exists());
     guest.finish().await;
 }
+
+#[tokio::test(flavor = "current_thread")]
+async fn a_container_can_not_lift_its_own_limits() {
+    let Some(guest) = Guest::start("lift").await else { return };
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    if !mounts.lines().any(|line| line.contains(" cgroup2 ") && line.contains("nsdelegate")) {
+        return skip("cgroup v2 is mounted without nsdelegate here");
+    }
+    let root = guest.rootfs("root");
+    let script = "cd /sys/fs/cgroup; for f in pids.max cgroup.max.depth; do echo max > $f; cat $f; done";
+    let mut spec = guest.spec(&root, script);
+    spec["linux"]["resources"]["pids"] = json!({"limit": 30});
+    for mount in spec["mounts"].as_array_mut().unwrap() {
+        if mount["type"] == "cgroup" || mount["type"] == "sysfs" {
+            mount["options"] = json!(["rw"]);
+        }
+    }
+    let output = guest.run(&guest.id("a"), &spec).await;
+    assert_eq!(output.stdout, "30\n64\n", "{output:?}");
+    assert_eq!(output.stderr.matches("not permitted").count(), 2, "{output:?}");
+    guest.finish().await;
+}

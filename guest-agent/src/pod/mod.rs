@@ -5,7 +5,7 @@ mod error;
 mod events;
 mod process;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -36,7 +36,11 @@ pub struct Pod {
     events: EventQueue,
     null: OwnedFd,
     containers: Mutex<HashMap<String, Slot>>,
+    remarks: Mutex<HashSet<String>>,
 }
+
+/// Most different remarks that are logged.
+const MAX_REMARKS: usize = 64;
 
 /// A container's place, so that its id is taken while it is being made or removed.
 #[derive(Debug, Clone)]
@@ -60,6 +64,7 @@ impl Pod {
             events: EventQueue::default(),
             null: null.map_err(|source| PodError::System { what: "open /dev/null", source })?.into(),
             containers: Mutex::default(),
+            remarks: Mutex::default(),
         });
         tokio::spawn(pod.clone().watch_memory());
         Ok(pod)
@@ -139,6 +144,14 @@ impl Pod {
             {
                 log::warn!("container {}: {}", container.id(), crate::error_chain(&error));
             }
+        }
+    }
+
+    /// Logs what a container has to do without, once for all containers: most of them lack the same.
+    fn remark(&self, container_id: &str, remark: &str) {
+        let mut remarks = self.remarks.lock().unwrap_or_else(PoisonError::into_inner);
+        if remarks.len() < MAX_REMARKS && remarks.insert(remark.to_owned()) {
+            log::warn!("container {container_id}: {remark}");
         }
     }
 

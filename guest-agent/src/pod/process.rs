@@ -80,7 +80,7 @@ impl Process {
     ) -> Result<Arc<Self>, PodError> {
         let system = |what| move |source| PodError::System { what, source };
         for remark in &new.plan.remarks {
-            log::warn!("container {}: {remark}", new.container_id);
+            pod.remark(new.container_id, remark);
         }
         let terminal = new.stdio.terminal.then(|| terminal_size(&new));
         let host = HostStreams {
@@ -110,7 +110,7 @@ impl Process {
                 pid = second;
                 exits.push((second, pod.reaper.expect(second)));
             }
-            Progress::Remark(remark) => log::warn!("container {}: {remark}", new.container_id),
+            Progress::Remark(remark) => pod.remark(new.container_id, &remark),
         });
         let master = match ready.await {
             Ok(master) => master,

@@ -19,8 +19,12 @@ use crate::sys::path;
 /// Controllers that containers use, if the kernel has them.
 const CONTROLLERS: [&str; 6] = ["cpu", "cpuset", "hugetlb", "io", "memory", "pids"];
 
-/// Most process ids that are reported of a container.
-const MAX_PIDS: usize = 1 << 16;
+/// Most process ids that are reported of a container; the host takes no long answers.
+const MAX_PIDS: usize = 8192;
+
+/// Groups that a container may make inside its own: how deep, and how many.
+const MAX_DEPTH: &str = "64";
+const MAX_DESCENDANTS: &str = "4096";
 
 /// How long the kernel may take to freeze or empty a group.
 const SETTLE_LIMIT: Duration = Duration::from_secs(10);
@@ -84,7 +88,11 @@ impl Hierarchy {
             result => result.map_err(error)?,
         }
         let directory = path::open_directory(&path).map_err(error)?;
-        Ok(Cgroup { path, directory })
+        let cgroup = Cgroup { path, directory };
+        // What a container makes there the agent has to walk through.
+        cgroup.write("cgroup.max.depth", MAX_DEPTH)?;
+        cgroup.write("cgroup.max.descendants", MAX_DESCENDANTS)?;
+        Ok(cgroup)
     }
 }
 
@@ -195,8 +203,7 @@ impl Cgroup {
             let entry = entry.map_err(error)?;
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 match self.visit(&entry.path(), action) {
-                    // The container removed a group of its own meanwhile.
-                    Err(CgroupError::Read { source, .. }) if is_gone(&source) => {}
+                    Err(CgroupError::Read { source, .. }) if is_passed_over(&source) => {}
                     result => result?,
                 }
             }
@@ -205,8 +212,9 @@ impl Cgroup {
     }
 }
 
-fn is_gone(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV))
+/// Whether a group inside a container's is gone meanwhile, or is one of threads, whose processes are listed above it.
+fn is_passed_over(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EOPNOTSUPP))
 }
 
 fn read(path: &Path) -> Result<String, CgroupError> {
