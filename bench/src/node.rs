@@ -36,6 +36,15 @@ pub fn processes() -> Vec<Process> {
         .collect()
 }
 
+/// This process, its parent, its parent's parent and so on.
+pub fn own_ancestry() -> Vec<u32> {
+    let parent = |pid: &u32| -> Option<u32> {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        value_of(&status, "PPid")?.try_into().ok().filter(|parent| *parent > 0)
+    };
+    std::iter::successors(Some(std::process::id()), parent).collect()
+}
+
 /// Memory that nobody else can have until its users give it back, in bytes: what is neither free nor page cache that can be
 /// dropped. Pods pages shared through the page cache (programs, templates) do not count, their own pages do.
 ///
@@ -82,7 +91,7 @@ fn resident_of(smaps: &str, excluded: u64) -> u64 {
     total
 }
 
-/// The number in the line `NAME: NUMBER kB`.
+/// The number in the line `NAME: NUMBER ...`.
 fn value_of(text: &str, name: &str) -> Option<u64> {
     text.lines()
         .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
@@ -148,6 +157,13 @@ mod tests {
         assert!(proportional_set_size(own.pid).unwrap() > 0);
         assert!(resident_without_large_mappings(own.pid, u64::MAX).unwrap() > 0);
         assert_eq!(resident_without_large_mappings(own.pid, 0), Some(0));
+    }
+
+    #[test]
+    fn our_ancestry_begins_with_us_and_leads_up() {
+        let ancestry = own_ancestry();
+        assert_eq!(ancestry[0], std::process::id());
+        assert_eq!(ancestry[1], std::os::unix::process::parent_id());
     }
 
     #[test]

@@ -6,7 +6,7 @@ pub mod spec;
 pub mod tar;
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -16,14 +16,14 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::process::{Child, Command};
 
-use crate::node::processes;
+use crate::node::{self, processes};
 use client::{Client, NAMESPACE};
 
 /// How long containerd may take to answer after its start, and to end after it was told to.
 const START_LIMIT: Duration = Duration::from_secs(60);
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
-/// Where the containers' cgroups are, on a cgroup v2 node.
+/// Where cgroups are.
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 /// Plugins that pods started through the container API do not need. Fewer of them start faster.
@@ -143,14 +143,16 @@ impl Containerd {
 
     fn stop(&mut self) {
         // Shims and VMMs first (their command lines name our directory), so that nobody restarts or waits for anything.
-        let own = self.directory.display().to_string();
-        let containerd = self.pid();
+        let ours = format!("{}/", self.directory.display());
+        // Those that started us may well be told of the directory too.
+        let mut spared = node::own_ancestry();
+        spared.extend(self.pid());
         for process in processes() {
-            if Some(process.pid) != containerd && process.command_line.contains(&own) {
+            if process.command_line.contains(&ours) && !spared.contains(&process.pid) {
                 let _ = kill(Pid::from_raw(process.pid as i32), Signal::SIGKILL);
             }
         }
-        remove_cgroup(&Path::new(CGROUP_ROOT).join(NAMESPACE));
+        remove_cgroups();
         if let Some(mut process) = self.process.take() {
             if let Some(pid) = process.id() {
                 let _ = kill(Pid::from_raw(pid as i32), Signal::SIGTERM);
@@ -184,11 +186,25 @@ fn configuration(directory: &Path) -> String {
     )
 }
 
-/// Kills what runs in a cgroup v2 tree, and removes the tree.
+/// Removes the containers' cgroups: from the unified tree, or from that of each controller of version 1.
+fn remove_cgroups() {
+    let root = Path::new(CGROUP_ROOT);
+    remove_cgroup(&root.join(NAMESPACE));
+    for entry in fs::read_dir(root).into_iter().flatten().flatten() {
+        remove_cgroup(&entry.path().join(NAMESPACE));
+    }
+}
+
+/// Kills what runs in a cgroup (version 1 can't), and removes it with those below.
 fn remove_cgroup(cgroup: &Path) {
-    if fs::write(cgroup.join("cgroup.kill"), "1").is_err() {
+    if !cgroup.is_dir() {
         return;
     }
+    // The file is there in version 2 only.
+    let _ = fs::OpenOptions::new()
+        .write(true)
+        .open(cgroup.join("cgroup.kill"))
+        .and_then(|mut file| file.write_all(b"1"));
     let deadline = Instant::now() + STOP_LIMIT;
     while cgroup.exists() && Instant::now() < deadline {
         remove_directories(cgroup);
