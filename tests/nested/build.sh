@@ -29,7 +29,7 @@ for tool in qemu-system-x86_64 cpio depmod modprobe mke2fs strip readelf; do
 done
 PATH=$PATH:/usr/sbin:/sbin
 
-digest=$({ cat "$here"/{build.sh,init.sh,initramfs-init.sh,machine.sh}; qemu-system-x86_64 --version; } | sha256sum | cut -d' ' -f1)
+digest=$({ cat "$here"/{build.sh,fix-qemu.sh,init.sh,initramfs-init.sh,machine.sh}; qemu-system-x86_64 --version; } | sha256sum | cut -d' ' -f1)
 up_to_date() { [[ $(cat "$cache/stamp" 2>/dev/null) == "$digest" ]]; }
 up_to_date && exit 0
 mkdir -p "$cache"
@@ -48,6 +48,12 @@ cleanup() {
 }
 trap cleanup EXIT
 trap 'exit 130' INT TERM
+
+# QEMU looks for its firmware and modules beside itself.
+mkdir -p "$cache/bin"
+ln -sfn /usr/share "$cache/share"
+ln -sfn /usr/lib "$cache/lib"
+"$here/fix-qemu.sh" "$cache/bin/qemu-system-x86_64"
 
 fetch() { "$root/guest-image/fetch-debs.sh" "$@"; }
 fetch bookworm "$debs/bookworm" "${bookworm[@]}" linux-image-cloud-amd64

@@ -14,7 +14,7 @@ nested_results_bytes=$((256 << 20))
 nested_machine() {
     local share=$1 dir=$2 cache=$3
     machine=(
-        qemu-system-x86_64 -nodefaults -no-user-config -nographic -no-reboot
+        "$cache/bin/qemu-system-x86_64" -nodefaults -no-user-config -nographic -no-reboot
         -accel tcg,thread=single -icount shift=0,sleep=off -rtc clock=vm
         -cpu EPYC-v3,+svm,+npt -smp 1 -m "$nested_memory" -M q35,memory-backend=ram
         -object "memory-backend-file,id=ram,size=$nested_memory,mem-path=$cache/ram.img,share=$share"

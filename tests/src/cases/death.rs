@@ -106,9 +106,6 @@ fn of_the_agent(environment: &mut Environment) -> Outcome<String> {
     container.exec("beside", &bundle::process(&["sleep", "100000"]), Streams::default())?;
     let since = Instant::now();
     container.stdio.write(b"go\n")?;
-    let said =
-        |container: &Container| container.stdio.stdout.until("\0", Duration::from_secs(2)).err().map(|e| e.0);
-    eprintln!("debug {:?}", said(&container));
     expect_dead(environment, container, since)
 }
 
