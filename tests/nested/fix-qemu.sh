@@ -10,7 +10,7 @@ set -euo pipefail
 
 source=$(command -v qemu-system-x86_64)
 target=$1
-cp "$source" "$target"
+cp --remove-destination "$source" "$target" # a copy that is running stays as it is
 
 # exception_index = vector; exception_is_int = 0; exception_next_eip = -1; if (qemu_loglevel_mask(...)) ...;
 # do_interrupt_x86_hardirq(env, vector, 1)
