@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use containerd_shim::Flags;
 use log::LevelFilter;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
@@ -78,7 +79,16 @@ fn set_up(flags: &Flags) -> Result<tokio::runtime::Runtime, ServeError> {
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     let level = if flags.debug { LevelFilter::Debug } else { LevelFilter::Info };
     crate::logging::init(Path::new("log"), &flags.id, level).map_err(setup("open the log"))?;
+    // Nothing is named by the working directory any more, and the bundle can be unmounted.
+    std::env::set_current_dir("/").map_err(setup("leave the bundle"))?;
+    raise_descriptor_limit().map_err(setup("raise the limit of open files"))?;
     tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(setup("start the runtime"))
+}
+
+/// Each process has up to nine descriptors here, and the usual soft limit is for programs that use `select`.
+fn raise_descriptor_limit() -> io::Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    Ok(setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?)
 }
 
 fn prepare(listener: OwnedFd) -> Result<UnixListener, ServeError> {
@@ -94,7 +104,8 @@ async fn serve(flags: &Flags, listener: UnixListener, report: OwnedFd) -> Result
     let mut terminate = signal(SignalKind::terminate()).map_err(setup("handle SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(setup("handle SIGINT"))?;
     let publisher = Publisher::start(&std::env::var("TTRPC_ADDRESS").unwrap_or_default(), &flags.namespace);
-    let shim = Arc::new(Shim::new(publisher));
+    let least_logged = if flags.debug { LevelFilter::Debug } else { LevelFilter::Off };
+    let shim = Arc::new(Shim::new(publisher, least_logged));
     let listener = Listener::try_from(listener).map_err(setup("listen"))?;
     let mut server = Server::new().add_listener(listener).register_service(services(&shim));
     server.start().await.map_err(ServeError::Serve)?;

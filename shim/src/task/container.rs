@@ -171,7 +171,7 @@ impl Container {
         let mut failures = 0;
         loop {
             match self.pod.agent().wait(&self.id, &process.exec_id).await {
-                Ok(exit) => return exit,
+                Ok(exit) => return plausible(exit, crate::pod::now_ns()),
                 // The pod's death follows.
                 Err(AgentError::Lost) => std::future::pending().await,
                 Err(error) => {
@@ -232,6 +232,32 @@ impl Container {
                 exited_at: timestamp(exit.at_ns),
                 ..Default::default()
             }));
+        }
+    }
+}
+
+/// What the guest says of an exit, within what can be: containerd and others compute with it.
+fn plausible(exit: Exit, now_ns: i64) -> Exit {
+    /// The report is on its way for milliseconds; a guest's clock may be off by some more.
+    const SLACK_NS: i64 = 5_000_000_000;
+    let at_ns = if (now_ns - SLACK_NS..=now_ns).contains(&exit.at_ns) { exit.at_ns } else { now_ns };
+    Exit { status: exit.status.min(255), at_ns }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exits_that_cannot_be_are_bounded() {
+        let now = 100_000_000_000;
+        let plausible = |status, at_ns| {
+            let exit = plausible(Exit { status, at_ns }, now);
+            (exit.status, exit.at_ns)
+        };
+        assert_eq!(plausible(3, now - 1), (3, now - 1));
+        for wrong in [i64::MIN, 0, now + 1, i64::MAX] {
+            assert_eq!(plausible(u32::MAX, wrong), (255, now));
         }
     }
 }

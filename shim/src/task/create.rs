@@ -105,6 +105,7 @@ impl Shim {
             Some(pod) => pod,
             None => {
                 let (config, cgroup) = pod_config(request, &spec, &role)?;
+                log::set_max_level(config.log_level.max(self.least_logged));
                 let directory = bundle.join(state::DIRECTORY);
                 let id = request.id.clone();
                 Pod::launch(&PodSpec { id, directory, config, cgroup, received_us }).await?
@@ -127,6 +128,8 @@ impl Shim {
                 if is_new {
                     pod.stop().await;
                 } else {
+                    // The agent may have got further than its answer.
+                    let _ = pod.agent().delete(&request.id, "").await;
                     rootfs::remove(pod.tree(), &request.id).await;
                 }
                 Err(error)
@@ -219,8 +222,6 @@ fn pod_config(
     };
     let annotations = spec.annotations().clone().unwrap_or_default();
     let config = Config::load(&options.config)?.with_annotations(&annotations)?;
-    // containerd's own debug switch counts as well.
-    log::set_max_level(config.log_level.max(log::max_level()));
     let cgroup = pod_cgroup(spec, role, &config)?;
     Ok((config, cgroup))
 }

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use containerd_shim_protos::events::task::TaskOOM;
+use log::LevelFilter;
 use tokio::sync::watch;
 
 use super::container::{Container, Process};
@@ -35,6 +36,8 @@ pub struct Slot {
 pub struct Shim {
     /// For containerd.
     pub publisher: Publisher,
+    /// Logged whatever the configuration says: containerd's own debug switch.
+    pub least_logged: LevelFilter,
     /// Held while a pod or a container is made or the pod is released: one at a time.
     pub slot: tokio::sync::Mutex<Slot>,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
@@ -43,9 +46,10 @@ pub struct Shim {
 
 impl Shim {
     /// A shim without a pod.
-    pub fn new(publisher: Publisher) -> Shim {
+    pub fn new(publisher: Publisher, least_logged: LevelFilter) -> Shim {
         Shim {
             publisher,
+            least_logged,
             slot: tokio::sync::Mutex::default(),
             containers: Mutex::default(),
             exiting: watch::Sender::new(false),

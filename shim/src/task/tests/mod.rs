@@ -77,7 +77,7 @@ impl Stage {
             .register_service(create_events(Arc::new(Containerd(Arc::clone(&events)))));
         containerd.start().await.unwrap();
 
-        let shim = Arc::new(Shim::new(Publisher::start(&socket("events"), "test")));
+        let shim = Arc::new(Shim::new(Publisher::start(&socket("events"), "test"), log::LevelFilter::Off));
         let mut server = Server::new().bind(&socket("task")).unwrap().register_service(services(&shim));
         server.start().await.unwrap();
         let client = TaskClient::new(Client::connect(&socket("task")).await.unwrap());
