@@ -12,8 +12,10 @@ use crate::memory::GuestRam;
 /// - `console=hvc0`: the console is virtio;
 /// - `reboot=k,panic_warm panic=-1`: reset through the keyboard controller, at once after a panic, and then leave the
 ///   "warm" mark at [`crate::layout::RESET_FLAG`] that tells a panic from a reset;
-/// - `initcall_blacklist=cmos_init`: no search for a battery-backed clock, which would take a second to be given up.
-const BASE: &str = "console=hvc0 reboot=k,panic_warm panic=-1 initcall_blacklist=cmos_init";
+/// - `initcall_blacklist=cmos_init`: no search for a battery-backed clock, which would take a second to be given up;
+/// - `cpuhp.parallel=0`: vCPUs start one after the other, rather than all at once to spin until it is their turn, which
+///   takes the host's CPU from the one that works.
+const BASE: &str = "console=hvc0 reboot=k,panic_warm panic=-1 initcall_blacklist=cmos_init cpuhp.parallel=0";
 
 /// Why a command line can't be used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
