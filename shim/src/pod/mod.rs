@@ -18,7 +18,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bulkhead_agent_protocol::{ConfigureRequest, STDIO_PORT};
@@ -86,6 +86,8 @@ pub struct Pod {
     vmm: ProcessId,
     launched: Instant,
     timeline: Timeline,
+    /// Whether the agent has ever answered: only then can it be asked to power the guest off.
+    is_up: AtomicBool,
     next_stream: AtomicU64,
     resources: tokio::sync::Mutex<Resources>,
     /// Set by [`Pod::stop`]: from then on the end of the pod is no accident.
@@ -167,6 +169,7 @@ impl Pod {
             vmm: booted.vmm,
             launched,
             timeline,
+            is_up: AtomicBool::new(false),
             next_stream: AtomicU64::new(1),
             resources: tokio::sync::Mutex::new(resources),
             stopping: watch::Sender::new(false),
@@ -193,7 +196,10 @@ impl Pod {
             listening,
             vmm: ProcessId::current().unwrap(),
         };
-        Pod::assemble(id, booted, Resources::new(directory), Instant::now(), Timeline::new(now_us()))
+        let resources = Resources::new(directory);
+        let pod = Pod::assemble(id, booted, resources, Instant::now(), Timeline::new(now_us()));
+        pod.is_up.store(true, Ordering::Relaxed);
+        pod
     }
 
     /// Waits for the agent and makes the guest this pod's.
@@ -220,6 +226,7 @@ impl Pod {
         };
         match answer {
             Ok(answer) => {
+                self.is_up.store(true, Ordering::Relaxed);
                 let now = now_us();
                 self.timeline
                     .stamp_at("kernel", now - answer.ready_us.saturating_sub(answer.started_us).min(now));
@@ -314,15 +321,24 @@ impl Pod {
     /// Powers the guest off and releases everything. Idempotent; returns when it is done, whoever began it.
     pub async fn stop(&self) {
         if !self.stopping.send_replace(true) && self.death().is_none() {
-            self.agent.power_off(POWER_OFF_LIMIT).await;
-            if tokio::time::timeout(POWER_OFF_LIMIT, self.died()).await.is_err() {
-                log::warn!("the guest did not power off in time and is killed");
+            let powered_off = self.is_up.load(Ordering::Relaxed) && self.power_off().await;
+            if !powered_off {
                 self.control.close();
                 self.resources.lock().await.kill();
             }
         }
         self.died().await;
         self.resources.lock().await.release().await;
+    }
+
+    /// Asks the guest to power itself off; tells whether it did.
+    async fn power_off(&self) -> bool {
+        self.agent.power_off(POWER_OFF_LIMIT).await;
+        let ended = tokio::time::timeout(POWER_OFF_LIMIT, self.died()).await.is_ok();
+        if !ended {
+            log::warn!("the guest did not power off within {} s and is killed", POWER_OFF_LIMIT.as_secs());
+        }
+        ended
     }
 
     /// Waits for the end, whichever part of the pod it comes from, tells everybody, and releases everything.
@@ -353,12 +369,14 @@ impl Pod {
         self.control.close();
         let mut resources = self.resources.lock().await;
         let reason = reason.unwrap_or_else(|| "the VMM closed its control socket".to_owned());
-        let reason = resources.explain_end(reason);
-        if *self.stopping.borrow() {
+        let reason = if *self.stopping.borrow() {
             log::info!("the pod's virtual machine has ended: {reason}");
+            reason
         } else {
+            let reason = resources.explain_end(reason);
             log::error!("the pod's virtual machine has ended unexpectedly: {reason}");
-        }
+            reason
+        };
         // Told first: nobody has to wait for what is only housekeeping.
         self.death.send_replace(Some(Death { reason, at_ns: now_ns() }));
         resources.release().await;
