@@ -327,7 +327,7 @@ async fn failed_containers_leave_nothing() {
     ];
     for (spec, expected) in cases {
         let (code, message) = failure(guest.create(&id, &spec, &Stdio::default()).await);
-        assert!(message.contains(expected), "{expected}: {message}");
+        assert_eq!(message.matches(expected).count(), 1, "{expected}: {message}");
         let invalid = !expected.contains("nonsense");
         assert_eq!(code == Code::INVALID_ARGUMENT, invalid, "{code:?} {message}");
     }
@@ -342,7 +342,7 @@ async fn failed_containers_leave_nothing() {
     guest.create(&id, &args(&["broken"]), &Stdio::default()).await.unwrap();
     let (code, message) = failure(guest.start_process(&id, "").await);
     assert_eq!(code, Code::INVALID_ARGUMENT);
-    assert!(message.contains("exec format error"), "{message}");
+    assert!(message.ends_with("container process: exec: \"/bin/broken\": exec format error"), "{message}");
     guest.delete(&id, "").await.unwrap();
     assert_eq!(guest.run(&id, &guest.spec(&root, "echo fine")).await.stdout, "fine\n");
     guest.finish().await;

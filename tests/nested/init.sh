@@ -19,9 +19,6 @@ ln -s /proc/self/fd/0 /dev/stdin
 ln -s /proc/self/fd/1 /dev/stdout
 ln -s /proc/self/fd/2 /dev/stderr
 
-# QEMU's emulation of SVM's virtual GIF lets interrupts of this machine slip into a guest, which then hangs both; none of
-# our guests runs guests of its own.
-modprobe kvm-amd nested=0 vgif=0 vls=0
 for module in $(cat /etc/nested-modules); do modprobe "$module" || echo "nested host: no module $module" >/dev/console; done
 for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do echo "+$controller" >/sys/fs/cgroup/cgroup.subtree_control; done
 hostname nested-host

@@ -314,14 +314,6 @@ impl FileSystem for SharedTree {
         transfer::write(&handle.file, request, size as usize, offset, append)
     }
 
-    fn flush(&self, _ctx: &Context, node: u64, handle: u64, _lock_owner: u64) -> io::Result<()> {
-        // Local file systems have nothing to say at close; network ones report lost writes only then, to a close of
-        // their own.
-        let handle = self.handles.get(handle, node)?;
-        drop(handle.file.try_clone()?);
-        Ok(())
-    }
-
     fn fsync(&self, _ctx: &Context, node: u64, datasync: bool, handle: u64) -> io::Result<()> {
         let handle = self.handles.get(handle, node)?;
         Ok(if datasync { fs::fdatasync(&handle.file) } else { fs::fsync(&handle.file) }?)

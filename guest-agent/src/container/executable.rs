@@ -19,8 +19,8 @@ pub enum ExecutableError {
     Directory(String),
     #[error("exec: {0:?}: permission denied")]
     PermissionDenied(String),
-    #[error("exec: {name:?}: {}", describe(.source))]
-    Other { name: String, source: io::Error },
+    #[error("exec: {name:?}: {}", describe(.cause))]
+    Other { name: String, cause: io::Error },
 }
 
 fn describe(error: &io::Error) -> String {
@@ -40,7 +40,7 @@ pub fn find(name: &OsStr, search_path: Option<&OsStr>) -> Result<PathBuf, Execut
                 Some(libc::ENOENT | libc::ENOTDIR) => ExecutableError::NoSuchFile { name: text() },
                 Some(libc::EISDIR) => ExecutableError::Directory(text()),
                 Some(libc::EACCES) => ExecutableError::PermissionDenied(text()),
-                _ => ExecutableError::Other { name: text(), source: error },
+                _ => ExecutableError::Other { name: text(), cause: error },
             }
         });
     }
@@ -73,7 +73,7 @@ fn check_executable(path: &Path) -> io::Result<()> {
 
 /// Executes a program in the place of the calling process; returns only when that failed.
 pub fn execute(path: &Path, arguments: &[CString], environment: &[CString]) -> ExecutableError {
-    let failed = |source| ExecutableError::Other { name: path.to_string_lossy().into_owned(), source };
+    let failed = |cause| ExecutableError::Other { name: path.to_string_lossy().into_owned(), cause };
     let pointers = |list: &[CString]| {
         list.iter().map(|text| text.as_ptr()).chain([std::ptr::null()]).collect::<Vec<_>>()
     };

@@ -11,6 +11,9 @@ use super::{c_path, check};
 /// Symbolic links followed in one look-up before it fails with `ELOOP`, as in the kernel.
 const MAX_LINKS: usize = 40;
 
+/// Look-ups that the kernel gives up because of what happens elsewhere are tried this often.
+const MAX_ATTEMPTS: usize = 256;
+
 #[repr(C)]
 struct OpenHow {
     flags: u64,
@@ -21,9 +24,11 @@ struct OpenHow {
 fn openat2(dir: BorrowedFd<'_>, path: &Path, flags: i32, mode: u32, resolve: u64) -> io::Result<OwnedFd> {
     let path = if path.as_os_str().is_empty() { c".".to_owned() } else { c_path(path)? };
     let how = OpenHow { flags: (flags | libc::O_CLOEXEC) as u64, mode: mode.into(), resolve };
-    super::retry(|| {
+    let mut attempts = 0;
+    loop {
+        attempts += 1;
         // SAFETY: `path` is NUL-terminated and `how` has the kernel's layout; both outlive the call.
-        let fd = check(unsafe {
+        let result = check(unsafe {
             libc::syscall(
                 libc::SYS_openat2,
                 dir.as_raw_fd(),
@@ -31,10 +36,16 @@ fn openat2(dir: BorrowedFd<'_>, path: &Path, flags: i32, mode: u32, resolve: u64
                 &raw const how,
                 size_of::<OpenHow>(),
             )
-        })?;
-        // SAFETY: the call returned a new descriptor that nothing else owns.
-        Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
-    })
+        });
+        match result {
+            // SAFETY: the call returned a new descriptor that nothing else owns.
+            Ok(fd) => return Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) }),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // The kernel does not follow `..` while anything anywhere is being renamed or mounted.
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && attempts < MAX_ATTEMPTS => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// Opens `path` as if `root` were the root directory: absolute links and `..` stay inside.
@@ -75,7 +86,7 @@ pub enum Missing {
 /// its end. Links are followed inside the root, also dangling ones. Returns a handle (`O_PATH`).
 pub fn create_in_root(root: BorrowedFd<'_>, path: &Path, missing: Missing) -> io::Result<OwnedFd> {
     match open_in_root(root, path, libc::O_PATH) {
-        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EAGAIN)) => {}
         result => return result,
     }
     Walk::new(root)?.create(path, missing)
@@ -279,6 +290,28 @@ mod tests {
         symlink("d1", test.root().join("d2")).unwrap();
         let error = create_in_root(test.handle().as_fd(), Path::new("/d1"), Missing::File).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ELOOP));
+    }
+
+    /// The kernel refuses to follow `..` while others rename; the look-up has to go on all the same.
+    #[test]
+    fn renames_elsewhere_do_not_disturb() {
+        let test = TestRoot::new("busy");
+        fs::create_dir_all(test.root().join("a/b")).unwrap();
+        let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let renaming = stop.clone();
+        let (from, to) = (test.0.join("from"), test.0.join("to"));
+        fs::create_dir(&from).unwrap();
+        let renamer = std::thread::spawn(move || {
+            while !renaming.load(std::sync::atomic::Ordering::Relaxed) {
+                fs::rename(&from, &to).unwrap();
+                fs::rename(&to, &from).unwrap();
+            }
+        });
+        for _ in 0..2000 {
+            open_in_root(test.handle().as_fd(), Path::new("a/../a/b/../b"), libc::O_PATH).unwrap();
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        renamer.join().unwrap();
     }
 
     #[test]

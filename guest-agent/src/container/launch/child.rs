@@ -41,7 +41,8 @@ enum ChildError {
     User(#[from] UserError),
     #[error(transparent)]
     Capability(#[from] CapabilityError),
-    #[error("unable to start container process: {0}")]
+    // The words of other OCI runtimes, which tools look for.
+    #[error("unable to start container process")]
     Executable(#[from] ExecutableError),
 }
 
