@@ -90,7 +90,8 @@ fi
 # One nested host per core; a shard's lines come as they are, its own summary is replaced by that of both.
 logs=$(mktemp -d "$root/target/payload/logs.XXXXXX")
 for shard in 1 2; do
-    "$nested" --timeout 3000 --results "$logs/$shard" "$payload" --shard "$shard/2" >"$logs/$shard.log" 2>&1 &
+    : >"$logs/$shard.log" # there before its reader looks for it
+    "$nested" --timeout 3000 --results "$logs/$shard" "$payload" --shard "$shard/2" >>"$logs/$shard.log" 2>&1 &
     pids+=($!)
     tail -q -n +1 -f --pid=$! "$logs/$shard.log" | grep --line-buffered -E '^(ok|FAIL|skip|     \|) ' &
 done
