@@ -13,7 +13,8 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use bulkhead_vmm_protocol::{
-    BlockConfig, CONTROL_FD, Channel, Event, ExitReason, FdIndex, FromVmm, Request, VmConfig, VsockConfig,
+    BlockConfig, CONTROL_FD, Channel, Event, ExitReason, FdIndex, FromVmm, MemorySource, Request, VmConfig,
+    VsockConfig,
 };
 
 struct Options {
@@ -41,6 +42,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     let config = VmConfig {
         vcpus: options.vcpus,
         memory_mib: options.memory,
+        memory: MemorySource::Anonymous,
         kvm: pass(OpenOptions::new().read(true).write(true).open("/dev/kvm")?.into()),
         kernel: pass(File::open(&options.kernel)?.into()),
         cmdline: options.cmdline,

@@ -61,7 +61,8 @@ fn boot(channel: &Channel) -> Result<Option<(RunningMachine, Handles)>, ControlE
     let Packet { message, fds } = channel.receive::<Request>()?;
     let result = match message {
         Request::Boot(config) => build_and_start(&config, fds),
-        Request::ConnectVsock { .. } => Err(invalid("nothing is booted yet")),
+        Request::Restore(_) => Err(invalid("machines can't be restored yet")),
+        Request::Save | Request::ConnectVsock { .. } => Err(invalid("nothing is booted yet")),
     };
     match result {
         Ok(running) => {
@@ -102,7 +103,8 @@ fn run(channel: &Channel, machine: &RunningMachine, handles: &Handles) -> Result
             Err(error) => return Err(error.into()),
         };
         let result = match packet.message {
-            Request::Boot(_) => Err(invalid("a machine is running already")),
+            Request::Boot(_) | Request::Restore(_) => Err(invalid("a machine is running already")),
+            Request::Save => Err(invalid("machines can't be saved yet")),
             Request::ConnectVsock { port } => connect_vsock(handles, port, packet.fds),
         };
         reply(channel, result)?;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use bulkhead_agent_protocol::AGENT_PORT;
 use bulkhead_vmm_protocol::{
-    BlockConfig, Channel, FdIndex, FsConfig, GuestStream, Request, VmConfig, VsockConfig,
+    BlockConfig, Channel, FdIndex, FsConfig, GuestStream, MemorySource, Request, VmConfig, VsockConfig,
 };
 use log::Level;
 use nix::sys::socket::SockType;
@@ -156,6 +156,7 @@ pub(super) async fn boot(spec: &PodSpec, resources: &mut Resources) -> Result<Bo
     let config = VmConfig {
         vcpus: spec.config.size.vcpus,
         memory_mib: spec.config.size.memory_mib,
+        memory: MemorySource::Anonymous,
         kvm: fds.add(files.kvm.as_fd()),
         kernel: fds.add(files.kernel.as_fd()),
         cmdline: format!("{KERNEL_PARAMS} {}", spec.config.kernel_params).trim_end().to_owned(),

@@ -8,8 +8,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use bulkhead_vmm_protocol::{
-    BlockConfig, CONTROL_FD, Channel, ChannelError, Event, ExitReason, FdIndex, FromVmm, Refusal, Request,
-    VmConfig, VsockConfig,
+    BlockConfig, CONTROL_FD, Channel, ChannelError, Event, ExitReason, FdIndex, FromVmm, MemorySource,
+    Refusal, Request, VmConfig, VsockConfig,
 };
 
 /// How long anything may take.
@@ -58,6 +58,7 @@ impl Boot {
             config: VmConfig {
                 vcpus: 1,
                 memory_mib: 64,
+                memory: MemorySource::Anonymous,
                 kvm: FdIndex(0),
                 kernel: FdIndex(1),
                 cmdline: String::new(),
