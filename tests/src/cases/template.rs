@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use serde_json::Value;
+
 use super::{Case, Container, Environment};
 use crate::bundle;
 use crate::cleanup::WorkDir;
@@ -21,6 +23,7 @@ use crate::{ensure, ensure_eq, fail};
 pub const CASES: &[Case] = &[
     Case::new("template-pods-are-unique", unique).bulkhead_only(),
     Case::new("template-damaged-is-not-used", damaged).bulkhead_only(),
+    Case::new("template-refused-by-the-vmm", refused).bulkhead_only(),
     Case::new("template-made-on-first-use", first_use).bulkhead_only(),
     Case::new("template-sizes", sizes).bulkhead_only(),
     Case::new("template-of-another-kernel", another_kernel).bulkhead_only(),
@@ -249,6 +252,34 @@ fn damaged(environment: &mut Environment) -> Outcome<String> {
     templates.expect(1)?;
     templates.run("verify", &[])?;
     Ok("a changed state and a truncated memory: one warning each, the pod booted, the template was made again".into())
+}
+
+/// A state that has its digest and makes no sense.
+fn refused(environment: &mut Environment) -> Outcome<String> {
+    let templates = Templates::with_default(environment)?;
+    let template = templates.build(&[])?;
+    let (state, meta) = (template.join("state"), template.join("meta.json"));
+    let mut bytes = fs::read(&state).explain(|| format!("read {}", state.display()))?;
+    let middle = bytes.len() / 2;
+    bytes[middle..].fill(0xff);
+    fs::write(&state, bytes).explain(|| format!("write {}", state.display()))?;
+    let busybox = environment.layout.rootfs("busybox").join("bin/busybox");
+    let mut sum = Command::new(busybox);
+    let output =
+        process::run(sum.arg("sha256sum").arg(&state), b"", CALL_LIMIT)?.success("sha256sum")?.stdout;
+    let digest = output.split(' ').next().unwrap_or_default();
+    let text = fs::read_to_string(&meta).explain(|| format!("read {}", meta.display()))?;
+    let mut value: Value = serde_json::from_str(&text).explain(|| format!("parse {}", meta.display()))?;
+    value["state_sha256"] = digest.into();
+    fs::write(&meta, value.to_string()).explain(|| format!("write {}", meta.display()))?;
+
+    templates.run_pod(environment, &[], "booted", Some("can't be restored: the VMM refused"))?;
+    templates.run_pod(environment, &[], "booted", Some("can't be restored on this host"))?;
+    let list = templates.run("list", &[])?;
+    ensure!(list.contains("refused: "), "the list does not say why: {list}");
+    templates.build(&["--again"])?;
+    templates.run_pod(environment, &[], "restored", None)?;
+    Ok(list.split_once("refused: ").map_or("", |(_, reason)| reason).trim().to_owned())
 }
 
 fn first_use(environment: &mut Environment) -> Outcome<String> {
