@@ -38,6 +38,25 @@ if [[ $kind == hardware ]]; then
     command -v runc >/dev/null || program bookworm runc usr/sbin/runc
 fi
 
+# The VMM alone boots this image, whose init is the workload.
+mkfs=$(PATH=$PATH:/usr/sbin:/sbin command -v mkfs.erofs) || fail "mkfs.erofs is missing; run tests/install-packages.sh"
+guest=$(mktemp -d "$payload/guest.XXXXXX")
+mkdir "$guest"/{dev,proc,sys,run,tmp}
+cp "$release/bulkhead-bench-workload" "$guest/workload"
+"$mkfs" --quiet -T0 --all-root "$payload/share/bulkhead/bench-guest.erofs" "$guest" >/dev/null || fail "mkfs.erofs failed"
+rm -rf "$guest"
+
+# QEMU for the comparison of VMMs: the nested host has none, so this machine's goes along with its libraries and firmware.
+if [[ $kind != hardware ]] && qemu=$(command -v qemu-system-x86_64); then
+    mkdir -p "$payload"/qemu/{lib,share}
+    cp "$qemu" "$payload/qemu/"
+    ldd "$qemu" | awk '$3 ~ /^\// { print $3 }' | grep -vE '/lib(c|m|dl|rt|pthread|resolv)\.so' | xargs cp -L -t "$payload/qemu/lib"
+    cp -L /usr/share/qemu/{qboot.rom,pvh.bin} "$payload/qemu/share/"
+    printf '#!/bin/sh\nhere=$(cd "$(dirname "$0")/../qemu" && pwd)\nLD_LIBRARY_PATH=$here/lib exec "$here/qemu-system-x86_64" -L "$here/share" "$@"\n' \
+        >"$payload/bin/qemu-system-x86_64"
+    chmod 755 "$payload/bin/qemu-system-x86_64"
+fi
+
 # What is measured: the commit, and whether there is more than it.
 revision=$(git -C "$root" describe --always --dirty 2>/dev/null || echo unknown)
 if [[ $kind == hardware ]]; then

@@ -40,13 +40,13 @@ esac
 "$root/tests/images/build.sh"
 mkdir -p "$root/target/payload"
 payload=$(mktemp -d "$root/target/payload/$what.XXXXXX")
-results=
+logs= # of the suite's two halves
 pids=()
 # shellcheck disable=SC2317 # called by the trap
 cleanup() {
     for pid in "${pids[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
     wait
-    rm -rf "$payload" ${results:+"$results"}
+    rm -rf "$payload" ${logs:+"$logs"}
 }
 trap cleanup EXIT
 trap 'exit 130' INT TERM
@@ -88,12 +88,11 @@ if [[ $what == bench ]]; then
 fi
 
 # One nested host per core; a shard's lines come as they are, its own summary is replaced by that of both.
-rm -rf "$results"
-mkdir -p "$results"
+logs=$(mktemp -d "$root/target/payload/logs.XXXXXX")
 for shard in 1 2; do
-    "$nested" --timeout 3000 --results "$results/$shard" "$payload" --shard "$shard/2" >"$results/$shard.log" 2>&1 &
+    "$nested" --timeout 3000 --results "$logs/$shard" "$payload" --shard "$shard/2" >"$logs/$shard.log" 2>&1 &
     pids+=($!)
-    tail -q -n +1 -f --pid=$! "$results/$shard.log" | grep --line-buffered -E '^(ok|FAIL|skip|     \|) ' &
+    tail -q -n +1 -f --pid=$! "$logs/$shard.log" | grep --line-buffered -E '^(ok|FAIL|skip|     \|) ' &
 done
 codes=()
 for pid in "${pids[@]}"; do
@@ -103,12 +102,12 @@ for pid in "${pids[@]}"; do
 done
 wait
 pids=()
-grep -h '^nested: .*virtual' "$results"/*.log || true
-rm -rf "$root/target/e2e" && cp -r "$results" "$root/target/e2e" # for a closer look: each shard's whole log, its node's kernel log
+grep -h '^nested: .*virtual' "$logs"/*.log || true
+mkdir -p "$results" && cp -r "$logs/." "$results" # for a closer look
 for shard in 1 2; do
     # A shard that did not come to its summary has said why.
-    grep -q '^[0-9]* passed' "$results/$shard.log" || { tail -n 30 "$results/$shard.log" >&2 && fail "shard $shard ended early with exit code ${codes[shard - 1]}"; }
+    grep -q '^[0-9]* passed' "$logs/$shard.log" || { tail -n 30 "$logs/$shard.log" >&2 && fail "shard $shard ended early with exit code ${codes[shard - 1]}"; }
 done
 awk '/^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$/ { passed += $1; failed += $3; skipped += $5 }
-     END { printf "%d passed, %d failed, %d skipped\n", passed, failed, skipped; exit failed > 0 }' "$results"/*.log
+     END { printf "%d passed, %d failed, %d skipped\n", passed, failed, skipped; exit failed > 0 }' "$logs"/*.log
 [[ ${codes[*]} == "0 0" ]]

@@ -14,7 +14,7 @@ mod tree;
 use std::error::Error;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
 use std::{io, thread};
 
 use bulkhead_jail::{JailError, Limits, enter_file_server};
@@ -80,19 +80,21 @@ fn run() -> Result<(), FatalError> {
     // SAFETY: the shim put the socket there for us, nobody else in this process owns it.
     let socket = UnixDatagram::from(unsafe { OwnedFd::from_raw_fd(FUSE_FD) });
     let tree = SharedTree::new(own_fds, open_files as usize).map_err(FatalError::Tree)?;
-    let server = Arc::new(Server::new(socket, tree));
+    let shared = Arc::new((Server::new(socket, tree), Barrier::new(WORKERS)));
     for _ in 1..WORKERS {
-        let server = server.clone();
+        let shared = shared.clone();
         thread::Builder::new()
             .stack_size(STACK)
-            .spawn(move || end(work(&server)))
+            .spawn(move || end(work(&shared)))
             .map_err(FatalError::Thread)?;
     }
-    work(&server)
+    work(&shared)
 }
 
-fn work(server: &Server) -> Result<(), FatalError> {
+fn work((server, all_locked_up): &(Server, Barrier)) -> Result<(), FatalError> {
     Filter::FsServer.install().map_err(FatalError::Filter)?;
+    // No request is looked at while a thread of the process may still call what it likes.
+    all_locked_up.wait();
     server.run().map_err(FatalError::Server)
 }
 

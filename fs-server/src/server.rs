@@ -66,7 +66,12 @@ impl Server {
             Verdict::Drop => Ok(true),
             Verdict::Refuse { unique, errno } => self.send(&reply::error(unique, errno)),
             Verdict::Serve(header) => match header.opcode {
-                opcode::INIT => self.send(&init::answer(request, header.unique)),
+                opcode::INIT => {
+                    // A session begins: the guest's kernel mounts, after a reset of the device for instance. What it
+                    // knew before it has forgotten without telling.
+                    self.tree.clear();
+                    self.send(&init::answer(request, header.unique))
+                }
                 opcode::COPY_FILE_RANGE => self.send(&self.copy_range(request, header)),
                 _ => self.serve_by_library(header, request, reply),
             },

@@ -101,6 +101,10 @@ impl Machine for ForeignMachine {
         Ok(())
     }
 
+    fn started_us(&self) -> u64 {
+        0
+    }
+
     fn ready_us(&self) -> u64 {
         0
     }

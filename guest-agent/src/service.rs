@@ -25,6 +25,9 @@ pub trait Machine: Send + Sync {
     /// A message for the operator.
     fn configure(&self, request: &ConfigureRequest) -> Result<(), ConfigureFailure>;
 
+    /// Monotonic time when the agent began, in microseconds.
+    fn started_us(&self) -> u64;
+
     /// Monotonic time when the agent was ready, in microseconds.
     fn ready_us(&self) -> u64;
 
@@ -90,6 +93,7 @@ impl<M: Machine + 'static> Agent for Service<M> {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             kernel_release: crate::sys::kernel_release(),
             ready_us: self.machine.ready_us(),
+            started_us: self.machine.started_us(),
             ..Default::default()
         })
     }
@@ -169,7 +173,10 @@ impl<M: Machine + 'static> Agent for Service<M> {
         complete(async move {
             if request.exec_id.is_empty() {
                 pod.delete(&request.container_id).await?;
-                machine.forget_files();
+                // After the last one the guest is about to end, and with it the cache.
+                if !pod.is_empty() {
+                    machine.forget_files();
+                }
                 Ok(())
             } else {
                 pod.container(&request.container_id)?.delete_exec(&request.exec_id).await

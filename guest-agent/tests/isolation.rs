@@ -339,6 +339,28 @@ async fn system_calls_are_filtered() {
 }
 
 #[tokio::test(flavor = "current_thread")]
+async fn the_default_profile_lets_ordinary_programs_work() {
+    let Some(guest) = Guest::start("default").await else { return };
+    let root = guest.rootfs("root");
+    let script =
+        "mkdir /d && touch /d/f && ls /d; seq 1 3 | wc -l; (exit 3) || echo child; sleep 0.01; hostname;
+                  mount -t tmpfs x /tmp; umount /proc; hostname other; grep Seccomp: /proc/self/status";
+    let mut spec = guest.spec(&root, script);
+    // Privileges are not what holds it back.
+    spec["linux"]["seccomp"] = serde_json::from_str(bulkhead_seccomp::workload_default()).unwrap();
+    let all = json!(["CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE", "CAP_CHOWN"]);
+    spec["process"]["capabilities"] = json!({"bounding": all, "effective": all, "permitted": all});
+    let output = guest.run(&guest.id("a"), &spec).await;
+    assert_eq!(output.stdout, "f\n3\nchild\npod\nSeccomp:\t2\n", "{output:?}");
+    assert_eq!(
+        output.stderr.matches("ermission denied").count() + output.stderr.matches("not permitted").count(),
+        3,
+        "{output:?}"
+    );
+    guest.finish().await;
+}
+
+#[tokio::test(flavor = "current_thread")]
 async fn kernel_parameters_of_namespaces() {
     let Some(guest) = Guest::start("sysctl").await else { return };
     let root = guest.rootfs("root");

@@ -190,6 +190,22 @@ async fn a_terminal_is_the_containers_own() {
 }
 
 #[tokio::test(flavor = "current_thread")]
+async fn a_terminal_that_no_one_reads_does_not_stop_its_process() {
+    let Some(guest) = Guest::start("unread").await else { return };
+    let (root, id) = (guest.rootfs("root"), guest.id("a"));
+    let mut spec = guest.spec(&root, "stty size > /size; seq 1 100000; touch /done");
+    spec["process"]["terminal"] = json!(true);
+    spec["process"]["consoleSize"] = json!({"height": 12, "width": 34});
+    guest.create(&id, &spec, &Stdio { terminal: true, ..Default::default() }).await.unwrap();
+    guest.start_process(&id, "").await.unwrap();
+    assert_eq!(guest.wait(&id, "").await.exit_status, 0);
+    assert!(root.join("done").exists());
+    assert_eq!(std::fs::read_to_string(root.join("size")).unwrap(), "12 34\n");
+    guest.delete(&id, "").await.unwrap();
+    guest.finish().await;
+}
+
+#[tokio::test(flavor = "current_thread")]
 async fn closing_stdin_ends_the_input() {
     let Some(guest) = Guest::start("close").await else { return };
     let (root, id) = (guest.rootfs("root"), guest.id("a"));

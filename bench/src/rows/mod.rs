@@ -1,10 +1,12 @@
 //! What is measured: groups of rows that share their pods.
 
+pub mod block;
 pub mod burst;
 pub mod inside;
 pub mod memory;
 pub mod setup;
 pub mod start;
+pub mod vmm;
 
 use std::path::Path;
 use std::time::Duration;
@@ -17,11 +19,13 @@ use crate::report::{Better, Row, Skipped};
 use crate::runtime::{self, Runtime};
 
 /// Groups of rows, in the order in which they are measured.
-pub const GROUPS: [Group; 7] = [
+pub const GROUPS: [Group; 9] = [
     Group::Start,
     Group::Memory,
+    Group::Vmm,
     Group::Syscalls,
     Group::Rootfs,
+    Group::Block,
     Group::Setup,
     Group::Burst20,
     Group::Burst50,
@@ -34,10 +38,14 @@ pub enum Group {
     Start,
     /// Memory of idle pods.
     Memory,
+    /// The VMM alone.
+    Vmm,
     /// System calls inside the workload.
     Syscalls,
     /// The root file system inside the workload.
     Rootfs,
+    /// A block volume inside the workload.
+    Block,
     /// Making root file systems.
     Setup,
     /// 20 pods at once.
@@ -52,8 +60,10 @@ impl Group {
         match self {
             Self::Start => "start",
             Self::Memory => "memory",
+            Self::Vmm => "vmm",
             Self::Syscalls => "syscalls",
             Self::Rootfs => "rootfs",
+            Self::Block => "block",
             Self::Setup => "setup",
             Self::Burst20 => "burst-20",
             Self::Burst50 => "burst-50",
@@ -67,8 +77,10 @@ impl Group {
             Self::Memory => {
                 "memory per idle pod: drop of the node's free memory, PSS by process, the VMM's own"
             }
+            Self::Vmm => "the VMM alone beside QEMU's microvm machine: time to init, memory",
             Self::Syscalls => "getppid, fork and exec, page fault, context switch inside the workload",
             Self::Rootfs => "walk, unpack, small files, sequential read and write inside the workload",
+            Self::Block => "4 KiB random reads and writes of a block volume inside the workload",
             Self::Setup => "first and repeated set-up of a root file system by containerd's snapshotters",
             Self::Burst20 => "20 pods at once: pods a second, slowest start, failures",
             Self::Burst50 => "50 pods at once: the same",
@@ -86,6 +98,8 @@ impl Group {
             Self::Start => start::measure(bench).await,
             Self::Memory => memory::measure(bench).await,
             Self::Syscalls | Self::Rootfs => inside::measure(bench, self.name()).await,
+            Self::Vmm => vmm::measure(bench).await,
+            Self::Block => block::measure(bench).await,
             Self::Setup => setup::measure(bench).await,
             Self::Burst20 => burst::measure(bench, 20).await,
             Self::Burst50 => burst::measure(bench, 50).await,
@@ -165,7 +179,10 @@ impl Results {
             }
         }
         // The runtimes took turns: which came first is of no interest.
-        let place = |series: &Series| runtime::ALL.iter().position(|kind| kind.name() == series.runtime);
+        let place = |series: &Series| {
+            let position = runtime::ALL.iter().position(|kind| kind.name() == series.runtime);
+            position.unwrap_or(runtime::ALL.len())
+        };
         self.series.sort_by_key(place);
         let rows = names
             .iter()

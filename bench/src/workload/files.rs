@@ -16,6 +16,8 @@ pub const ARCHIVE: &str = "/files.tar";
 pub const ARCHIVE_FILES: usize = 200;
 /// Bytes of each.
 pub const ARCHIVE_FILE_BYTES: usize = 4096;
+/// What the workload says on the console as a virtual machine's init.
+pub const INIT_READY: &[u8] = b"workload: init is ready";
 /// The workload's output ends with this.
 pub const END_MARK: &[u8] = b"end\n";
 

@@ -3,6 +3,7 @@
 //!
 //! It is one static binary without a runtime, so that its start costs next to nothing anywhere.
 
+mod block;
 pub mod files;
 mod rootfs;
 mod syscalls;
@@ -18,7 +19,7 @@ const SETTLE: Duration = Duration::from_millis(100);
 #[derive(Debug, thiserror::Error)]
 pub enum WorkloadError {
     /// The arguments make no sense.
-    #[error("usage: workload idle | exit | syscalls | rootfs")]
+    #[error("usage: workload idle | init | exit | syscalls | rootfs | block VOLUME")]
     Usage,
     /// A step failed.
     #[error("{step}: {source}")]
@@ -47,7 +48,7 @@ impl Samples<'_> {
 /// # Errors
 /// The step that failed.
 pub fn run(arguments: &[String]) -> Result<(), WorkloadError> {
-    if arguments.len() == 1 && !matches!(arguments[0].as_str(), "idle" | "exit") {
+    if !matches!(arguments.first().map(String::as_str), Some("idle" | "init" | "exit")) {
         // The runtime's own processes are still busy with this start.
         std::thread::sleep(SETTLE);
     }
@@ -55,10 +56,12 @@ pub fn run(arguments: &[String]) -> Result<(), WorkloadError> {
     let mut printed = Vec::new();
     let mut samples = Samples { out: &mut printed };
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["idle"] => return idle(),
+        ["idle"] => return idle(b"x"),
+        ["init"] => return idle(files::INIT_READY),
         ["exit"] => return Ok(()),
         ["syscalls"] => syscalls::measure(&mut samples)?,
         ["rootfs"] => rootfs::measure(&mut samples, Path::new("/"))?,
+        ["block", volume] => block::measure(&mut samples, Path::new(volume))?,
         _ => return Err(WorkloadError::Usage),
     }
     printed.extend_from_slice(files::END_MARK);
@@ -66,10 +69,10 @@ pub fn run(arguments: &[String]) -> Result<(), WorkloadError> {
     out.write_all(&printed).and_then(|()| out.flush()).map_err(step("write to standard output"))
 }
 
-/// Prints one byte and sleeps until it is killed.
-fn idle() -> Result<(), WorkloadError> {
+/// Prints something short and sleeps until it is killed.
+fn idle(greeting: &[u8]) -> Result<(), WorkloadError> {
     let mut out = io::stdout().lock();
-    out.write_all(b"x").and_then(|()| out.flush()).map_err(step("write to standard output"))?;
+    out.write_all(greeting).and_then(|()| out.flush()).map_err(step("write to standard output"))?;
     loop {
         std::thread::park();
     }

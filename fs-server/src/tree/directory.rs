@@ -10,8 +10,15 @@ use rustix::io::{Errno, Result};
 use super::SharedTree;
 use super::handles::Handle;
 
-/// Bytes of entries that are asked of the host at a time.
-const BUFFER: usize = 8 * 1024;
+/// The most bytes of entries that are asked of the host at a time, and the least: one entry with the longest name.
+const BUFFER: (usize, usize) = (280, 8 * 1024);
+
+/// How many bytes of the host's entries fit into a reply of `size` bytes, however they are cut: the shortest entry has 24
+/// bytes on the host, and 32 in a reply, or 160 with attributes.
+pub fn fitting(size: u32, with_attributes: bool) -> usize {
+    let in_reply = if with_attributes { 160 } else { 32 };
+    (size as usize / in_reply * 24).clamp(BUFFER.0, BUFFER.1)
+}
 
 /// One entry as the host lists it.
 pub struct Listed<'a> {
@@ -39,32 +46,45 @@ impl<'a> Listed<'a> {
     }
 }
 
-/// Calls `add` for each entry from `offset` on, until it answers `false`: no more room.
+/// Calls `add` for entries from `offset` on, as many as the host gives in `room` bytes, until it answers `false`: no more
+/// space. None at all means that there are no more.
+///
+/// Where the guest goes on from where it was, the directory's own position is used and not set: on some file systems
+/// (tmpfs before Linux 6.6) an offset is a count, and means another entry once others are removed.
 ///
 /// An error counts only before the first entry; after that the guest gets what there is, and the error with its next
 /// request.
-pub fn list(handle: &Handle, offset: u64, mut add: impl FnMut(&Listed<'_>) -> Result<bool>) -> Result<()> {
-    let _position = handle.lock_position();
-    seek(&handle.file, SeekFrom::Start(offset))?;
-    let mut buffer = [MaybeUninit::uninit(); BUFFER];
-    let mut entries = RawDir::new(&handle.file, &mut buffer);
-    let mut first = true;
-    while let Some(entry) = entries.next() {
-        let result = entry.and_then(|entry| {
-            add(&Listed {
-                name: entry.file_name(),
-                number: entry.ino(),
-                kind: entry.file_type(),
-                next: entry.next_entry_cookie(),
-            })
-        });
-        match result {
-            Ok(true) => first = false,
-            Ok(false) => break,
-            Err(errno) if first => return Err(errno),
-            Err(_) => break,
+pub fn list(
+    handle: &Handle,
+    offset: u64,
+    room: usize,
+    mut add: impl FnMut(&Listed<'_>) -> Result<bool>,
+) -> Result<()> {
+    let mut position = handle.lock_position();
+    if position.take() != Some(offset) {
+        seek(&handle.file, SeekFrom::Start(offset))?;
+    }
+    let mut buffer = [MaybeUninit::uninit(); BUFFER.1];
+    let mut entries = RawDir::new(&handle.file, &mut buffer[..room.min(BUFFER.1)]);
+    let mut reached = offset;
+    while let Some(entry) = entries.next().transpose()? {
+        let listed = Listed {
+            name: entry.file_name(),
+            number: entry.ino(),
+            kind: entry.file_type(),
+            next: entry.next_entry_cookie(),
+        };
+        let next = listed.next;
+        match add(&listed) {
+            Ok(true) => reached = next,
+            Err(errno) if reached == offset => return Err(errno),
+            Ok(false) | Err(_) => return Ok(()),
+        }
+        if entries.is_buffer_empty() {
+            break;
         }
     }
+    *position = Some(reached);
     Ok(())
 }
 

@@ -13,7 +13,7 @@ use fuse_backend_rs::api::filesystem::{
 use rustix::fs::{self, AtFlags, FallocateFlags, FileType, Gid, Mode, OFlags, RenameFlags, Timespec, Uid};
 use rustix::io::Errno;
 
-use super::directory::list;
+use super::directory::{fitting, list};
 use super::host::{ActingAs, FdName};
 use super::{SharedTree, host_flags, open_options, transfer};
 
@@ -107,8 +107,7 @@ impl FileSystem for SharedTree {
     type Handle = u64;
 
     fn destroy(&self) {
-        self.handles.clear();
-        self.inodes.clear();
+        self.clear();
     }
 
     fn lookup(&self, _ctx: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
@@ -430,12 +429,12 @@ impl FileSystem for SharedTree {
         _ctx: &Context,
         node: u64,
         handle: u64,
-        _size: u32,
+        size: u32,
         offset: u64,
         add_entry: &mut dyn FnMut(DirEntry<'_>) -> io::Result<usize>,
     ) -> io::Result<()> {
         let (handle, inode) = (self.handles.get(handle, node)?, self.inodes.get(node)?);
-        Ok(list(&handle, offset, |listed| {
+        Ok(list(&handle, offset, fitting(size, false), |listed| {
             let entry = listed.to_dir_entry(inode.mount.guest_number(listed.number));
             Ok(add_entry(entry).map_err(|_| Errno::IO)? > 0)
         })?)
@@ -446,12 +445,12 @@ impl FileSystem for SharedTree {
         _ctx: &Context,
         node: u64,
         handle: u64,
-        _size: u32,
+        size: u32,
         offset: u64,
         add_entry: &mut dyn FnMut(DirEntry<'_>, Entry) -> io::Result<usize>,
     ) -> io::Result<()> {
         let (handle, inode) = (self.handles.get(handle, node)?, self.inodes.get(node)?);
-        Ok(list(&handle, offset, |listed| {
+        Ok(list(&handle, offset, fitting(size, true), |listed| {
             let entry = self.look_up_listed(node, listed)?;
             let number = inode.mount.guest_number(listed.number);
             let added = add_entry(listed.to_dir_entry(number), entry);
@@ -484,7 +483,8 @@ impl FileSystem for SharedTree {
             // The guest's kernel does the others itself.
             _ => return Err(Errno::INVAL.into()),
         };
-        let _position = handle.lock_position();
+        // A directory's is not known after this.
+        let _unknown = handle.lock_position().take();
         Ok(fs::seek(&handle.file, position)?)
     }
 }

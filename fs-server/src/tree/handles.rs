@@ -14,8 +14,9 @@ pub struct Handle {
     node: u64,
     /// The open file.
     pub file: File,
-    /// Held while the position of a directory, or of a file for `lseek`, is used.
-    pub position: Mutex<()>,
+    /// Where a directory's position is, if known. Held while the position of a directory, or of a file for `lseek`, is
+    /// used.
+    position: Mutex<Option<u64>>,
 }
 
 /// All open files and directories. Handle numbers are never used twice.
@@ -43,7 +44,7 @@ impl Handles {
             return Err(Errno::NFILE);
         }
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        open.insert(number, Arc::new(Handle { node, file, position: Mutex::new(()) }));
+        open.insert(number, Arc::new(Handle { node, file, position: Mutex::new(Some(0)) }));
         Ok(number)
     }
 
@@ -79,7 +80,7 @@ impl Handles {
 
 impl Handle {
     /// Exclusive use of the file's position.
-    pub fn lock_position(&self) -> MutexGuard<'_, ()> {
+    pub fn lock_position(&self) -> MutexGuard<'_, Option<u64>> {
         self.position.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

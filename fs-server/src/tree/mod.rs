@@ -82,6 +82,12 @@ impl SharedTree {
         })
     }
 
+    /// Closes and forgets everything but the root.
+    pub fn clear(&self) {
+        self.handles.clear();
+        self.inodes.clear();
+    }
+
     /// Copies inside the host, as far as one system call goes; tells how many bytes.
     pub fn copy_range(&self, range: &CopyRange) -> Result<usize> {
         let (node, handle, mut from) = range.from;

@@ -181,6 +181,19 @@ fn descriptors_are_bounded_and_come_back() {
 }
 
 #[test]
+fn a_new_session_starts_from_nothing() {
+    let mut server = Server::start();
+    let before = open_fds(server.pid());
+    let rootfs = server.rootfs();
+    let (file, handle) = server.fuse.create(rootfs, "f", libc::O_RDWR, 0o644).unwrap();
+    server.fuse.init();
+    assert_eq!(open_fds(server.pid()), before);
+    assert_eq!(server.fuse.read(file.node, handle, 0, 1), Err(libc::EBADF));
+    assert_eq!(server.fuse.getattr(file.node), Err(libc::ESTALE));
+    assert!(server.fuse.lookup(ROOT, "c1").is_ok());
+}
+
+#[test]
 fn mounting_and_unmounting_for_ever_leaves_nothing() {
     let mut server = Server::start();
     fs::create_dir_all(server.path("c2/rootfs")).unwrap();

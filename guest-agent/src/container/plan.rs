@@ -9,7 +9,7 @@ use super::namespaces::{Kind, NamespaceError, Namespaces};
 use super::process::{Inherited, ProcessError, ProcessPlan};
 use super::rootfs::{RootError, RootPlan};
 use super::seccomp::{Filter, ProfileError};
-use super::spec::{Linux, Spec, items};
+use super::spec::{Linux, Resources, Spec, items};
 use super::sysctl::{self, SysctlError};
 
 /// A checked specification.
@@ -77,9 +77,9 @@ impl ContainerPlan {
             return Err(PlanError::Version(spec.oci_version));
         }
         refuse_hooks(&spec)?;
-        let linux = spec.linux.clone().ok_or(PlanError::Missing("linux"))?;
-        refuse_unsupported(&linux)?;
-        let namespaces = Namespaces::new(&linux)?;
+        let linux = spec.linux.as_ref().ok_or(PlanError::Missing("linux"))?;
+        refuse_unsupported(linux)?;
+        let namespaces = Namespaces::new(linux)?;
         let named = |name: &Option<String>, property| match name.as_deref() {
             None | Some("") => Ok(None),
             Some(_) if !namespaces.has(Kind::Uts) => Err(PlanError::NoUts(property)),
@@ -89,20 +89,21 @@ impl ContainerPlan {
             (named(&spec.hostname, "hostname")?, named(&spec.domainname, "domainname")?);
         let sysctl = linux.sysctl.clone().unwrap_or_default();
         sysctl::check(sysctl.keys(), &namespaces)?;
-        let resources = linux.resources.clone().unwrap_or_default();
+        let no_resources = Resources::default();
+        let resources = linux.resources.as_ref().unwrap_or(&no_resources);
         let process = spec.process.as_ref().ok_or(PlanError::Missing("process"))?;
         let mut inherited = Inherited {
             filter: linux.seccomp.as_ref().map(Filter::new).transpose()?,
-            personality: personality(&linux)?,
+            personality: personality(linux)?,
             capabilities: CapabilitySets::default(),
         };
         let process = ProcessPlan::new(process, &inherited)?;
         inherited.capabilities = process.capabilities;
         Ok(Self {
-            root: RootPlan::new(&spec, &linux)?,
+            root: RootPlan::new(&spec, linux)?,
             process,
             inherited,
-            limits: Limits::new(&resources)?,
+            limits: Limits::new(resources)?,
             devices: DeviceFilter::new(items(&resources.devices))?,
             namespaces,
             hostname,

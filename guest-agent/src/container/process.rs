@@ -29,6 +29,8 @@ pub struct ProcessPlan {
     pub filter: Option<Filter>,
     /// Execution domain.
     pub personality: Option<libc::c_ulong>,
+    /// Initial size of its terminal.
+    pub console_size: Option<spec::ConsoleSize>,
     /// What is left out although asked for, for the log.
     pub remarks: Vec<String>,
 }
@@ -106,6 +108,7 @@ impl ProcessPlan {
             no_new_privileges: process.no_new_privileges,
             filter: inherited.filter.clone(),
             personality: inherited.personality,
+            console_size: process.console_size,
             remarks,
         })
     }

@@ -34,13 +34,14 @@ const RESEED: libc::c_ulong = 0x5207;
 #[derive(Debug)]
 pub struct GuestMachine {
     reaper: Arc<Reaper>,
+    started_us: u64,
     ready_us: u64,
 }
 
 impl GuestMachine {
-    /// The guest, ready from now on.
-    pub fn new(reaper: Arc<Reaper>) -> Self {
-        Self { reaper, ready_us: monotonic_us() }
+    /// The guest, ready from now on; the agent began at `started_us`.
+    pub fn new(reaper: Arc<Reaper>, started_us: u64) -> Self {
+        Self { reaper, started_us, ready_us: monotonic_us() }
     }
 }
 
@@ -76,6 +77,10 @@ impl Machine for GuestMachine {
                 .map_err(|error| ConfigureFailure { invalid: false, message: error_chain(&error) })?;
         }
         Ok(())
+    }
+
+    fn started_us(&self) -> u64 {
+        self.started_us
     }
 
     fn ready_us(&self) -> u64 {
@@ -132,7 +137,8 @@ fn set_clock(realtime_ns: i64) -> io::Result<()> {
     check(unsafe { libc::clock_settime(libc::CLOCK_REALTIME, &raw const time) }.into()).map(drop)
 }
 
-fn monotonic_us() -> u64 {
+/// Monotonic time in microseconds.
+pub fn monotonic_us() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the structure is a valid place for a time; this clock always exists.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };

@@ -57,6 +57,7 @@ pub fn run() -> ! {
 }
 
 async fn serve_host() -> Result<Infallible, GuestError> {
+    let started_us = machine::monotonic_us();
     let system = |what| move |source| GuestError::System { what, source };
     // The host answers while the rest is done.
     let dialing = vsock::Dialing::start(AGENT_PORT).map_err(system("dial the host"))?;
@@ -66,12 +67,14 @@ async fn serve_host() -> Result<Infallible, GuestError> {
     logging::to_kernel().map_err(system("open the kernel's log"))?;
     forbid_modules().map_err(system("forbid loading kernel modules"))?;
 
+    raise_limits().map_err(system("raise the limits of processes"))?;
+
     let reaper = Arc::new(Reaper::new().map_err(system("watch for the end of processes"))?);
     let streams = Arc::new(Streams::default());
     let listener = vsock::listen(STDIO_PORT).map_err(system("listen for streams"))?;
     let pod = Pod::new(reaper.clone(), streams.clone(), Path::new(filesystems::CGROUPS))?;
     let connection = dialing.finish(DIAL_LIMIT).await.map_err(system("connect to the host"))?;
-    let machine = Arc::new(GuestMachine::new(reaper.clone()));
+    let machine = Arc::new(GuestMachine::new(reaper.clone(), started_us));
 
     let service = Arc::new(Service::new(pod.clone(), machine.clone()));
     let serving = async { server::serve(connection, service).await.map_err(GuestError::Serve) };
@@ -90,6 +93,25 @@ async fn serve_host() -> Result<Infallible, GuestError> {
     pod.end_everything().await;
     machine.power_off().await;
     Err(error)
+}
+
+/// Gives containers that name no limits what they have elsewhere, instead of what the kernel gives its first process,
+/// which goes by the guest's memory.
+fn raise_limits() -> io::Result<()> {
+    const UNLIMITED: u64 = libc::RLIM64_INFINITY;
+    let limits = [
+        // Programs that close every descriptor they could have, or use select, need the soft limit to stay low.
+        (libc::RLIMIT_NOFILE, 1024, 524_288),
+        (libc::RLIMIT_NPROC, UNLIMITED, UNLIMITED),
+        (libc::RLIMIT_SIGPENDING, UNLIMITED, UNLIMITED),
+    ];
+    for (resource, soft, hard) in limits {
+        let limit = libc::rlimit64 { rlim_cur: soft, rlim_max: hard };
+        // SAFETY: the limit is a valid structure; no old one is asked for.
+        let set = unsafe { libc::prlimit64(0, resource, &raw const limit, std::ptr::null_mut()) };
+        crate::sys::check(set.into())?;
+    }
+    Ok(())
 }
 
 /// Makes the kernel refuse modules for ever, if it could load any at all.

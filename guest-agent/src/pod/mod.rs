@@ -125,6 +125,11 @@ impl Pod {
         removed
     }
 
+    /// Whether there is no container.
+    pub fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
     /// Ends every process; for the end of the pod.
     pub async fn end_everything(&self) {
         let slots: Vec<Slot> = self.lock().values().cloned().collect();

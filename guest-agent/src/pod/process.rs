@@ -13,7 +13,7 @@ use super::{Pod, PodError};
 use crate::container::launch::{ChildStdio, Job, Launch, LaunchError, Progress, Setup, TerminalSize};
 use crate::container::process::ProcessPlan;
 use crate::reaper::Exit;
-use crate::stdio::{Connection, InputControl, copy_input, copy_output};
+use crate::stdio::{Connection, InputControl, copy_input, copy_output, discard_output};
 use crate::sys;
 
 /// How long a killed process may take to end.
@@ -82,10 +82,7 @@ impl Process {
         for remark in &new.plan.remarks {
             log::warn!("container {}: {remark}", new.container_id);
         }
-        let terminal = new.stdio.terminal.then_some(TerminalSize {
-            columns: u16::try_from(new.stdio.columns).unwrap_or(u16::MAX),
-            rows: u16::try_from(new.stdio.rows).unwrap_or(u16::MAX),
-        });
+        let terminal = new.stdio.terminal.then(|| terminal_size(&new));
         let host = HostStreams {
             stdin: pod.streams.claim(new.stdio.stdin_stream).await?,
             stdout: pod.streams.claim(new.stdio.stdout_stream).await?,
@@ -238,8 +235,11 @@ impl Process {
             tokio::spawn(copy_input(from, to, self.input.clone(), self.end()));
         }
         for (from, to) in [(stdout, host.stdout), (stderr, host.stderr)] {
-            if let (Some(from), Some(to)) = (from, to) {
-                tokio::spawn(copy_output(from, to, self.end()));
+            match (from, to) {
+                (Some(from), Some(to)) => drop(tokio::spawn(copy_output(from, to, self.end()))),
+                // A terminal that no one reads must not stop its process.
+                (Some(from), None) => drop(tokio::spawn(discard_output(from))),
+                (None, _) => {}
             }
         }
         Ok(())
@@ -251,6 +251,18 @@ impl Process {
             // An end that no one can report any more is one too.
             let _ = ended.wait_for(Option::is_some).await;
         }
+    }
+}
+
+/// The size that the host names, else the one of the specification.
+fn terminal_size(new: &NewProcess<'_>) -> TerminalSize {
+    let specified = new.plan.console_size.unwrap_or_default();
+    let size = |asked: u32, specified: u32| {
+        u16::try_from(if asked == 0 { specified } else { asked }).unwrap_or(u16::MAX)
+    };
+    TerminalSize {
+        columns: size(new.stdio.columns, specified.width),
+        rows: size(new.stdio.rows, specified.height),
     }
 }
 

@@ -54,6 +54,18 @@ pub async fn copy_output(from: Arc<Connection>, to: Connection, ended: impl Futu
     to.shut_down_writing();
 }
 
+/// Reads a terminal to its end for no one.
+pub async fn discard_output(from: Arc<Connection>) {
+    let mut buffer = [0; 512];
+    while from.readable().await.is_ok() {
+        match from.try_read(&mut buffer) {
+            Ok(0) => return,
+            Err(error) if !is_passing(&error) => return,
+            _ => {}
+        }
+    }
+}
+
 /// Whether bytes still flow.
 #[derive(Debug, Default)]
 struct Progress {

@@ -8,5 +8,5 @@ mod copy;
 mod listener;
 
 pub use connection::Connection;
-pub use copy::{InputControl, copy_input, copy_output};
+pub use copy::{InputControl, copy_input, copy_output, discard_output};
 pub use listener::{StreamError, Streams};

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bulkhead_vmm_protocol::{Channel, RefusalKind};
+use bulkhead_vmm_protocol::{Channel, Refusal, RefusalKind};
 use log::Level;
 use nix::sys::socket::SockType;
 use tokio::time::Instant;
@@ -70,6 +70,17 @@ pub enum BootError {
     /// A file that every guest needs.
     #[error(transparent)]
     File(#[from] FileError),
+    /// The VMM can't use what it was given.
+    #[error("the {what} {path} can't be used")]
+    Refused {
+        /// What it was.
+        what: &'static str,
+        /// Where it comes from.
+        path: PathBuf,
+        /// The VMM's words.
+        #[source]
+        source: Refusal,
+    },
     /// A pipe for the console.
     #[error("can't set up the guest's console")]
     Console(#[source] io::Error),
@@ -79,6 +90,7 @@ impl Classify for BootError {
     fn code(&self) -> Code {
         match self {
             BootError::File(error) => error.code(),
+            BootError::Refused { .. } => Code::FAILED_PRECONDITION,
             _ => Code::INTERNAL,
         }
     }
@@ -142,7 +154,22 @@ pub(super) async fn boot(spec: &PodSpec, resources: &mut Resources) -> Result<Bo
             Err(error) => give_up(&store, &template, error, resources).await,
         }
     }
-    Ok(host.launch(Start::Cold, resources).await?.with(tree, wanted))
+    let running = host.launch(Start::Cold, resources).await;
+    Ok(running.map_err(|error| name_refused(error, &order.recipe))?.with(tree, wanted))
+}
+
+/// The VMM knows descriptors only; people know files.
+fn name_refused(error: PodError, recipe: &Recipe) -> PodError {
+    let PodError::Machine(MachineError::Refused(source)) = error else { return error };
+    let (what, path) = match source.kind {
+        RefusalKind::Kernel => ("guest kernel", &recipe.kernel),
+        RefusalKind::Disk => ("guest image", &recipe.image),
+        RefusalKind::Kvm => ("KVM device", &recipe.kvm),
+        RefusalKind::InvalidRequest | RefusalKind::Resources | RefusalKind::Template => {
+            return MachineError::Refused(source).into();
+        }
+    };
+    BootError::Refused { what, path: path.clone(), source }.into()
 }
 
 /// The template for a pod, or else the order for one. Nothing that is wrong here fails the pod.

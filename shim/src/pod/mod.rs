@@ -48,7 +48,10 @@ const BOOT_LIMIT: Duration = Duration::from_secs(30);
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(2);
 
 /// The VMM's own report of the end may come this much later than other signs of it.
-const REASON_LIMIT: Duration = Duration::from_secs(1);
+const REASON_LIMIT: Duration = Duration::from_millis(300);
+
+/// A pod whose agent is lost is declared dead within this time.
+pub const DEATH_LIMIT: Duration = Duration::from_secs(3);
 
 /// What a pod is made with.
 #[derive(Debug)]
@@ -233,7 +236,7 @@ impl Pod {
 
     async fn explain(&self, error: agent::AgentError) -> PodError {
         match error {
-            agent::AgentError::Lost => match tokio::time::timeout(REASON_LIMIT * 2, self.died()).await {
+            agent::AgentError::Lost => match tokio::time::timeout(DEATH_LIMIT, self.died()).await {
                 Ok(death) => PodError::Dead(death.reason),
                 Err(_) => PodError::Configure(agent::AgentError::Lost),
             },
@@ -333,17 +336,18 @@ impl Pod {
             ended = wait_for(&fs_server) => Sign::Seen(ended.map(|ended| format!("the file server {ended}"))),
             () = self.agent.lost() => Sign::Seen(Some("the agent closed its connection".to_owned())),
         };
-        let reason = match first {
-            Sign::Reported(Some(reason)) => Some(reason.to_string()),
-            Sign::Reported(None) => match tokio::time::timeout(REASON_LIMIT, wait_for(&vmm)).await {
+        // Whatever was seen first: the VMM knows best, if it still says something; then how it ended.
+        let (reported, seen) = match first {
+            Sign::Reported(reason) => (Some(reason), None),
+            Sign::Seen(seen) => (tokio::time::timeout(REASON_LIMIT, &mut reported).await.ok(), seen),
+        };
+        let reason = match reported {
+            Some(Some(reason)) => Some(reason.to_string()),
+            Some(None) => match tokio::time::timeout(REASON_LIMIT, wait_for(&vmm)).await {
                 Ok(Some(ended)) => Some(format!("the VMM {ended}")),
-                _ => None,
-            },
-            // Whatever was seen first: the VMM knows best, if it still says something.
-            Sign::Seen(seen) => match tokio::time::timeout(REASON_LIMIT, &mut reported).await {
-                Ok(Some(reason)) => Some(reason.to_string()),
                 _ => seen,
             },
+            None => seen,
         };
         self.control.close();
         let mut resources = self.resources.lock().await;

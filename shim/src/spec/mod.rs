@@ -8,17 +8,15 @@ mod devices;
 mod mounts;
 mod namespaces;
 pub mod sandbox;
+mod seccomp;
 
-use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use bulkhead_agent_protocol::SHARED_DIR;
 use nix::errno::Errno;
-use oci_spec::runtime::{
-    Capability, Hooks, Linux, LinuxNamespaceType, LinuxResources, LinuxSeccomp, Process, RootBuilder, Spec,
-};
+use oci_spec::runtime::{Hooks, Linux, LinuxNamespaceType, LinuxResources, Process, RootBuilder, Spec};
 
 pub use mounts::HostMount;
 pub use namespaces::PodNamespaces;
@@ -207,7 +205,7 @@ fn serialize(what: &'static str, value: &impl serde::Serialize) -> Result<Vec<u8
 /// Translates the specification of the container `id`.
 pub fn translate(mut spec: Spec, id: &str, pod: &PodNamespaces) -> Result<GuestSpec, SpecError> {
     refuse_hooks(spec.hooks().as_ref())?;
-    let privileged = is_privileged(&spec);
+    let default_seccomp = seccomp::default_for(&spec)?;
     let process = spec.process_mut().as_mut().ok_or(SpecError::Missing("process"))?;
     clear_labels(process);
     let console_size = console_size(process);
@@ -227,10 +225,8 @@ pub fn translate(mut spec: Spec, id: &str, pod: &PodNamespaces) -> Result<GuestS
         .any(|namespace| namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_none());
     devices::translate(linux)?;
     translate_linux(linux, id)?;
-    if linux.seccomp().is_none() && !privileged {
-        let default: LinuxSeccomp =
-            serde_json::from_str(bulkhead_seccomp::workload_default()).map_err(SpecError::DefaultSeccomp)?;
-        linux.set_seccomp(Some(default));
+    if linux.seccomp().is_none() {
+        linux.set_seccomp(default_seccomp);
     }
 
     if shares_uts {
@@ -263,17 +259,6 @@ fn refuse_hooks(hooks: Option<&Hooks>) -> Result<(), SpecError> {
         Some((kind, _)) => Err(SpecError::Hooks(kind)),
         None => Ok(()),
     }
-}
-
-/// Whether the container may have `CAP_SYS_ADMIN`: such containers run without a filter unless they bring one.
-fn is_privileged(spec: &Spec) -> bool {
-    let has = |set: &Option<HashSet<Capability>>| {
-        set.as_ref().is_some_and(|set| set.contains(&Capability::SysAdmin))
-    };
-    spec.process()
-        .as_ref()
-        .and_then(|process| process.capabilities().as_ref())
-        .is_some_and(|capabilities| has(capabilities.bounding()) || has(capabilities.effective()))
 }
 
 /// Labels name policies that are loaded into the host's kernel.

@@ -87,6 +87,15 @@ fn the_default_filter_is_for_whoever_lacks_sys_admin() {
     assert_eq!(guest["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
     let privileged = with("/process/capabilities/bounding", json!(["CAP_SYS_ADMIN"]));
     assert_eq!(translated(privileged).unwrap().0["linux"].get("seccomp"), None);
+    let allows = |capabilities: Value, call: &str| {
+        let (guest, _) = translated(with("/process/capabilities/bounding", capabilities)).unwrap();
+        guest["linux"]["seccomp"]["syscalls"].as_array().unwrap().iter().any(|rule| {
+            rule["action"] == "SCMP_ACT_ALLOW" && rule["names"].as_array().unwrap().contains(&json!(call))
+        })
+    };
+    assert!(!allows(json!(["CAP_CHOWN"]), "init_module"));
+    assert!(allows(json!(["CAP_SYS_MODULE"]), "init_module"));
+    assert!(!allows(json!(["CAP_SYS_MODULE"]), "reboot"));
     let own = added("/linux", "seccomp", json!({"defaultAction": "SCMP_ACT_ALLOW"}));
     assert_eq!(translated(own).unwrap().0["linux"]["seccomp"], json!({"defaultAction": "SCMP_ACT_ALLOW"}));
 }

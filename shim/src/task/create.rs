@@ -20,7 +20,7 @@ use crate::host::cgroup;
 use crate::id;
 use crate::options::RuntimeOptions;
 use crate::pod::agent::AgentError;
-use crate::pod::{Pod, PodSpec, state};
+use crate::pod::{DEATH_LIMIT, Pod, PodSpec, state};
 use crate::spec::sandbox::Role;
 use crate::spec::{self, GuestSpec, PodNamespaces};
 
@@ -172,7 +172,7 @@ impl Order<'_> {
 pub async fn explain<T>(pod: &Pod, answer: Result<T, AgentError>) -> Result<T, ApiError> {
     match answer {
         Err(AgentError::Lost) => {
-            let death = tokio::time::timeout(std::time::Duration::from_secs(3), pod.died()).await;
+            let death = tokio::time::timeout(DEATH_LIMIT, pod.died()).await;
             match death {
                 Ok(_) => Err(pod.check_alive().err().unwrap_or_else(|| AgentError::Lost.into())),
                 Err(_) => Err(AgentError::Lost.into()),

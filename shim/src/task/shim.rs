@@ -12,6 +12,7 @@ use crate::error::ApiError;
 use crate::events::{Event, Publisher};
 use crate::limit::RateLimit;
 use crate::pod::Pod;
+use crate::pod::agent::AgentError;
 
 /// Events of the guest that are passed on at once, and then one in each interval.
 const EVENT_BURST: u32 = 32;
@@ -131,6 +132,8 @@ impl Shim {
                     }));
                 }
                 Ok(_) => {}
+                // The pod's death follows.
+                Err(AgentError::Lost) => return,
                 Err(error) => log::debug!("no events from the agent: {error}"),
             }
             if !limit.allow() {

@@ -14,6 +14,8 @@ use bulkhead_tests::process::eventually;
 use bulkhead_tests::{ensure, ensure_eq};
 
 const RUNTIME: &str = "io.containerd.bulkhead.v1";
+/// What busybox's insmod says when the kernel has no such system call.
+const ENOSYS: &str = "kernel does not support requested operation";
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// What the checks share.
@@ -131,7 +133,7 @@ fn exec_in_first(demo: &Demo, id: &str, script: &str) -> Outcome<bulkhead_tests:
 }
 
 fn exec(demo: &Demo) -> Outcome<String> {
-    let output = exec_in_first(demo, "look", "cat /proc/1/cmdline | tr '\\0' ' '; hostname; exit 7")?;
+    let output = exec_in_first(demo, "look", "cat /proc/1/cmdline | tr '\\0' ' '; exit 7")?;
     ensure_eq!(output.code, 7, "exit code of ctr task exec, {}", output.said());
     ensure!(
         output.stdout.starts_with("sleep 100000"),
@@ -150,7 +152,7 @@ fn init_module(demo: &Demo) -> Outcome<String> {
         ["run", "--rm", "--privileged", "--runtime", RUNTIME, &demo.image, "module", "/bin/sh", "-c", script];
     let output = demo.containerd.ctr(&arguments)?;
     ensure!(output.code != 0, "a module was accepted: {}", output.said());
-    ensure!(output.stderr.contains("Function not implemented"), "not the kernel's ENOSYS: {}", output.said());
+    ensure!(output.stderr.contains(ENOSYS), "not the kernel's ENOSYS: {}", output.said());
     Ok(format!("even to a privileged container: {:?}", output.stderr.trim()))
 }
 

@@ -35,7 +35,7 @@ pub const CASES: &[Case] = &[
     .on(Fixture::Containerd)
     .bulkhead_only(),
     Case::new("bad-kvm-without-permission", kvm_without_permission).on(Fixture::Containerd).bulkhead_only(),
-    Case::new("bad-kvm-is-another-device", |e| refused(e, "kvm = \"/dev/null\"", &["/dev/null"]))
+    Case::new("bad-kvm-is-another-device", |e| refused(e, "kvm = \"/dev/null\"", &["KVM"]))
         .on(Fixture::Containerd)
         .bulkhead_only(),
     Case::new("bad-vmm-missing", |e| refused(e, "vmm = \"/nonexistent/vmm\"", &["/nonexistent/vmm"]))

@@ -71,7 +71,7 @@ fn of_a_child(environment: &mut Environment, program: &str) -> Outcome<String> {
 fn of_the_agent(environment: &mut Environment) -> Outcome<String> {
     let id = environment.id("death");
     let script = "range=$(grep -m1 ' r-xp ' /proc/1/maps | cut -d' ' -f1); from=0x${range%-*}; to=0x${range#*-}; echo found; read go; \
-                  tr '\\000' '\\314' </dev/zero | dd of=/proc/1/mem bs=4096 seek=$((from / 4096)) count=$(((to - from) / 4096)) 2>&1; \
+                  tr '\\000' '\\314' </dev/zero | dd of=/proc/1/mem conv=notrunc bs=4096 seek=$((from / 4096)) count=$(((to - from) / 4096)) 2>&1; \
                   echo written; exec sleep 100000";
     let mut process = bundle::shell(script);
     let all = json!([
@@ -106,6 +106,9 @@ fn of_the_agent(environment: &mut Environment) -> Outcome<String> {
     container.exec("beside", &bundle::process(&["sleep", "100000"]), Streams::default())?;
     let since = Instant::now();
     container.stdio.write(b"go\n")?;
+    let said =
+        |container: &Container| container.stdio.stdout.until("\0", Duration::from_secs(2)).err().map(|e| e.0);
+    eprintln!("debug {:?}", said(&container));
     expect_dead(environment, container, since)
 }
 

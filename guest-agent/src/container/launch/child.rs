@@ -269,8 +269,8 @@ fn become_process(setup: Setup<'_>, agent: &Agent) -> Result<std::convert::Infal
 
     let mut environment = plan.environment.clone();
     if plan.variable("HOME").is_none_or(<[u8]>::is_empty) {
-        let home = CString::new(format!("HOME={}", user::home_directory(plan.user.uid)));
-        environment.extend(home.ok());
+        environment.retain(|entry| !entry.as_bytes().starts_with(b"HOME="));
+        environment.extend(CString::new(format!("HOME={}", user::home_directory(plan.user.uid))));
     }
     let name = plan.arguments.first().map(|name| OsStr::from_bytes(name.to_bytes())).unwrap_or_default();
     let program = executable::find(name, plan.variable("PATH").map(OsStr::from_bytes))?;

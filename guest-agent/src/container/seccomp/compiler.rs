@@ -15,7 +15,10 @@ const ARGUMENTS: u32 = 16;
 
 const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
 const AUDIT_ARCH_I386: u32 = 0x4000_0003;
+/// Calls of 64-bit programs with 32-bit pointers have the 64-bit architecture and this bit in their number.
 const X32_BIT: u32 = 0x4000_0000;
+
+const NO_SUCH_CALL: Action = Action::errno(libc::ENOSYS as u32);
 
 /// Compiles the profile for a kernel on x86-64.
 pub fn compile(profile: &Profile) -> Vec<libc::sock_filter> {
@@ -28,18 +31,16 @@ pub fn compile(profile: &Profile) -> Vec<libc::sock_filter> {
 
     let x86 = match table(Architecture::X86) {
         Some(calls) => {
-            let start = writer.search(&segments(calls, profile.default, 0));
+            let start = writer.search(&segments(calls, profile.default));
             let load = writer.load_number(start);
             Some(load)
         }
         None => None,
     };
-    let x32 = match table(Architecture::X32) {
-        Some(calls) => writer.search(&segments(calls, profile.default, X32_BIT)),
-        None => unlisted,
-    };
+    // The kernel has no such calls, so an empty table says as much as the profile's.
+    let x32 = if profile.x32 { writer.action(NO_SUCH_CALL) } else { unlisted };
     let native = match table(Architecture::X86_64) {
-        Some(calls) => writer.search(&segments(calls, profile.default, 0)),
+        Some(calls) => writer.search(&segments(calls, profile.default)),
         None => unlisted,
     };
     let number = writer.assembler.branch(Test::GreaterOrEqual, X32_BIT, x32, native);
@@ -66,15 +67,15 @@ enum Treatment<'a> {
     Conditional(&'a CallRules, Action),
 }
 
-/// Lays the rules out as segments from number `base` to the end.
-fn segments(calls: &BTreeMap<u32, CallRules>, default: Action, base: u32) -> Vec<Segment<'_>> {
+/// Lays the rules out as segments from number 0 to the end.
+fn segments(calls: &BTreeMap<u32, CallRules>, default: Action) -> Vec<Segment<'_>> {
     let mut segments: Vec<Segment<'_>> = Vec::new();
     let mut push = |first: u32, treatment| match segments.last_mut() {
         Some(last) if last.first == first => last.treatment = treatment,
         Some(last) if last.treatment == treatment && matches!(treatment, Treatment::Always(_)) => {}
         _ => segments.push(Segment { first, treatment }),
     };
-    push(base, Treatment::Always(default));
+    push(0, Treatment::Always(default));
     for (&number, rules) in calls {
         let treatment = match rules.otherwise {
             Some(action) if rules.conditional.iter().all(|(_, other)| *other == action) => {
@@ -82,13 +83,13 @@ fn segments(calls: &BTreeMap<u32, CallRules>, default: Action, base: u32) -> Vec
             }
             otherwise => Treatment::Conditional(rules, otherwise.unwrap_or(default)),
         };
-        push(base + number, treatment);
-        push(base + number + 1, Treatment::Always(default));
+        push(number, treatment);
+        push(number + 1, Treatment::Always(default));
     }
     // Programs try calls that are newer than the profile and fall back when these do not exist; they don't when the
     // call is forbidden. So what no one who wrote the profile can have known of does not exist.
     if let (Some((&last, _)), true) = (calls.last_key_value(), default.refuses()) {
-        push(base + last + 1, Treatment::Always(Action::errno(libc::ENOSYS as u32)));
+        push(last + 1, Treatment::Always(NO_SUCH_CALL));
     }
     segments
 }
@@ -212,6 +213,7 @@ impl Halves {
 #[cfg(test)]
 mod tests {
     use super::super::interpreter::{Call, run};
+    use super::super::rules::KernelSupport;
     use super::*;
     use crate::container::spec::Seccomp;
 
@@ -221,7 +223,7 @@ mod tests {
     const KILL: u32 = libc::SECCOMP_RET_KILL_PROCESS;
 
     fn profile(json: &str) -> Profile {
-        Profile::new(&serde_json::from_str::<Seccomp>(json).unwrap()).unwrap()
+        Profile::new(&serde_json::from_str::<Seccomp>(json).unwrap(), KernelSupport { x86: true }).unwrap()
     }
 
     fn native(number: u32, args: [u64; 6]) -> Call {
@@ -248,18 +250,29 @@ mod tests {
     }
 
     #[test]
-    fn x32_calls_have_their_own_numbers_when_listed() {
+    fn x32_calls_do_not_exist_when_listed() {
         let program = compile(&profile(
             r#"{"defaultAction": "SCMP_ACT_LOG", "architectures": ["SCMP_ARCH_X32"],
                 "syscalls": [{"names": ["read"], "action": "SCMP_ACT_TRAP"}]}"#,
         ));
-        assert_eq!(run(&program, &native(X32_BIT, [0; 6])), libc::SECCOMP_RET_TRAP);
-        assert_eq!(run(&program, &native(X32_BIT + 1, [0; 6])), libc::SECCOMP_RET_LOG);
+        assert_eq!(run(&program, &native(X32_BIT, [0; 6])), ENOSYS);
+        assert_eq!(run(&program, &native(0, [0; 6])), libc::SECCOMP_RET_TRAP);
         assert_eq!(
             run(&program, &native(500, [0; 6])),
             libc::SECCOMP_RET_LOG,
             "no ENOSYS where calls are allowed"
         );
+    }
+
+    #[test]
+    fn a_kernel_without_32_bit_programs_needs_no_table_for_them() {
+        let json = r#"{"defaultAction": "SCMP_ACT_ERRNO", "architectures": ["SCMP_ARCH_X86"],
+                       "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW"}]}"#;
+        let seccomp = serde_json::from_str::<Seccomp>(json).unwrap();
+        let program = |x86| compile(&Profile::new(&seccomp, KernelSupport { x86 }).unwrap());
+        let call = Call { number: 3, architecture: AUDIT_ARCH_I386, args: [0; 6] };
+        assert_eq!(run(&program(true), &call), ALLOW);
+        assert_eq!(run(&program(false), &call), KILL);
     }
 
     #[test]

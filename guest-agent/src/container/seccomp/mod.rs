@@ -12,7 +12,7 @@ use std::io;
 
 use crate::sys::check;
 
-pub use rules::{Action, Profile, ProfileError};
+pub use rules::{Action, KernelSupport, Profile, ProfileError};
 
 /// A program for the kernel, and how it is to be installed.
 #[derive(Debug, Clone)]
@@ -24,7 +24,7 @@ pub struct Filter {
 impl Filter {
     /// Compiles a profile of the specification.
     pub fn new(seccomp: &super::spec::Seccomp) -> Result<Self, ProfileError> {
-        let profile = Profile::new(seccomp)?;
+        let profile = Profile::new(seccomp, KernelSupport::detect())?;
         let program = compiler::compile(&profile);
         if program.len() > libc::BPF_MAXINSNS as usize {
             return Err(ProfileError::TooLong(program.len()));

@@ -1,6 +1,7 @@
 //! Reads an OCI seccomp profile (runtime specification 1.2, "Seccomp").
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 
 use syscalls::{x86, x86_64};
 
@@ -101,15 +102,29 @@ pub enum Architecture {
     X86_64,
     /// 32-bit programs.
     X86,
-    /// 64-bit programs with 32-bit pointers; they use the numbers of `X86_64` with bit 30 set.
-    X32,
+}
+
+/// Which programs the running kernel can execute beside 64-bit ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KernelSupport {
+    /// 32-bit programs. Without them no call of theirs can come, and their table would only cost time.
+    pub x86: bool,
+}
+
+impl KernelSupport {
+    /// What this kernel supports.
+    pub fn detect() -> Self {
+        // A parameter of the 32-bit entry code, which is there when that code is.
+        Self { x86: Path::new("/proc/sys/abi/vsyscall32").exists() }
+    }
 }
 
 impl Architecture {
-    fn number(self, name: &str) -> Option<u32> {
+    /// Numbers by name. A profile names hundreds of calls, so looking each up in a list would take its time.
+    fn numbers(self) -> HashMap<&'static str, u32> {
         match self {
-            Self::X86_64 | Self::X32 => name.parse::<x86_64::Sysno>().ok().map(|call| call.id() as u32),
-            Self::X86 => name.parse::<x86::Sysno>().ok().map(|call| call.id() as u32),
+            Self::X86_64 => x86_64::Sysno::iter().map(|call| (call.name(), call.id() as u32)).collect(),
+            Self::X86 => x86::Sysno::iter().map(|call| (call.name(), call.id() as u32)).collect(),
         }
     }
 }
@@ -121,6 +136,8 @@ pub struct Profile {
     pub default: Action,
     /// Rules of each architecture.
     pub calls: Vec<(Architecture, BTreeMap<u32, CallRules>)>,
+    /// Whether the profile lets in 64-bit programs with 32-bit pointers. The guest's kernel has none of their calls.
+    pub x32: bool,
     /// `SECCOMP_FILTER_FLAG_*` for the kernel.
     pub flags: libc::c_ulong,
 }
@@ -150,26 +167,34 @@ pub enum ProfileError {
 }
 
 impl Profile {
-    /// Reads and checks a profile. Names of calls that this architecture does not have are left out.
-    pub fn new(seccomp: &spec::Seccomp) -> Result<Self, ProfileError> {
+    /// Reads and checks a profile. Names of calls that an architecture does not have are left out.
+    pub fn new(seccomp: &spec::Seccomp, kernel: KernelSupport) -> Result<Self, ProfileError> {
         if seccomp.listener_path.as_ref().is_some_and(|path| !path.as_os_str().is_empty()) {
             return Err(ProfileError::Notify);
         }
         let default = Action::parse(&seccomp.default_action, seccomp.default_errno_ret)?;
-        let mut calls: Vec<_> = architectures(items(&seccomp.architectures))?
-            .into_iter()
-            .map(|architecture| (architecture, BTreeMap::<u32, CallRules>::new()))
-            .collect();
+        let Listed { x86, x32 } = Listed::new(items(&seccomp.architectures))?;
+        let mut architectures = vec![Architecture::X86_64];
+        if x86 && kernel.x86 {
+            architectures.push(Architecture::X86);
+        }
+        let mut rules = Vec::new();
         for rule in items(&seccomp.syscalls) {
             let action = Action::parse(&rule.action, rule.errno_ret)?;
-            let alternatives = alternatives(items(&rule.args))?;
-            for (architecture, table) in &mut calls {
-                for number in rule.names.iter().filter_map(|name| architecture.number(name)) {
-                    add_rule(table.entry(number).or_default(), &alternatives, action);
+            rules.push((&rule.names, action, alternatives(items(&rule.args))?));
+        }
+        let table = |architecture: Architecture| {
+            let numbers = architecture.numbers();
+            let mut table = BTreeMap::<u32, CallRules>::new();
+            for (names, action, alternatives) in &rules {
+                for number in names.iter().filter_map(|name| numbers.get(name.as_str())) {
+                    add_rule(table.entry(*number).or_default(), alternatives, *action);
                 }
             }
-        }
-        Ok(Self { default, calls, flags: flags(items(&seccomp.flags))? })
+            (architecture, table)
+        };
+        let calls = architectures.into_iter().map(table).collect();
+        Ok(Self { default, calls, x32, flags: flags(items(&seccomp.flags))? })
     }
 }
 
@@ -211,22 +236,28 @@ fn condition(arg: &spec::SyscallArg) -> Result<Condition, ProfileError> {
     Ok(Condition { argument, comparison })
 }
 
-/// The native architecture is always among them. Others than x86 ones have no calls here and are only checked.
-fn architectures(names: &[String]) -> Result<Vec<Architecture>, ProfileError> {
-    let mut architectures = vec![Architecture::X86_64];
-    for name in names {
-        let architecture = match name.as_str() {
-            "SCMP_ARCH_X86_64" => continue,
-            "SCMP_ARCH_X86" => Architecture::X86,
-            "SCMP_ARCH_X32" => Architecture::X32,
-            other if FOREIGN.contains(&other) => continue,
-            other => return Err(ProfileError::UnknownArchitecture(other.to_owned())),
-        };
-        if !architectures.contains(&architecture) {
-            architectures.push(architecture);
+/// What a profile lists beside the native architecture, which is always let in.
+#[derive(Debug, Default)]
+struct Listed {
+    x86: bool,
+    x32: bool,
+}
+
+impl Listed {
+    fn new(names: &[String]) -> Result<Self, ProfileError> {
+        let mut listed = Self::default();
+        for name in names {
+            match name.as_str() {
+                "SCMP_ARCH_X86_64" => {}
+                "SCMP_ARCH_X86" => listed.x86 = true,
+                "SCMP_ARCH_X32" => listed.x32 = true,
+                // Calls of other processors can't come here.
+                other if FOREIGN.contains(&other) => {}
+                other => return Err(ProfileError::UnknownArchitecture(other.to_owned())),
+            }
         }
+        Ok(listed)
     }
-    Ok(architectures)
 }
 
 const FOREIGN: [&str; 17] = [
