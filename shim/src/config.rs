@@ -218,7 +218,7 @@ impl Config {
                 memory_mib: check_memory("memory", file.memory.as_deref().unwrap_or("256Mi"))?,
             },
             kernel_params,
-            templates: file.templates.unwrap_or(Templates::Auto),
+            templates: file.templates.unwrap_or(Templates::Off),
             template_dir: path(
                 "template_dir",
                 file.template_dir,

@@ -139,22 +139,12 @@ pub struct Environment {
     containerd: Option<PrivateContainerd>,
     host: Option<ShimHost>,
     counter: AtomicU32,
-    /// The key of the template that was made for the suite.
-    template: Option<String>,
 }
 
 impl Environment {
     /// An environment without any fixture yet.
     pub fn new(layout: Layout, runtime: Runtime) -> Self {
-        Self {
-            layout,
-            runtime,
-            shared: None,
-            containerd: None,
-            host: None,
-            counter: AtomicU32::new(0),
-            template: None,
-        }
+        Self { layout, runtime, shared: None, containerd: None, host: None, counter: AtomicU32::new(0) }
     }
 
     /// Why a case can't run here, if so.
@@ -168,10 +158,6 @@ impl Environment {
     /// When the fixture can't be had.
     pub fn prepare(&mut self, fixture: Fixture) -> Outcome<Vec<PathBuf>> {
         if self.host.is_none() {
-            if self.runtime == Runtime::Bulkhead && self.template.is_none() {
-                // Else the first pod would have it made beside the cases.
-                self.template = template::build_default(&self.layout)?;
-            }
             self.host = Some(ShimHost::new(&self.layout, self.runtime.program())?);
         }
         if fixture == Fixture::Pod && self.shared.is_none() {
@@ -197,9 +183,6 @@ impl Environment {
         }
         self.containerd.take();
         self.host.take();
-        if let Some(key) = self.template.take() {
-            template::remove_default(&self.layout, &key);
-        }
     }
 
     /// The shim host.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -29,29 +29,14 @@ pub const CASES: &[Case] = &[
     Case::new("template-of-another-kernel", another_kernel).bulkhead_only(),
 ];
 
-/// Where templates are without a configuration.
-pub const DEFAULT_STORE: &str = "/var/lib/bulkhead/templates";
+/// What is known of the digests of large files, in a store and, for the cases to come, among the fixture's files.
+const DIGESTS: &str = "digests.json";
 
 /// How long making a template may take.
 const BUILD_LIMIT: Duration = Duration::from_secs(20);
 
 /// How far a pod's wall clock may be from the node's.
 const CLOCK_TOLERANCE: f64 = 0.010;
-
-/// Makes the template for the default size in the default place; returns its key if it was not there before.
-///
-/// # Errors
-/// When it can't be made.
-pub fn build_default(layout: &Layout) -> Outcome<Option<String>> {
-    let output = bulkhead(layout, &["template", "build"])?;
-    let key = output.split(' ').next().unwrap_or_default().to_owned();
-    Ok(output.contains(" made in ").then_some(key))
-}
-
-/// Removes a template from the default place.
-pub fn remove_default(layout: &Layout, key: &str) {
-    let _ = bulkhead(layout, &["template", "remove", key]);
-}
 
 fn bulkhead(layout: &Layout, arguments: &[&str]) -> Outcome<String> {
     let output = process::run(Command::new(layout.bin("bulkhead")).args(arguments), b"", BUILD_LIMIT)?;
@@ -62,16 +47,21 @@ fn bulkhead(layout: &Layout, arguments: &[&str]) -> Outcome<String> {
 struct Templates {
     layout: Layout,
     directory: WorkDir,
+    known: PathBuf,
 }
 
 impl Templates {
     /// An empty store. What is known of the digests of large files is taken over.
     fn new(environment: &Environment, configuration: &str) -> Outcome<Self> {
-        let templates = Self { layout: environment.layout.clone(), directory: WorkDir::new("templates")? };
+        let templates = Self {
+            layout: environment.layout.clone(),
+            directory: WorkDir::new("templates")?,
+            known: environment.host()?.path().join(DIGESTS),
+        };
         let store = templates.store();
         DirBuilder::new().mode(0o700).create(&store).explain(|| format!("make {}", store.display()))?;
-        let known = Path::new(DEFAULT_STORE).join("digests.json");
-        let _ = fs::copy(known, store.join("digests.json"));
+        // Not there before the first template was made.
+        let _ = fs::copy(&templates.known, store.join(DIGESTS));
         let text = format!("templates = \"auto\"\ntemplate_dir = \"{}\"\n{configuration}", store.display());
         fs::write(templates.config(), text).explain(|| "write the configuration".into())?;
         Ok(templates)
@@ -101,6 +91,7 @@ impl Templates {
     /// Makes a template and returns its directory.
     fn build(&self, arguments: &[&str]) -> Outcome<PathBuf> {
         let output = self.run("build", arguments)?;
+        let _ = fs::copy(self.store().join(DIGESTS), &self.known);
         Ok(self.store().join(output.split(' ').next().unwrap_or_default()))
     }
 
