@@ -108,11 +108,7 @@ pub(crate) fn set_memory(vm: &VmFd, ram: &SharedRam) -> Result<(), MachineError>
 }
 
 /// Creates vCPUs, each with its features and nothing else set.
-pub(crate) fn create_vcpus(
-    vm: &VmFd,
-    cpuid: &CpuidTemplate,
-    count: u8,
-) -> Result<Vec<VcpuFd>, MachineError> {
+pub(crate) fn create_vcpus(vm: &VmFd, cpuid: &CpuidTemplate, count: u8) -> Result<Vec<VcpuFd>, MachineError> {
     (0..count)
         .map(|id| {
             let vcpu = vm.create_vcpu(id.into()).map_err(kvm_failed("create a vCPU"))?;

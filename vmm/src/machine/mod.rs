@@ -269,4 +269,3 @@ fn start_vcpu(
         .spawn(body)
         .map_err(host_failed("a thread for a vCPU"))
 }
-

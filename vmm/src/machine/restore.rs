@@ -39,8 +39,8 @@ impl Machine {
             return mismatch("devices");
         }
         let kvm = vm::open_kvm(kvm)?;
-        let cpuid = CpuidTemplate::new(&kvm, config.vcpus)
-            .map_err(|source| MachineError::Vcpu { id: 0, source })?;
+        let cpuid =
+            CpuidTemplate::new(&kvm, config.vcpus).map_err(|source| MachineError::Vcpu { id: 0, source })?;
         if !cpuid.for_vcpu(0).iter().eq(state.cpuid.iter().map(|entry| &entry.0)) {
             return mismatch("CPU features");
         }

@@ -61,7 +61,8 @@ impl RunningMachine {
             let state = self.bus.device_state(index, backend).ok_or(busy("it has no registers"))?;
             devices.push(state.map_err(busy)?);
         }
-        let clock = saver.vm.get_clock().map_err(|source| TemplateError::Kvm { what: "tell the time", source })?;
+        let clock =
+            saver.vm.get_clock().map_err(|source| TemplateError::Kvm { what: "tell the time", source })?;
         let state = MachineState {
             memory_mib: saver.memory_mib,
             cpuid: saver.cpuid.into_iter().map(Raw).collect(),

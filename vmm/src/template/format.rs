@@ -9,7 +9,7 @@
 //! Numbers are little-endian. The checksum finds accidents, not attacks.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 
 use super::MachineState;
 
@@ -53,8 +53,9 @@ pub fn write(state: &MachineState, file: &mut File) -> Result<(), FormatError> {
     file.write_all(&encode(state)?).map_err(FormatError::Write)
 }
 
-/// Reads a state.
+/// Reads a state, wherever the file's position is: it may be shared with others that read it.
 pub fn read(file: &mut File) -> Result<MachineState, FormatError> {
+    file.rewind().map_err(FormatError::Read)?;
     let mut bytes = Vec::with_capacity(16 * 1024);
     let limit = (HEADER + MAX_STATE + 1) as u64;
     file.take(limit).read_to_end(&mut bytes).map_err(FormatError::Read)?;

@@ -91,9 +91,14 @@ impl Boot {
 
     /// Starts a VMM and asks it to boot this.
     pub fn start(self) -> (Vmm, Result<(), Refusal>) {
+        self.start_with(|config| Request::Boot(Box::new(config)))
+    }
+
+    /// Starts a VMM and sends it the request made from the configuration.
+    pub fn start_with(self, request: impl FnOnce(VmConfig) -> Request) -> (Vmm, Result<(), Refusal>) {
         let mut vmm = Vmm::spawn(env!("CARGO_BIN_EXE_bulkhead-vmm"));
         let fds: Vec<_> = self.fds.iter().map(AsFd::as_fd).collect();
-        vmm.control.send(&Request::Boot(Box::new(self.config)), &fds).unwrap();
+        vmm.control.send(&request(self.config), &fds).unwrap();
         vmm.console = Some(self.console);
         let reply = vmm.reply();
         (vmm, reply)

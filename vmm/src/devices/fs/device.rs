@@ -10,7 +10,8 @@ use log::{debug, error};
 use super::message::{IN_HEADER, OUT_HEADER, ReplyHeader, RequestHeader};
 use super::server::{Received, Sent, Server};
 use crate::devices::{
-    Activated, BackendState, Chain, ConfigSpace, DeviceEvents, DeviceFault, DeviceInfo, DeviceKind, Progress, VirtioDevice,
+    Activated, BackendState, Chain, ConfigSpace, DeviceEvents, DeviceFault, DeviceInfo, DeviceKind, Progress,
+    VirtioDevice,
 };
 
 /// Queues by their numbers: `FORGET` and the like, and everything else.

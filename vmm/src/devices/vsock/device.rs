@@ -501,7 +501,8 @@ impl VirtioDevice for Vsock {
             }
             // Each port's stream is taken once, so no connection comes twice.
             let port = state.host_port;
-            let missing = || StateFault::Missing(format!("the stream of the guest's connection to port {port}"));
+            let missing =
+                || StateFault::Missing(format!("the stream of the guest's connection to port {port}"));
             let stream = self.guest_streams.remove(&port).ok_or_else(missing)?;
             self.insert(state, stream).map_err(|_| StateFault::Impossible("the number of connections"))?;
         }
