@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# fix-qemu.sh FILE: copy qemu-system-x86_64 to FILE without a bug of its SVM emulation that hangs about one pod in a hundred.
+# fix-qemu.sh FILE: copy qemu-system-x86_64 to FILE without a bug of its SVM emulation that hangs a pod now and then.
 #
 # VMRUN with an external interrupt to inject delivers it at once, but also leaves its vector in `exception_index`. When the
 # vCPU is asked to stop (a timer is due) before the next exit or exception clears that, the vector is taken for an exception and
