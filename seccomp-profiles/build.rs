@@ -7,7 +7,7 @@ use std::{env, fs};
 use seccompiler::{BpfProgram, TargetArch, compile_from_json};
 
 /// File name without `.json`; the one key inside each file is the same name.
-const PROFILES: [&str; 4] = ["vmm-control", "vmm-device", "vmm-vcpu", "fs-server"];
+const PROFILES: [&str; 5] = ["vmm-control", "vmm-template", "vmm-device", "vmm-vcpu", "fs-server"];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let out = env::var("OUT_DIR")?;

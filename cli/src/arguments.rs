@@ -9,12 +9,23 @@ use lexopt::{Arg, Parser, ValueExt};
 pub const HELP: &str = "\
 usage: bulkhead check [--prefix DIR] [--kvm DEVICE]
        bulkhead check --kvm-kind [--kvm DEVICE]
+       bulkhead template build [--vcpus N] [--memory SIZE] [--again] [--config FILE]
+       bulkhead template list | remove KEY... | remove --all | verify [KEY...] [--config FILE]
        bulkhead --help | --version
 
 check          Can pods run on this node? One line for each thing they need; exit code 0 only if they can.
   --kvm-kind   Print only what kind of KVM this is: hardware, software or none.
   --kvm        The KVM device (default /dev/kvm).
   --prefix     Where Bulkhead is installed (default: where this program is, without its bin/).
+
+template build    Makes the template that pods of one size start from, unless there is one.
+  --vcpus         vCPUs (default: as configured).
+  --memory        Guest memory, such as 512Mi (default: as configured).
+  --again         Make it even if there is one.
+template list     Which templates there are, the most recently used first.
+template remove   Removes templates; the beginning of a key is enough. Running pods are not affected.
+template verify   Reads templates completely and compares their digests; exit code 0 only if all are sound.
+  --config        The shim's configuration file (default /etc/bulkhead/config.toml, if there is one).
 ";
 
 /// The arguments, checked.
@@ -38,11 +49,47 @@ pub enum Command {
         /// Where Bulkhead is installed, if it was given.
         prefix: Option<PathBuf>,
     },
+    /// Look after templates.
+    Template {
+        /// The shim's configuration file, if it was given.
+        config: Option<PathBuf>,
+        /// What to do.
+        action: TemplateAction,
+    },
     /// Print the kind of KVM in one word.
     KvmKind {
         /// The KVM device.
         device: PathBuf,
     },
+}
+
+/// What to do with templates.
+#[derive(Debug, PartialEq, Eq)]
+pub enum TemplateAction {
+    /// Make one.
+    Build {
+        /// Number of vCPUs, as in the annotation.
+        vcpus: Option<String>,
+        /// Guest memory, as in the annotation.
+        memory: Option<String>,
+        /// Even if there is one.
+        again: bool,
+    },
+    /// Print which there are.
+    List,
+    /// Remove some.
+    Remove(Selection),
+    /// Check some.
+    Verify(Selection),
+}
+
+/// Which templates.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Selection {
+    /// Every one.
+    All,
+    /// Those whose keys begin with these.
+    Keys(Vec<String>),
 }
 
 /// A command line that makes no sense.
@@ -54,6 +101,12 @@ pub enum ArgumentsError {
     /// Two options that exclude each other.
     #[error("--kvm-kind looks at the KVM device only and takes no --prefix")]
     PrefixWithKvmKind,
+    /// No key where one is needed.
+    #[error("template remove needs keys, or --all; bulkhead template list shows them")]
+    NoKey,
+    /// Something that `template` can't do.
+    #[error("template what? build, list, remove and verify are possible")]
+    TemplateAction,
     /// An argument that is not known, or lacks its value.
     #[error("{0}; bulkhead --help says what there is")]
     Unexpected(#[from] lexopt::Error),
@@ -73,6 +126,7 @@ impl Arguments {
             Some(Arg::Long("help") | Arg::Short('h')) => Command::Help,
             Some(Arg::Long("version") | Arg::Short('V')) => Command::Version,
             Some(Arg::Value(name)) if name == "check" => check(&mut parser)?,
+            Some(Arg::Value(name)) if name == "template" => template(&mut parser)?,
             Some(Arg::Value(name)) => return Err(ArgumentsError::UnknownCommand(name)),
             Some(other) => return Err(other.unexpected().into()),
         };
@@ -98,6 +152,42 @@ fn check(parser: &mut Parser) -> Result<Command, ArgumentsError> {
         (true, None) => Ok(Command::KvmKind { device }),
         (false, prefix) => Ok(Command::Check { device, prefix }),
     }
+}
+
+fn template(parser: &mut Parser) -> Result<Command, ArgumentsError> {
+    let action = match parser.next()? {
+        Some(Arg::Long("help") | Arg::Short('h')) => return Ok(Command::Help),
+        Some(Arg::Value(action)) => action,
+        _ => return Err(ArgumentsError::TemplateAction),
+    };
+    let action = action.to_str().unwrap_or_default().to_owned();
+    if !["build", "list", "remove", "verify"].contains(&action.as_str()) {
+        return Err(ArgumentsError::TemplateAction);
+    }
+    let (mut config, mut vcpus, mut memory, mut again, mut all) = (None, None, None, false, false);
+    let mut keys = Vec::new();
+    while let Some(argument) = parser.next()? {
+        match (action.as_str(), argument) {
+            (_, Arg::Long("help") | Arg::Short('h')) => return Ok(Command::Help),
+            (_, Arg::Long("config")) => config = Some(parser.value()?.parse()?),
+            ("build", Arg::Long("vcpus")) => vcpus = Some(parser.value()?.string()?),
+            ("build", Arg::Long("memory")) => memory = Some(parser.value()?.string()?),
+            ("build", Arg::Long("again")) => again = true,
+            ("remove", Arg::Long("all")) => all = true,
+            ("remove" | "verify", Arg::Value(key)) => keys.push(key.string()?),
+            (_, other) => return Err(other.unexpected().into()),
+        }
+    }
+    let action = match action.as_str() {
+        "build" => TemplateAction::Build { vcpus, memory, again },
+        "list" => TemplateAction::List,
+        "remove" if all => TemplateAction::Remove(Selection::All),
+        "remove" if keys.is_empty() => return Err(ArgumentsError::NoKey),
+        "remove" => TemplateAction::Remove(Selection::Keys(keys)),
+        _ if keys.is_empty() => TemplateAction::Verify(Selection::All),
+        _ => TemplateAction::Verify(Selection::Keys(keys)),
+    };
+    Ok(Command::Template { config, action })
 }
 
 #[cfg(test)]
@@ -127,6 +217,29 @@ mod tests {
     }
 
     #[test]
+    fn templates_are_looked_after() {
+        let template = |action| Ok(Command::Template { config: None, action });
+        let keys = |keys: &[&str]| Selection::Keys(keys.iter().map(|&key| key.to_owned()).collect());
+        assert_eq!(parse(&["template", "list"]), template(TemplateAction::List));
+        assert_eq!(
+            parse(&["template", "build", "--vcpus", "2", "--again"]),
+            template(TemplateAction::Build { vcpus: Some("2".into()), memory: None, again: true })
+        );
+        assert_eq!(parse(&["template", "remove", "--all"]), template(TemplateAction::Remove(Selection::All)));
+        assert_eq!(
+            parse(&["template", "remove", "a", "b"]),
+            template(TemplateAction::Remove(keys(&["a", "b"])))
+        );
+        assert_eq!(
+            parse(&["template", "verify", "--config", "/c"]),
+            Ok(Command::Template {
+                config: Some("/c".into()),
+                action: TemplateAction::Verify(Selection::All)
+            })
+        );
+    }
+
+    #[test]
     fn nonsense_is_refused_by_name() {
         for (arguments, said) in [
             (&[][..], "no command"),
@@ -135,6 +248,11 @@ mod tests {
             (&["check", "extra"][..], "extra"),
             (&["check", "--prefix"][..], "--prefix"),
             (&["check", "--kvm-kind", "--prefix", "/opt"][..], "takes no --prefix"),
+            (&["template"][..], "template what"),
+            (&["template", "boil"][..], "template what"),
+            (&["template", "remove"][..], "needs keys"),
+            (&["template", "list", "--all"][..], "--all"),
+            (&["template", "build", "abc"][..], "abc"),
         ] {
             let error = parse(arguments).unwrap_err();
             assert!(error.contains(said), "{arguments:?}: {error}");

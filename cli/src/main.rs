@@ -2,6 +2,7 @@
 
 mod arguments;
 mod check;
+mod template;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -26,6 +27,8 @@ enum CliError {
     Arguments(#[from] arguments::ArgumentsError),
     #[error("{0}")]
     Check(#[from] check::CheckError),
+    #[error("{}", bulkhead_shim::error::chain(.0))]
+    Template(#[from] template::TemplateError),
     #[error("cannot write to standard output: {0}")]
     Output(#[from] io::Error),
 }
@@ -41,6 +44,11 @@ fn run() -> Result<ExitCode, CliError> {
                 writeln!(io::stderr(), "bulkhead: {reason}")?;
             }
             writeln!(out, "{}", kind.name())?;
+        }
+        Command::Template { config, action } => {
+            if !template::run(config, &action, &mut out)? {
+                return Ok(ExitCode::FAILURE);
+            }
         }
         Command::Check { device, prefix } => {
             if !check::run(&device, prefix.as_deref(), &mut out)? {

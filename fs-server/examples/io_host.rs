@@ -20,8 +20,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bulkhead_vmm_protocol::{
-    BlockConfig, Channel, Event, ExitReason, FdIndex, FromVmm, FsConfig, GuestStream, Request, VmConfig,
-    VsockConfig,
+    BlockConfig, Channel, Event, ExitReason, FdIndex, FromVmm, FsConfig, GuestStream, MemorySource, Request,
+    VmConfig, VsockConfig,
 };
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -145,6 +145,7 @@ fn boot(control: &Channel, kernel: &str, image: &str, fuse: OwnedFd, report: Own
     let config = VmConfig {
         vcpus: 1,
         memory_mib: 256,
+        memory: MemorySource::Anonymous,
         kvm: pass(OpenOptions::new().read(true).write(true).open("/dev/kvm").unwrap().into()),
         kernel: pass(File::open(kernel).unwrap().into()),
         cmdline: "root=/dev/vda rootfstype=erofs ro init=/init quiet".into(),

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use async_trait::async_trait;
 use bulkhead_agent_protocol::{
-    Agent, AgentEvent, ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest,
-    CreateExecRequest, CreateProcessResponse, Empty, PidsResponse, ProcessRequest, ResizePtyRequest,
+    Agent, AgentEvent, ConfigureRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
+    CreateProcessResponse, Empty, PidsResponse, ProcessRequest, ReadyResponse, ResizePtyRequest,
     SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
 };
 use ttrpc::r#async::TtrpcContext;
@@ -92,11 +92,17 @@ fn status(error: PodError) -> ttrpc::Error {
 
 #[async_trait]
 impl<M: Machine + 'static> Agent for Service<M> {
-    async fn configure(
-        &self,
-        _: &TtrpcContext,
-        request: ConfigureRequest,
-    ) -> ttrpc::Result<ConfigureResponse> {
+    async fn ready(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<ReadyResponse> {
+        Ok(ReadyResponse {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel_release: crate::sys::kernel_release(),
+            ready_us: self.machine.ready_us(),
+            started_us: self.machine.started_us(),
+            ..Default::default()
+        })
+    }
+
+    async fn configure(&self, _: &TtrpcContext, request: ConfigureRequest) -> ttrpc::Result<Empty> {
         if self.configured.swap(true, Relaxed) {
             return Err(rpc_error(Code::FAILED_PRECONDITION, "the guest is configured already"));
         }
@@ -105,13 +111,7 @@ impl<M: Machine + 'static> Agent for Service<M> {
             let code = if failure.invalid { Code::INVALID_ARGUMENT } else { Code::INTERNAL };
             rpc_error(code, failure.message)
         })?;
-        Ok(ConfigureResponse {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            kernel_release: crate::sys::kernel_release(),
-            ready_us: self.machine.ready_us(),
-            started_us: self.machine.started_us(),
-            ..Default::default()
-        })
+        Ok(Empty::new())
     }
 
     async fn create_container(

@@ -11,6 +11,8 @@ use seccompiler::{BpfProgram, sock_filter};
 pub enum Filter {
     /// The VMM's main thread: serves the control socket.
     VmmControl,
+    /// The VMM's main thread when the machine is one that can be saved: reads vCPU state as well.
+    VmmTemplate,
     /// The VMM's device loop: moves bytes between guest memory and descriptors.
     VmmDevice,
     /// A VMM thread that runs a vCPU.
@@ -39,6 +41,7 @@ impl Filter {
     fn program(self) -> BpfProgram {
         let bytes: &[u8] = match self {
             Filter::VmmControl => include_bytes!(concat!(env!("OUT_DIR"), "/vmm-control.bpf")),
+            Filter::VmmTemplate => include_bytes!(concat!(env!("OUT_DIR"), "/vmm-template.bpf")),
             Filter::VmmDevice => include_bytes!(concat!(env!("OUT_DIR"), "/vmm-device.bpf")),
             Filter::VmmVcpu => include_bytes!(concat!(env!("OUT_DIR"), "/vmm-vcpu.bpf")),
             Filter::FsServer => include_bytes!(concat!(env!("OUT_DIR"), "/fs-server.bpf")),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use bulkhead_vmm_protocol::{MAX_VCPUS, MIN_MEMORY_MIB};
 use log::LevelFilter;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Classify, Code};
 use crate::quantity::{self, QuantityError};
@@ -40,12 +40,29 @@ pub struct Config {
     pub size: Size,
     /// Kernel parameters after our own.
     pub kernel_params: String,
+    /// Whether pods start from templates.
+    pub templates: Templates,
+    /// Where templates are kept.
+    pub template_dir: PathBuf,
+    /// How much disk space all templates together may take, bytes.
+    pub template_limit: u64,
     /// What is logged.
     pub log_level: LevelFilter,
 }
 
+/// Whether pods start from templates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Templates {
+    /// Every pod boots.
+    Off,
+    /// From a template if there is one for the pod's size; if not, one is made in the background.
+    Auto,
+}
+
 /// Size of a virtual machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Size {
     /// 1 to [`MAX_VCPUS`].
     pub vcpus: u8,
@@ -65,6 +82,9 @@ struct File {
     vcpus: Option<u64>,
     memory: Option<String>,
     kernel_params: Option<String>,
+    templates: Option<Templates>,
+    template_dir: Option<PathBuf>,
+    template_limit: Option<String>,
     log_level: Option<String>,
 }
 
@@ -98,6 +118,9 @@ pub enum ConfigError {
         #[source]
         source: QuantityError,
     },
+    /// A limit that is not one.
+    #[error("template_limit is wrong")]
+    TemplateLimit(#[source] QuantityError),
     /// Not enough memory to boot in.
     #[error("{from} asks for {mib} MiB of guest memory: {MIN_MEMORY_MIB} MiB or more are needed")]
     MemoryTooSmall {
@@ -195,6 +218,14 @@ impl Config {
                 memory_mib: check_memory("memory", file.memory.as_deref().unwrap_or("256Mi"))?,
             },
             kernel_params,
+            templates: file.templates.unwrap_or(Templates::Off),
+            template_dir: path(
+                "template_dir",
+                file.template_dir,
+                PathBuf::from("/var/lib/bulkhead/templates"),
+            )?,
+            template_limit: quantity::parse_bytes(file.template_limit.as_deref().unwrap_or("8Gi"))
+                .map_err(ConfigError::TemplateLimit)?,
             log_level: match file.log_level.as_deref().unwrap_or("info") {
                 "error" => LevelFilter::Error,
                 "warn" => LevelFilter::Warn,
@@ -204,6 +235,15 @@ impl Config {
                 other => return Err(ConfigError::LogLevel(other.to_owned())),
             },
         })
+    }
+
+    /// The same for a virtual machine of another size, given as in the annotations.
+    pub fn with_size(self, vcpus: Option<&str>, memory: Option<&str>) -> Result<Config, ConfigError> {
+        let annotations = [(VCPUS_ANNOTATION, vcpus), (MEMORY_ANNOTATION, memory)]
+            .into_iter()
+            .filter_map(|(key, value)| Some((key.to_owned(), value?.to_owned())))
+            .collect();
+        self.with_annotations(&annotations)
     }
 
     /// Applies the annotations of a pod.
@@ -286,6 +326,9 @@ mod tests {
             vcpus = 4
             memory = "1.5Gi"
             kernel_params = "mitigations=off"
+            templates = "off"
+            template_dir = "/t"
+            template_limit = "1Gi"
             log_level = "debug"
             "#,
         )
@@ -300,6 +343,9 @@ mod tests {
                 kvm: "/d".into(),
                 size: Size { vcpus: 4, memory_mib: 1536 },
                 kernel_params: "mitigations=off".into(),
+                templates: Templates::Off,
+                template_dir: "/t".into(),
+                template_limit: 1 << 30,
                 log_level: LevelFilter::Debug,
             }
         );
@@ -327,6 +373,10 @@ mod tests {
             "log_level = \"loud\"",
             "kernel_params = \"a\\nb\"",
             "vmm = ",
+            "templates = \"on\"",
+            "templates = true",
+            "template_dir = \"templates\"",
+            "template_limit = \"much\"",
         ] {
             let error = parse(text).unwrap_err();
             assert_eq!(error.code(), Code::INVALID_ARGUMENT, "{text}: {error}");

@@ -2,9 +2,11 @@
 //!
 //! containerd runs the binary with an action ([`cli`]). `start` leaves a server behind, which speaks containerd's Task
 //! API ([`task`]) for every container of a pod, and owns the pod ([`pod`]): its VMM, its file server, the mounts that
-//! make up its shared tree, its cgroup. OCI specifications are translated for the guest in [`spec`]; what the shim
+//! make up its shared tree, its cgroup. Templates, saved machines that pods start from, are kept in [`template`] and made by
+//! [`builder`]. OCI specifications are translated for the guest in [`spec`]; what the shim
 //! asks of the host's kernel is in [`host`].
 
+pub mod builder;
 pub mod cli;
 pub mod config;
 pub mod error;
@@ -18,3 +20,4 @@ pub mod pod;
 pub mod quantity;
 pub mod spec;
 pub mod task;
+pub mod template;

@@ -25,6 +25,9 @@ const COMMON: [&str; 6] = [
     "io.containerd.runtime.v2.task/default",
 ];
 
+/// Templates stay for the pods to come.
+const KEPT: [&str; 1] = ["/var/lib/bulkhead/templates"];
+
 /// Control groups that the first container makes, and the harness removes at its end.
 const COMMON_GROUPS: [&str; 2] = ["default", "bulkhead-test"];
 
@@ -55,6 +58,7 @@ impl Snapshot {
         let files = directories.iter().flat_map(|directory| node::tree(directory));
         let files =
             files.filter(|path| !COMMON.iter().any(|common| path.ends_with(common.trim_start_matches('/'))));
+        let files = files.filter(|path| !KEPT.iter().any(|kept| path.starts_with(kept)));
         items.extend(files.map(|path| format!("file {}", path.display())));
         Self { directories, items }
     }

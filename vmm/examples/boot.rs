@@ -4,17 +4,20 @@
 //! [--limit SECONDS]`. The guest's console goes to standard output. The exit code is 0 when the guest powered itself
 //! off.
 
+mod support;
+
 use std::error::Error;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use bulkhead_vmm_protocol::{
-    BlockConfig, CONTROL_FD, Channel, Event, ExitReason, FdIndex, FromVmm, Request, VmConfig, VsockConfig,
+    BlockConfig, Channel, Event, ExitReason, FdIndex, FromVmm, MemorySource, Request, VmConfig, VsockConfig,
 };
+
+use support::{millis, spawn};
 
 struct Options {
     vmm: String,
@@ -41,6 +44,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     let config = VmConfig {
         vcpus: options.vcpus,
         memory_mib: options.memory,
+        memory: MemorySource::Anonymous,
         kvm: pass(OpenOptions::new().read(true).write(true).open("/dev/kvm")?.into()),
         kernel: pass(File::open(&options.kernel)?.into()),
         cmdline: options.cmdline,
@@ -97,23 +101,6 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn spawn(vmm: &str, control: Channel) -> Result<Child, Box<dyn Error>> {
-    let mut command = Command::new(vmm);
-    command.args(["--uid", "65534", "--gid", "65534"]).stdin(Stdio::null()).stdout(Stdio::null()).env_clear();
-    let fd = control.as_raw_fd();
-    // SAFETY: dup2 and fcntl are async-signal-safe and have no memory arguments; `control` outlives the spawn.
-    unsafe {
-        command.pre_exec(move || {
-            let result =
-                if fd == CONTROL_FD { libc::fcntl(fd, libc::F_SETFD, 0) } else { libc::dup2(fd, CONTROL_FD) };
-            if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
-        });
-    }
-    let child = command.spawn()?;
-    drop(control);
-    Ok(child)
-}
-
 /// Resident memory of a VMM in KiB, without the guest's: mappings of more than 32 MiB are guest memory.
 fn own_rss(pid: u32) -> Option<u64> {
     let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
@@ -131,10 +118,6 @@ fn own_rss(pid: u32) -> Option<u64> {
         }
     }
     Some(own)
-}
-
-fn millis(since: Instant) -> f64 {
-    since.elapsed().as_secs_f64() * 1000.0
 }
 
 fn parse() -> Result<Options, Box<dyn Error>> {

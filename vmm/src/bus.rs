@@ -3,7 +3,8 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::devices::mmio::MmioTransport;
-use crate::ioapic::IoApic;
+use crate::devices::{BackendState, DeviceState};
+use crate::ioapic::{IoApic, IoApicState};
 use crate::layout::{
     I8042_COMMAND, I8042_DATA, I8042_RESET, IOAPIC_BASE, IOAPIC_SIZE, MMIO_BASE, MMIO_STRIDE, POWER_OFF,
     POWER_PORT,
@@ -28,6 +29,20 @@ impl Bus {
     /// A bus with a window for each device, in order.
     pub fn new(devices: Vec<MmioTransport>, ioapic: IoApic) -> Self {
         Bus { devices: devices.into_iter().map(Mutex::new).collect(), ioapic: Mutex::new(ioapic) }
+    }
+
+    /// The IOAPIC's state.
+    pub fn ioapic_state(&self) -> IoApicState {
+        lock(&self.ioapic).state().clone()
+    }
+
+    /// The state of device number `index`, with that of its backend; `None` when there is no such device.
+    pub fn device_state(
+        &self,
+        index: usize,
+        backend: BackendState,
+    ) -> Option<Result<DeviceState, &'static str>> {
+        self.devices.get(index).map(|device| lock(device).save(backend))
     }
 
     /// A write to a port. Ports that don't exist ignore it.

@@ -1,11 +1,12 @@
 //! The control thread: serves the shim's requests until the machine or the shim ends.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use bulkhead_vmm_protocol::{
-    Channel, ChannelError, Event, ExitReason, FromVmm, Packet, Refusal, RefusalKind, Request, VmConfig,
+    Channel, ChannelError, Event, ExitReason, FromVmm, Packet, Refusal, RefusalKind, Request,
 };
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -45,13 +46,36 @@ pub enum Outcome {
 pub fn serve(channel: &Channel) -> Result<Outcome, ControlError> {
     channel.set_timeout(Some(SEND_LIMIT))?;
     let Some((machine, handles)) = boot(channel)? else { return Ok(Outcome::Refused) };
-    let result = run(channel, &machine, &handles);
-    if let Ok(Outcome::Exited) = result {
-        let fallback = ExitReason::Internal { detail: "the machine ended without a reason".into() };
-        let reason = machine.finish(fallback);
-        channel.send(&FromVmm::Event(Event::Exited(reason)), &[])?;
+    match run(channel, &machine, &handles)? {
+        End::Exited => {
+            let fallback = ExitReason::Internal { detail: "the machine ended without a reason".into() };
+            let reason = machine.finish(fallback);
+            channel.send(&FromVmm::Event(Event::Exited(reason)), &[])?;
+            Ok(Outcome::Exited)
+        }
+        End::ShimGone => Ok(Outcome::ShimGone),
+        End::Save(file) => {
+            let mut file = File::from(file);
+            let result = machine.save(&mut file);
+            reply(channel, result.map_err(|error| refusal_of(RefusalKind::Template, &error)))?;
+            wait_for_shim(channel)
+        }
     }
-    result
+}
+
+/// Refuses everything until the shim closes its end: the machine was saved and doesn't run any more.
+fn wait_for_shim(channel: &Channel) -> Result<Outcome, ControlError> {
+    let watch = Watch::new(channel, None)?;
+    loop {
+        watch.wait()?;
+        match channel.receive::<Request>() {
+            Ok(_) | Err(ChannelError::Malformed(_)) => {
+                reply(channel, Err(invalid("the machine has stopped to be saved")))?;
+            }
+            Err(ChannelError::Closed) => return Ok(Outcome::ShimGone),
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// Waits for the boot request and carries it out; `None` when it was refused.
@@ -60,8 +84,9 @@ fn boot(channel: &Channel) -> Result<Option<(RunningMachine, Handles)>, ControlE
     watch.wait()?;
     let Packet { message, fds } = channel.receive::<Request>()?;
     let result = match message {
-        Request::Boot(config) => build_and_start(&config, fds),
-        Request::ConnectVsock { .. } => Err(invalid("nothing is booted yet")),
+        Request::Boot(config) => start(Machine::build(&config, fds)),
+        Request::Restore(config) => start(Machine::restore(&config, fds)),
+        Request::Save | Request::ConnectVsock { .. } => Err(invalid("nothing is booted yet")),
     };
     match result {
         Ok(running) => {
@@ -75,26 +100,34 @@ fn boot(channel: &Channel) -> Result<Option<(RunningMachine, Handles)>, ControlE
     }
 }
 
-fn build_and_start(config: &VmConfig, fds: Vec<OwnedFd>) -> Result<(RunningMachine, Handles), Refusal> {
-    let (machine, handles) = Machine::build(config, fds).map_err(|error| refusal(&error))?;
+fn start(built: Result<(Machine, Handles), MachineError>) -> Result<(RunningMachine, Handles), Refusal> {
+    let (machine, handles) = built.map_err(|error| refusal(&error))?;
     let running = machine.start().map_err(|error| refusal(&error))?;
     Ok((running, handles))
 }
 
-/// Serves requests until the machine or the shim ends.
-fn run(channel: &Channel, machine: &RunningMachine, handles: &Handles) -> Result<Outcome, ControlError> {
+/// What ends the serving of requests.
+enum End {
+    Exited,
+    ShimGone,
+    /// The machine is to be saved to this file.
+    Save(OwnedFd),
+}
+
+/// Serves requests until the machine or the shim ends, or the machine is to be saved.
+fn run(channel: &Channel, machine: &RunningMachine, handles: &Handles) -> Result<End, ControlError> {
     let watch = Watch::new(channel, Some(machine))?;
     loop {
         let ready = watch.wait()?;
         if ready.exit {
-            return Ok(Outcome::Exited);
+            return Ok(End::Exited);
         }
         if !ready.channel {
             continue;
         }
         let packet = match channel.receive::<Request>() {
             Ok(packet) => packet,
-            Err(ChannelError::Closed) => return Ok(Outcome::ShimGone),
+            Err(ChannelError::Closed) => return Ok(End::ShimGone),
             Err(ChannelError::Malformed(error)) => {
                 reply(channel, Err(invalid(&format!("the request can't be understood: {error}"))))?;
                 continue;
@@ -102,7 +135,11 @@ fn run(channel: &Channel, machine: &RunningMachine, handles: &Handles) -> Result
             Err(error) => return Err(error.into()),
         };
         let result = match packet.message {
-            Request::Boot(_) => Err(invalid("a machine is running already")),
+            Request::Boot(_) | Request::Restore(_) => Err(invalid("a machine is running already")),
+            Request::Save => match <[OwnedFd; 1]>::try_from(packet.fds) {
+                Ok([file]) => return Ok(End::Save(file)),
+                Err(_) => Err(invalid("saving needs one descriptor")),
+            },
             Request::ConnectVsock { port } => connect_vsock(handles, port, packet.fds),
         };
         reply(channel, result)?;
@@ -137,7 +174,12 @@ fn refusal(error: &MachineError) -> Refusal {
         MachineError::Memory(_) | MachineError::Host { .. } | MachineError::Devices(_) => {
             RefusalKind::Resources
         }
+        MachineError::Template(_) => RefusalKind::Template,
     };
+    refusal_of(kind, error)
+}
+
+fn refusal_of(kind: RefusalKind, error: &dyn std::error::Error) -> Refusal {
     let mut message = chain_of(error);
     crate::logger::truncate(&mut message, REFUSAL_MAX);
     Refusal { kind, message }

@@ -40,8 +40,16 @@ pub enum LoopError {
 /// A handle to the running device thread.
 #[derive(Debug)]
 pub struct DeviceLoop {
-    thread: JoinHandle<()>,
+    thread: JoinHandle<Option<Stopped>>,
     stop: Arc<Stop>,
+}
+
+/// The devices after their thread has ended, in the order in which they were given.
+pub struct Stopped {
+    /// Their workers.
+    pub workers: Vec<DeviceWorker>,
+    /// Whether everything that was queued is finished.
+    pub at_rest: bool,
 }
 
 #[derive(Debug)]
@@ -91,13 +99,23 @@ impl DeviceLoop {
         let body = move || {
             let result = enter().and_then(|()| {
                 manager.add_subscriber(Subscriber::Stop(seen.clone()));
+                let mut ids = Vec::with_capacity(workers.len());
                 for worker in workers {
-                    manager.add_subscriber(Subscriber::Device(worker));
+                    ids.push(manager.add_subscriber(Subscriber::Device(worker)));
                 }
-                run(&mut manager, &seen).map_err(|error| error.to_string())
+                let at_rest = run(&mut manager, &seen).map_err(|error| error.to_string())?;
+                let workers = ids.into_iter().filter_map(|id| match manager.remove_subscriber(id) {
+                    Ok(Subscriber::Device(worker)) => Some(worker),
+                    _ => None,
+                });
+                Ok(Stopped { workers: workers.collect(), at_rest })
             });
-            if let Err(error) = result {
-                failed(error);
+            match result {
+                Ok(stopped) => Some(stopped),
+                Err(error) => {
+                    failed(error);
+                    None
+                }
             }
         };
         let thread = thread::Builder::new()
@@ -108,30 +126,31 @@ impl DeviceLoop {
         Ok(DeviceLoop { thread, stop })
     }
 
-    /// Lets the devices finish what is queued, then stops the thread. Says whether it ended in time.
-    pub fn stop(self) -> bool {
+    /// Lets the devices finish what is queued, then stops the thread. `None`: it failed, or didn't end in time.
+    pub fn stop(self) -> Option<Stopped> {
         self.stop.requested.store(true, Ordering::SeqCst);
         let _ = self.stop.wake.write(1);
         let start = Instant::now();
         while !self.thread.is_finished() {
             if start.elapsed() > STOP_LIMIT {
-                return false;
+                return None;
             }
             thread::sleep(Duration::from_micros(200));
         }
-        true
+        self.thread.join().ok().flatten()
     }
 }
 
-fn run(manager: &mut EventManager<Subscriber>, stop: &Stop) -> Result<(), LoopError> {
+/// Runs until the stop. Says whether the devices came to rest then.
+fn run(manager: &mut EventManager<Subscriber>, stop: &Stop) -> Result<bool, LoopError> {
     while !stop.requested.load(Ordering::SeqCst) {
         manager.run().map_err(LoopError::Wait)?;
     }
     let start = Instant::now();
     while start.elapsed() < DRAIN_LIMIT {
         if manager.run_with_timeout(0).map_err(LoopError::Wait)? == 0 {
-            break;
+            return Ok(true);
         }
     }
-    Ok(())
+    Ok(false)
 }

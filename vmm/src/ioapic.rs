@@ -54,7 +54,7 @@ pub trait InterruptRouter: Send {
 }
 
 /// What software wrote: plain data.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IoApicState {
     id: u8,
     select: u8,
@@ -71,6 +71,18 @@ impl IoApic {
     /// An IOAPIC after reset: every pin masked.
     pub fn new(id: u8, router: Box<dyn InterruptRouter>) -> Self {
         IoApic { state: IoApicState { id, select: 0, table: [MASKED; IRQ_PINS as usize] }, router }
+    }
+
+    /// An IOAPIC that goes on from a saved state. Its routes are set at once.
+    pub fn restored(state: IoApicState, router: Box<dyn InterruptRouter>) -> Self {
+        let ioapic = IoApic { state, router };
+        ioapic.publish();
+        ioapic
+    }
+
+    /// What software wrote so far.
+    pub fn state(&self) -> &IoApicState {
+        &self.state
     }
 
     /// A guest's read at `offset` of the window.

@@ -20,4 +20,6 @@ pub mod logger;
 pub mod machine;
 pub mod memory;
 pub mod resources;
+pub mod template;
 pub mod vcpu;
+mod vm;

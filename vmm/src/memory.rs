@@ -1,6 +1,8 @@
 //! Guest memory: how it is made, and the names the rest of the crate uses for it.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::ptr;
 use std::sync::Arc;
 
@@ -11,7 +13,18 @@ use vm_memory::{
 
 use crate::layout::{MMIO_BASE, RAM_ABOVE_4G};
 
-/// Guest-physical memory: anonymous private mappings, one per range of the memory map.
+/// What guest memory is made of.
+#[derive(Debug)]
+pub enum Memory {
+    /// Zeroes of its own.
+    Anonymous,
+    /// A file that is written through.
+    Shared(File),
+    /// A file of which a written page becomes the machine's own.
+    Private(File),
+}
+
+/// Guest-physical memory: one mapping per range of the memory map.
 pub type GuestRam = vm_memory::GuestMemoryMmap<()>;
 
 /// Guest memory as everybody shares it.
@@ -32,6 +45,17 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// The file can't hold guest memory.
+    #[error("the memory file has {found} bytes and the guest {wanted}")]
+    FileSize {
+        /// Bytes of the file.
+        found: u64,
+        /// Bytes of guest memory.
+        wanted: u64,
+    },
+    /// The file can't be asked for its size.
+    #[error("the memory file's size can't be read")]
+    FileStatus(#[source] io::Error),
     /// A mapping that can't be guest memory.
     #[error("a mapping can't be used as guest memory")]
     Region(#[source] MmapRegionError),
@@ -43,21 +67,50 @@ pub enum MemoryError {
     Overflow(u64),
 }
 
-/// Maps guest memory, all zero and not yet backed by pages of the host. It stays until the process ends, as one process
-/// is one machine.
-pub fn map_ram(mib: u32) -> Result<SharedRam, MemoryError> {
-    let regions = ram_ranges(mib)
-        .into_iter()
-        .map(|(start, size)| {
-            let host = map_aligned(size)?;
-            let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE);
-            // SAFETY: `host` is the start of a mapping of at least `size` bytes that is never unmapped.
-            let region = unsafe { MmapRegion::build_raw(host, size, protection, flags) };
-            GuestRegionMmap::new(region.map_err(MemoryError::Region)?, start)
-                .ok_or(MemoryError::Overflow(start.0))
-        })
-        .collect::<Result<Vec<_>, _>>()?;
+/// Maps guest memory; no page of it is touched. It stays until the process ends, as one process is one machine.
+pub fn map_ram(mib: u32, memory: &Memory) -> Result<SharedRam, MemoryError> {
+    if let Memory::Shared(file) | Memory::Private(file) = memory {
+        let found = file.metadata().map_err(MemoryError::FileStatus)?.len();
+        let wanted = u64::from(mib) << 20;
+        if found != wanted {
+            return Err(MemoryError::FileSize { found, wanted });
+        }
+    }
+    let mut offset = 0;
+    let mut regions = Vec::new();
+    for (start, size) in ram_ranges(mib) {
+        let (host, sharing) = match memory {
+            Memory::Anonymous => (map_aligned(size)?, libc::MAP_PRIVATE),
+            Memory::Shared(file) => (map_file(file, offset, size, libc::MAP_SHARED)?, libc::MAP_SHARED),
+            Memory::Private(file) => (map_file(file, offset, size, libc::MAP_PRIVATE)?, libc::MAP_PRIVATE),
+        };
+        // SAFETY: `host` is the start of a mapping of at least `size` bytes that is never unmapped.
+        let region =
+            unsafe { MmapRegion::build_raw(host, size, libc::PROT_READ | libc::PROT_WRITE, sharing) };
+        let region = GuestRegionMmap::new(region.map_err(MemoryError::Region)?, start);
+        regions.push(region.ok_or(MemoryError::Overflow(start.0))?);
+        offset += size;
+    }
     GuestRam::from_regions(regions).map(Arc::new).map_err(MemoryError::Ranges)
+}
+
+/// A mapping of part of a file.
+fn map_file(file: &File, offset: usize, size: usize, sharing: libc::c_int) -> Result<*mut u8, MemoryError> {
+    // SAFETY: a new mapping, at an address that the kernel chooses.
+    let start = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            size,
+            libc::PROT_READ | libc::PROT_WRITE,
+            sharing | libc::MAP_NORESERVE,
+            file.as_raw_fd(),
+            offset as libc::off_t,
+        )
+    };
+    if start == libc::MAP_FAILED {
+        return Err(MemoryError::Map { bytes: size, source: io::Error::last_os_error() });
+    }
+    Ok(start.cast())
 }
 
 /// A mapping whose start is a multiple of [`HUGE_PAGE`]; some address space around it is wasted.
@@ -107,11 +160,28 @@ mod tests {
 
     #[test]
     fn memory_is_aligned_to_huge_pages_and_zero() {
-        let ram = map_ram(64).unwrap();
+        let ram = map_ram(64, &Memory::Anonymous).unwrap();
         let host = ram.get_host_address(GuestAddress(0)).unwrap();
         assert_eq!(host.align_offset(HUGE_PAGE), 0);
         let last: u64 = ram.read_obj(GuestAddress((64 << 20) - 8)).unwrap();
         assert_eq!(last, 0);
+    }
+
+    #[test]
+    fn a_private_mapping_leaves_the_file_alone_and_a_shared_one_does_not() {
+        let file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
+        assert!(matches!(
+            map_ram(64, &Memory::Shared(file.try_clone().unwrap())),
+            Err(MemoryError::FileSize { found: 0, .. })
+        ));
+        file.set_len(64 << 20).unwrap();
+        let private = map_ram(64, &Memory::Private(file.try_clone().unwrap())).unwrap();
+        let shared = map_ram(64, &Memory::Shared(file)).unwrap();
+        let (one, other) = (GuestAddress(0x1000), GuestAddress(0x2000));
+        private.write_obj(1u64, one).unwrap();
+        shared.write_obj(2u64, other).unwrap();
+        assert_eq!(shared.read_obj::<u64>(one).unwrap(), 0);
+        assert_eq!(private.read_obj::<u64>(other).unwrap(), 2);
     }
 
     #[test]

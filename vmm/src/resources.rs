@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use bulkhead_vmm_protocol::{FdIndex, VmConfig};
+use bulkhead_vmm_protocol::{FdIndex, MemorySource, VmConfig};
 
 use crate::devices::VirtioDevice;
 use crate::devices::blk::Block;
@@ -13,6 +13,7 @@ use crate::devices::fs::FileSystem;
 use crate::devices::rng::Rng;
 use crate::devices::vsock::{Vsock, VsockConnector};
 use crate::layout::MAX_DEVICES;
+use crate::memory::Memory;
 
 /// What can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -57,7 +58,9 @@ pub struct Handles {
 /// What a machine is built from.
 pub(crate) struct Resources {
     pub kvm: OwnedFd,
-    pub kernel: File,
+    /// The kernel to boot, or the state to restore.
+    pub start: File,
+    pub memory: Memory,
     /// In the order of their windows; disks in the order of the configuration.
     pub devices: Vec<Box<dyn VirtioDevice>>,
     pub handles: Handles,
@@ -73,14 +76,20 @@ impl Fds {
 }
 
 impl Resources {
-    /// Turns descriptors into devices. What the configuration doesn't name is closed.
-    pub fn take(config: &VmConfig, fds: Vec<OwnedFd>) -> Result<Self, ResourceError> {
+    /// Turns descriptors into devices. What the configuration doesn't name is closed. `start` is the kernel, or the
+    /// state of a saved machine.
+    pub fn take(config: &VmConfig, start: FdIndex, fds: Vec<OwnedFd>) -> Result<Self, ResourceError> {
         config.validate(fds.len())?;
         let mut fds = Fds(fds.into_iter().map(Some).collect());
         let device_failed = |what| move |source| ResourceError::Device { what, source };
 
         let kvm = fds.take(config.kvm)?;
-        let kernel = File::from(fds.take(config.kernel)?);
+        let start = File::from(fds.take(start)?);
+        let memory = match config.memory {
+            MemorySource::Anonymous => Memory::Anonymous,
+            MemorySource::Shared(file) => Memory::Shared(File::from(fds.take(file)?)),
+            MemorySource::Private(file) => Memory::Private(File::from(fds.take(file)?)),
+        };
         let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
 
         let output = config.console.map(|index| fds.take(index)).transpose()?;
@@ -108,6 +117,6 @@ impl Resources {
         if devices.len() > MAX_DEVICES {
             return Err(ResourceError::TooManyDevices(devices.len()));
         }
-        Ok(Resources { kvm, kernel, devices, handles: Handles { vsock: connector } })
+        Ok(Resources { kvm, start, memory, devices, handles: Handles { vsock: connector } })
     }
 }

@@ -29,16 +29,16 @@ thread_local! {
 
 /// Everything a vCPU's thread needs.
 pub struct Vcpu {
-    /// Its number.
-    pub id: u8,
-    /// KVM's vCPU.
-    pub fd: VcpuFd,
+    id: u8,
+    fd: VcpuFd,
     /// Where its accesses go.
-    pub bus: Arc<Bus>,
+    bus: Arc<Bus>,
     /// Guest memory, for the word that tells panics from resets.
-    pub ram: SharedRam,
+    ram: SharedRam,
     /// Set to stop the thread, followed by the signal.
-    pub stop: Arc<AtomicBool>,
+    stop: Arc<AtomicBool>,
+    /// The last entry ended without anything to serve.
+    left: bool,
 }
 
 /// Prepares the process for [`kick`]; once, before any vCPU's thread starts.
@@ -60,33 +60,51 @@ pub fn kick<T>(thread: &JoinHandle<T>) {
     let _ = thread.kill(SIGRTMIN());
 }
 
-/// Stops vCPU threads whose `stop` flag is set. Says whether all ended in time.
-pub fn join<T>(threads: Vec<JoinHandle<T>>) -> bool {
+/// Stops vCPU threads whose `stop` flag is set. Returns what they leave, or `None` if not all ended in time.
+pub fn join<T>(threads: Vec<JoinHandle<T>>) -> Option<Vec<T>> {
     for thread in &threads {
         kick(thread);
     }
     let start = Instant::now();
     while threads.iter().any(|thread| !thread.is_finished()) {
         if start.elapsed() > STOP_LIMIT {
-            return false;
+            return None;
         }
         std::thread::sleep(Duration::from_micros(200));
     }
-    true
+    threads.into_iter().map(|thread| thread.join().ok()).collect()
 }
 
 impl Vcpu {
-    /// Runs until the guest ends (the reason) or `stop` is set (`None`).
-    pub fn run(mut self) -> Option<ExitReason> {
+    /// A vCPU that hasn't run in this thread.
+    pub fn new(id: u8, fd: VcpuFd, bus: Arc<Bus>, ram: SharedRam, stop: Arc<AtomicBool>) -> Self {
+        Vcpu { id, fd, bus, ram, stop, left: false }
+    }
+
+    /// Runs until the guest ends (the reason) or `stop` is set (`None`). KVM's vCPU comes back: with `None` its state is
+    /// complete, so that it could be saved.
+    pub fn run(mut self) -> (VcpuFd, Option<ExitReason>) {
         let flag: *mut u8 = &raw mut self.fd.get_kvm_run().immediate_exit;
         IMMEDIATE_EXIT.set(flag);
         let reason = self.run_guest();
         IMMEDIATE_EXIT.set(ptr::null_mut());
-        reason
+        (self.fd, reason)
     }
 
     fn run_guest(&mut self) -> Option<ExitReason> {
         while !self.stop.load(Ordering::SeqCst) {
+            if let Some(reason) = self.enter() {
+                return Some(reason);
+            }
+        }
+        self.settle()
+    }
+
+    /// Lets KVM finish the instruction whose access was served last: it does so at the next entry only.
+    fn settle(&mut self) -> Option<ExitReason> {
+        self.left = false;
+        while !self.left {
+            self.fd.set_kvm_immediate_exit(1);
             if let Some(reason) = self.enter() {
                 return Some(reason);
             }
@@ -102,6 +120,7 @@ impl Vcpu {
                 return match error.errno() {
                     // A signal: the caller looks at `stop`.
                     libc::EINTR | libc::EAGAIN => {
+                        self.left = true;
                         self.fd.set_kvm_immediate_exit(0);
                         None
                     }

@@ -24,6 +24,8 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Guest memory in MiB, at least [`MIN_MEMORY_MIB`].
     pub memory_mib: u32,
+    /// What guest memory is made of.
+    pub memory: MemorySource,
     /// `/dev/kvm`, open for reading and writing.
     pub kvm: FdIndex,
     /// The guest kernel: an ELF `vmlinux` or a bzImage, open for reading.
@@ -38,6 +40,35 @@ pub struct VmConfig {
     pub fs: Option<FsConfig>,
     /// The vsock device.
     pub vsock: VsockConfig,
+}
+
+/// What guest memory is made of.
+///
+/// A file's first byte is the guest's first; the ranges of the guest's memory map follow each other in the file without
+/// gaps. Its size must be that of the guest's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemorySource {
+    /// Zeroes that belong to this machine alone.
+    Anonymous,
+    /// A file that is written through: a template in the making. Open for reading and writing.
+    Shared(FdIndex),
+    /// A template's memory file: what the guest changes is its own, everything else is shared. Open for reading.
+    Private(FdIndex),
+}
+
+/// A machine that goes on from where [`crate::Request::Save`] left one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreConfig {
+    /// The machine. vCPUs, memory size, devices and the vsock context id (which means nothing outside of one machine) must
+    /// be those of the saved one. Its memory is [`MemorySource::Private`]. The kernel and the command line are in
+    /// memory already: neither is looked at, and `kernel` may name any descriptor.
+    ///
+    /// A vsock connection that the guest had opened to one of the `guest_streams` ports goes on with the given stream.
+    pub config: VmConfig,
+    /// The file that [`crate::Request::Save`] wrote, open for reading.
+    pub state: FdIndex,
 }
 
 /// One virtio block device (virtio 1.2, section 5.2).
@@ -139,8 +170,13 @@ impl VmConfig {
     }
 
     fn fds(&self) -> impl Iterator<Item = FdIndex> + '_ {
+        let memory = match self.memory {
+            MemorySource::Anonymous => None,
+            MemorySource::Shared(file) | MemorySource::Private(file) => Some(file),
+        };
         [self.kvm, self.kernel]
             .into_iter()
+            .chain(memory)
             .chain(self.console)
             .chain(self.disks.iter().map(|disk| disk.file))
             .chain(self.fs.iter().map(|fs| fs.server))
@@ -156,6 +192,7 @@ mod tests {
         VmConfig {
             vcpus: 1,
             memory_mib: 128,
+            memory: MemorySource::Anonymous,
             kvm: FdIndex(0),
             kernel: FdIndex(1),
             cmdline: String::new(),
@@ -194,6 +231,8 @@ mod tests {
     #[test]
     fn an_index_past_the_descriptors_is_refused() {
         assert_eq!(config().validate(2), Err(ConfigError::MissingFd { index: 2, count: 2 }));
+        let config = VmConfig { memory: MemorySource::Private(FdIndex(9)), ..config() };
+        assert_eq!(config.validate(3), Err(ConfigError::MissingFd { index: 9, count: 3 }));
     }
 
     #[test]

@@ -2,14 +2,21 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::VmConfig;
+use crate::config::{RestoreConfig, VmConfig};
 
 /// What the shim asks of the VMM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
-    /// Build the virtual machine and start its vCPUs. Once only, and first.
+    /// Build the virtual machine and start its vCPUs. First, and once only.
     Boot(Box<VmConfig>),
+    /// Instead of `Boot`: take a saved machine up where it was saved. When it is refused the VMM ends, as with `Boot`.
+    Restore(Box<RestoreConfig>),
+    /// Stop the machine for good and write its state to a file (the packet's only descriptor: empty, open for writing).
+    ///
+    /// Memory must be [`crate::MemorySource::Shared`]; its file and the state together can be restored. After the reply
+    /// the VMM only waits for the shim to close the control socket.
+    Save,
     /// Connect a stream (the packet's only descriptor, one end of a `SOCK_STREAM` pair) to a port the guest listens on.
     ///
     /// The reply says that the request was queued. Whether the guest accepts shows on the stream: it is closed when not.
@@ -53,6 +60,8 @@ pub enum RefusalKind {
     Kvm,
     /// Not enough memory, descriptors or threads on the host.
     Resources,
+    /// The machine can't be saved now, or what was saved can't be restored here: boot one instead.
+    Template,
 }
 
 /// Something that happened to the virtual machine.

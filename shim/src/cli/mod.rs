@@ -11,6 +11,7 @@ use std::process::ExitCode;
 
 use containerd_shim::Flags;
 
+use crate::builder::background;
 use crate::error::chain;
 
 /// Name of the runtime, as containerd's configuration has it.
@@ -32,6 +33,7 @@ pub fn main() -> ExitCode {
         _ => match flags.action.as_str() {
             "start" => start::run(&flags).map_err(|error| chain(&error)),
             "delete" => delete::run(&flags).map_err(|error| chain(&error)),
+            background::ACTION => background::run().map_err(|error| chain(&error)),
             SERVE => serve::run(&flags).map_err(|error| chain(&error)),
             "" => Err("no action: containerd runs this program, with start or delete".to_owned()),
             other => Err(format!("unknown action {other:?}: start and delete are possible")),

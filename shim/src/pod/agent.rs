@@ -75,6 +75,19 @@ impl std::fmt::Debug for Agent {
     }
 }
 
+/// What the agent says of itself and its guest, cleaned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Greeting {
+    /// The agent's version.
+    pub version: String,
+    /// The guest kernel's release.
+    pub kernel: String,
+    /// The guest's monotonic time when the agent began, microseconds.
+    pub started_us: u64,
+    /// The guest's monotonic time when the agent was ready, microseconds.
+    pub ready_us: u64,
+}
+
 /// How a process in the guest ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Exit {
@@ -131,13 +144,21 @@ impl Agent {
         }
     }
 
-    /// Makes the guest the pod's. Its answer is the sign that the agent is up.
-    pub async fn configure(
-        &self,
-        request: &api::ConfigureRequest,
-        limit: Duration,
-    ) -> Result<api::ConfigureResponse, AgentError> {
-        self.call("Configure", limit, self.client.configure(Context::default(), request)).await
+    /// Asks for nothing but an answer, which is the sign that the agent is up.
+    pub async fn ready(&self, limit: Duration) -> Result<Greeting, AgentError> {
+        let request = api::Empty::new();
+        let answer = self.call("Ready", limit, self.client.ready(Context::default(), &request)).await?;
+        Ok(Greeting {
+            version: untrusted(&answer.version, 64),
+            kernel: untrusted(&answer.kernel_release, 64),
+            started_us: answer.started_us,
+            ready_us: answer.ready_us,
+        })
+    }
+
+    /// Makes the guest the pod's.
+    pub async fn configure(&self, request: &api::ConfigureRequest) -> Result<(), AgentError> {
+        self.call("Configure", SLOW, self.client.configure(Context::default(), request)).await.map(drop)
     }
 
     /// Sets a container up; gives its first process's id in the guest.

@@ -1,20 +1,20 @@
-//! Booting a pod's guest: every resource is opened here and handed to the VMM as a descriptor.
+//! Starting a pod's guest, from a template if there is one: every resource is made here and handed to the VMM as a
+//! descriptor.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
-use bulkhead_agent_protocol::AGENT_PORT;
-use bulkhead_vmm_protocol::{
-    BlockConfig, Channel, FdIndex, FsConfig, GuestStream, Refusal, RefusalKind, Request, VmConfig,
-    VsockConfig,
-};
+use bulkhead_vmm_protocol::{Channel, Refusal, RefusalKind};
 use log::Level;
 use nix::sys::socket::SockType;
+use tokio::time::Instant;
 
-use super::agent::Agent;
+use super::agent::{Agent, Greeting};
+use super::guest::{self, Backends, CONSOLE_KEPT, FileError, Files, Start};
 use super::machine::{Control, ControlListener, Jailed, MachineError, identity_args, socket_pair};
 use super::resources::Resources;
 use super::state::StateError;
@@ -22,21 +22,14 @@ use super::tail::Tail;
 use super::timeline::Timeline;
 use super::tree::{SharedTree, TREE, TreeError};
 use super::{PodError, PodSpec};
-use crate::error::{Classify, Code};
+use crate::config::Templates;
+use crate::error::{Classify, Code, chain};
 use crate::host::cgroup::{self, CgroupError, PodCgroup};
 use crate::host::process::ProcessId;
+use crate::template::{Found, Order, Recipe, Store, Template};
 
-/// The tag of the shared file system.
-pub const FS_TAG: &str = "shared";
-
-/// Every guest's context id: each has a socket device of its own, so they never meet.
-const GUEST_CID: u32 = 3;
-
-/// Kernel parameters of every guest; the VMM adds those for its devices.
-const KERNEL_PARAMS: &str = "root=/dev/vda rootfstype=erofs ro init=/bulkhead-agent quiet";
-
-/// Bytes of the guest's console that are kept.
-const CONSOLE_KEPT: usize = 16 * 1024;
+/// A restored agent is there already: it answers within this time, or something is wrong with the template.
+const RESTORE_LIMIT: Duration = Duration::from_secs(5);
 
 /// What a pod consists of once its guest runs.
 #[derive(Debug)]
@@ -46,6 +39,12 @@ pub struct Booted {
     pub(super) control: Arc<Control>,
     pub(super) listening: ControlListener,
     pub(super) vmm: ProcessId,
+    /// When the VMM was started.
+    pub(super) launched: Instant,
+    /// The agent's first answer, if it has been waited for: from a template.
+    pub(super) greeting: Option<Greeting>,
+    /// A template that there should be for the next pod like this.
+    pub(super) wanted: Option<Order>,
 }
 
 /// Why a guest could not be booted.
@@ -69,27 +68,9 @@ pub enum BootError {
     /// The cgroup.
     #[error("can't make the pod's cgroup")]
     Cgroup(#[from] CgroupError),
-    /// A file that every pod needs.
-    #[error("can't open the {what} {path}: {hint}")]
-    Open {
-        /// What it is.
-        what: &'static str,
-        /// Where it should be.
-        path: PathBuf,
-        /// What to do.
-        hint: &'static str,
-        /// Why it can't be opened.
-        #[source]
-        source: io::Error,
-    },
-    /// A file that is not what it should be.
-    #[error("the {what} {path} is not a regular file with something in it: check the configuration")]
-    NotAFile {
-        /// What it should be.
-        what: &'static str,
-        /// Where it is.
-        path: PathBuf,
-    },
+    /// A file that every guest needs.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The VMM can't use what it was given.
     #[error("the {what} {path} can't be used")]
     Refused {
@@ -109,9 +90,8 @@ pub enum BootError {
 impl Classify for BootError {
     fn code(&self) -> Code {
         match self {
-            BootError::Open { .. } | BootError::NotAFile { .. } | BootError::Refused { .. } => {
-                Code::FAILED_PRECONDITION
-            }
+            BootError::File(error) => error.code(),
+            BootError::Refused { .. } => Code::FAILED_PRECONDITION,
             _ => Code::INTERNAL,
         }
     }
@@ -124,7 +104,8 @@ pub(super) async fn boot(
     timeline: &Timeline,
 ) -> Result<Booted, PodError> {
     // Before anything exists: what fails here is what users get wrong.
-    let files = Files::open(spec)?;
+    let order = Order::of(&spec.config);
+    let files = Files::open(&order.recipe).map_err(BootError::from)?;
 
     fs::create_dir(&spec.directory)
         .map_err(|source| BootError::Directory { path: spec.directory.clone(), source })?;
@@ -158,134 +139,151 @@ pub(super) async fn boot(
     resources.record(|state| state.fs_server = Some(id)).map_err(BootError::from)?;
 
     timeline.stamp("shim");
-    let (channel, vmm_channel) = Channel::pair().map_err(MachineError::Channel)?;
-    let vmm = Jailed::start(&spec.config.vmm, &identity_args(), "VMM", vmm_channel.as_fd(), cgroup_fd, None)?;
-    drop(vmm_channel);
-    let vmm_id = vmm.id();
-    resources.vmm = Some(Arc::new(vmm));
-    resources.record(|state| state.vmm = Some(vmm_id)).map_err(BootError::from)?;
-
     let (console_reader, console_writer) = io::pipe().map_err(BootError::Console)?;
     let console = Tail::start(console_reader.into(), CONSOLE_KEPT, "guest console", Level::Debug);
     resources.console = Some(console.map_err(BootError::Console)?);
 
-    let (agent_ours, agent_vmm) = socket_pair(SockType::Stream)?;
-    let agent = Agent::new(super::from_owned(agent_ours).map_err(PodError::Stream)?);
-
-    let mut fds = FdList::default();
-    let config = VmConfig {
-        vcpus: spec.config.size.vcpus,
-        memory_mib: spec.config.size.memory_mib,
-        kvm: fds.add(files.kvm.as_fd()),
-        kernel: fds.add(files.kernel.as_fd()),
-        cmdline: format!("{KERNEL_PARAMS} {}", spec.config.kernel_params).trim_end().to_owned(),
-        console: Some(fds.add(console_writer.as_fd())),
-        disks: vec![BlockConfig {
-            file: fds.add(files.image.as_fd()),
-            read_only: true,
-            serial: "guest-image".into(),
-        }],
-        fs: Some(FsConfig { server: fds.add(fuse_vmm.as_fd()), tag: FS_TAG.into() }),
-        vsock: VsockConfig {
-            guest_cid: GUEST_CID,
-            guest_streams: vec![GuestStream { port: AGENT_PORT, stream: fds.add(agent_vmm.as_fd()) }],
-        },
+    let host = Host {
+        recipe: &order.recipe,
+        files: &files,
+        cgroup: cgroup_fd,
+        console: console_writer.as_fd(),
+        fuse: fuse_vmm.as_fd(),
     };
-    let (control, listener) = Control::new(channel)?;
-    let listening = boot_vmm(&control, listener, &Request::Boot(Box::new(config)), &fds.0)
-        .await
-        .map_err(|error| name_refused(error, spec))?;
-    timeline.stamp("vmm");
-    Ok(Booted { tree, agent, control: Arc::new(control), listening, vmm: vmm_id })
-}
-
-/// Sends the boot request while listening for its answer, and gives the listener back.
-async fn boot_vmm(
-    control: &Control,
-    listener: ControlListener,
-    request: &Request,
-    fds: &[BorrowedFd<'_>],
-) -> Result<ControlListener, PodError> {
-    let mut listener = listener;
-    tokio::select! {
-        biased;
-        answer = control.request("Boot", request, fds) => answer?,
-        ended = listener.until_ended() => {
-            return Err(match ended {
-                Some(reason) => PodError::Dead(reason.to_string()),
-                None => PodError::Machine(MachineError::Gone),
-            });
+    let (template, wanted) = match spec.config.templates {
+        Templates::Auto => look_up(order.store(), &order),
+        Templates::Off => (None, None),
+    };
+    if let Some((store, template)) = template {
+        match host.restore(&template, resources, timeline).await {
+            Ok(running) => return Ok(running.with(tree, None)),
+            Err(error) => give_up(&store, &template, error, resources).await,
         }
     }
-    Ok(listener)
+    let running = host.launch(Start::Cold, resources).await;
+    timeline.stamp("vmm");
+    Ok(running.map_err(|error| name_refused(error, &order.recipe))?.with(tree, wanted))
 }
 
 /// The VMM knows descriptors only; people know files.
-fn name_refused(error: PodError, spec: &PodSpec) -> PodError {
+fn name_refused(error: PodError, recipe: &Recipe) -> PodError {
     let PodError::Machine(MachineError::Refused(source)) = error else { return error };
     let (what, path) = match source.kind {
-        RefusalKind::Kernel => ("guest kernel", &spec.config.kernel),
-        RefusalKind::Disk => ("guest image", &spec.config.image),
-        RefusalKind::Kvm => ("KVM device", &spec.config.kvm),
-        RefusalKind::InvalidRequest | RefusalKind::Resources => return MachineError::Refused(source).into(),
+        RefusalKind::Kernel => ("guest kernel", &recipe.kernel),
+        RefusalKind::Disk => ("guest image", &recipe.image),
+        RefusalKind::Kvm => ("KVM device", &recipe.kvm),
+        RefusalKind::InvalidRequest | RefusalKind::Resources | RefusalKind::Template => {
+            return MachineError::Refused(source).into();
+        }
     };
     BootError::Refused { what, path: path.clone(), source }.into()
 }
 
-#[derive(Default)]
-struct FdList<'a>(Vec<BorrowedFd<'a>>);
-
-impl<'a> FdList<'a> {
-    fn add(&mut self, fd: BorrowedFd<'a>) -> FdIndex {
-        self.0.push(fd);
-        // A boot request has a handful of descriptors.
-        FdIndex((self.0.len() - 1) as u8)
+/// The template for a pod, or else the order for one. Nothing that is wrong here fails the pod.
+fn look_up(store: Store, order: &Order) -> (Option<(Store, Template)>, Option<Order>) {
+    match store.find(&order.recipe) {
+        Ok(Found::Usable(template)) => (Some((store, template)), None),
+        Ok(Found::Missing) => (None, Some(order.clone())),
+        Ok(Found::Damaged(reason)) => {
+            log::warn!("the pod boots, because its template was damaged and has been removed: {reason}");
+            (None, Some(order.clone()))
+        }
+        Ok(Found::Refused(reason)) => {
+            log::warn!(
+                "the pod boots, because its template can't be restored on this host (make it again with bulkhead \
+                 template build): {reason}"
+            );
+            (None, None)
+        }
+        Err(error) => {
+            log::warn!("the pod boots, because templates can't be used: {}", chain(&error));
+            (None, None)
+        }
     }
 }
 
-struct Files {
-    kvm: File,
-    kernel: File,
-    image: File,
-}
-
-impl Files {
-    fn open(spec: &PodSpec) -> Result<Files, BootError> {
-        let config = &spec.config;
-        let kvm = OpenOptions::new().read(true).write(true).open(&config.kvm).map_err(|source| BootError::Open {
-            what: "KVM device",
-            path: config.kvm.clone(),
-            hint: match source.kind() {
-                io::ErrorKind::NotFound => {
-                    "does this machine have virtualization switched on, and is the kvm_intel or kvm_amd module loaded?"
-                }
-                _ => "may root use it here?",
-            },
-            source,
-        })?;
-        Ok(Files {
-            kvm,
-            kernel: open_regular("guest kernel", &config.kernel)?,
-            image: open_regular("guest image", &config.image)?,
-        })
-    }
-}
-
-fn open_regular(what: &'static str, path: &Path) -> Result<File, BootError> {
-    let failed = |source| BootError::Open {
-        what,
-        path: path.to_owned(),
-        hint: "is Bulkhead installed completely, or the path in its configuration wrong?",
-        source,
+/// Ends what came of a template that did not work, and sees to it that the next pod does not fall into the same trap.
+async fn give_up(store: &Store, template: &Template, error: PodError, resources: &mut Resources) {
+    let error = resources.explain(error);
+    resources.end_vmm().await;
+    let kept = match &error {
+        PodError::Machine(MachineError::Refused(refusal))
+            if matches!(refusal.kind, RefusalKind::Resources | RefusalKind::InvalidRequest) =>
+        {
+            Ok(())
+        }
+        // The same would come of the same template made again.
+        PodError::Machine(MachineError::Refused(_)) => store.refuse(&template.key, &chain(&error)),
+        _ => store.remove(&template.key),
     };
-    // Not to be caught by a FIFO.
-    let file = {
-        use std::os::unix::fs::OpenOptionsExt;
-        OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?
-    };
-    let metadata = file.metadata().map_err(failed)?;
-    if !metadata.is_file() || metadata.len() == 0 {
-        return Err(BootError::NotAFile { what, path: path.to_owned() });
+    log::warn!(
+        "the pod boots, because the template {} can't be restored: {}",
+        template.key.short(),
+        chain(&error)
+    );
+    super::log_failure("the template stays", kept);
+}
+
+/// What a VMM is started with.
+struct Host<'a> {
+    recipe: &'a Recipe,
+    files: &'a Files,
+    cgroup: Option<BorrowedFd<'a>>,
+    console: BorrowedFd<'a>,
+    fuse: BorrowedFd<'a>,
+}
+
+/// A machine that runs.
+struct Running {
+    agent: Agent,
+    control: Control,
+    listening: ControlListener,
+    vmm: ProcessId,
+    launched: Instant,
+    greeting: Option<Greeting>,
+}
+
+impl Host<'_> {
+    /// Starts a VMM and has it run a machine.
+    async fn launch(&self, start: Start<'_>, resources: &mut Resources) -> Result<Running, PodError> {
+        let launched = Instant::now();
+        let (channel, vmm_channel) = Channel::pair().map_err(MachineError::Channel)?;
+        let vmm =
+            Jailed::start(&self.recipe.vmm, &identity_args(), "VMM", vmm_channel.as_fd(), self.cgroup, None)?;
+        drop(vmm_channel);
+        let id = vmm.id();
+        resources.vmm = Some(Arc::new(vmm));
+        resources.record(|state| state.vmm = Some(id)).map_err(BootError::from)?;
+
+        let (agent_ours, agent_vmm) = socket_pair(SockType::Stream)?;
+        let agent = Agent::new(super::from_owned(agent_ours).map_err(PodError::Stream)?);
+        let backends = Backends { console: self.console, fuse: self.fuse, agent: agent_vmm.as_fd() };
+        let (control, listener) = Control::new(channel)?;
+        let listening = guest::start(&control, listener, self.recipe, self.files, backends, start).await?;
+        Ok(Running { agent, control, listening, vmm: id, launched, greeting: None })
     }
-    Ok(file)
+
+    /// The same from a template, up to the agent's first answer: if that does not come, there is still time to boot.
+    async fn restore(
+        &self,
+        template: &Template,
+        resources: &mut Resources,
+        timeline: &Timeline,
+    ) -> Result<Running, PodError> {
+        let mut running = self.launch(Start::Template(template), resources).await?;
+        timeline.stamp("restore");
+        let greeting = guest::greet(&running.agent, &mut running.listening, RESTORE_LIMIT).await?;
+        let greeting = greeting.map_err(PodError::Restored)?;
+        timeline.stamp("agent");
+        super::log_ready("restored", running.launched, &greeting);
+        running.greeting = Some(greeting);
+        Ok(running)
+    }
+}
+
+impl Running {
+    fn with(self, tree: Arc<SharedTree>, wanted: Option<Order>) -> Booted {
+        let Running { agent, control, listening, vmm, launched, greeting } = self;
+        Booted { tree, agent, control: Arc::new(control), listening, vmm, launched, greeting, wanted }
+    }
 }

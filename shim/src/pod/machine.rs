@@ -70,7 +70,9 @@ impl Classify for MachineError {
             MachineError::Refused(refusal) => match refusal.kind {
                 RefusalKind::InvalidRequest => Code::INVALID_ARGUMENT,
                 RefusalKind::Resources => Code::RESOURCE_EXHAUSTED,
-                RefusalKind::Kernel | RefusalKind::Disk | RefusalKind::Kvm => Code::FAILED_PRECONDITION,
+                RefusalKind::Kernel | RefusalKind::Disk | RefusalKind::Kvm | RefusalKind::Template => {
+                    Code::FAILED_PRECONDITION
+                }
             },
             MachineError::TimedOut { .. } => Code::DEADLINE_EXCEEDED,
             MachineError::Gone => Code::UNAVAILABLE,

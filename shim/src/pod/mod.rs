@@ -6,6 +6,7 @@
 
 pub mod agent;
 pub mod boot;
+pub mod guest;
 pub mod machine;
 pub mod resources;
 pub mod state;
@@ -29,8 +30,9 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use self::agent::Agent;
-use self::boot::{BootError, Booted, FS_TAG};
+use self::agent::{Agent, Greeting};
+use self::boot::{BootError, Booted};
+use self::guest::FS_TAG;
 use self::machine::{Control, ControlListener, MachineError, socket_pair};
 use self::resources::Resources;
 use self::timeline::{Timeline, now_us};
@@ -39,6 +41,7 @@ use crate::config::Config;
 use crate::error::{ApiError, Classify, Code, chain};
 use crate::host::cgroup;
 use crate::host::process::ProcessId;
+use crate::template::Order;
 
 /// From the start of the VMM until the agent answers.
 const BOOT_LIMIT: Duration = Duration::from_secs(30);
@@ -88,6 +91,8 @@ pub struct Pod {
     timeline: Timeline,
     /// Whether the agent has ever answered: only then can it be asked to power the guest off.
     is_up: AtomicBool,
+    /// A template that there should be for the next pod like this.
+    wanted: Option<Order>,
     next_stream: AtomicU64,
     resources: tokio::sync::Mutex<Resources>,
     /// Set by [`Pod::stop`]: from then on the end of the pod is no accident.
@@ -113,6 +118,9 @@ pub enum PodError {
         /// What the guest's console said.
         console: String,
     },
+    /// The agent in a restored guest does not answer.
+    #[error("the agent in the restored guest does not answer")]
+    Restored(#[source] agent::AgentError),
     /// The agent refused its configuration.
     #[error("the agent refused its configuration")]
     Configure(#[source] agent::AgentError),
@@ -131,7 +139,7 @@ impl Classify for PodError {
             PodError::Machine(error) => error.code(),
             PodError::Dead(_) => Code::FAILED_PRECONDITION,
             PodError::NoAgent { .. } => Code::DEADLINE_EXCEEDED,
-            PodError::Configure(error) => error.code(),
+            PodError::Configure(error) | PodError::Restored(error) => error.code(),
             PodError::Entropy(_) | PodError::Stream(_) => Code::INTERNAL,
         }
     }
@@ -142,9 +150,8 @@ impl Pod {
     pub async fn launch(spec: &PodSpec) -> Result<Arc<Pod>, PodError> {
         let mut resources = Resources::new(spec.directory.clone());
         let timeline = Timeline::new(spec.received_us);
-        let launched = Instant::now();
         match boot::boot(spec, &mut resources, &timeline).await {
-            Ok(booted) => Ok(Pod::assemble(&spec.id, booted, resources, launched, timeline)),
+            Ok(booted) => Ok(Pod::assemble(&spec.id, booted, resources, timeline)),
             Err(error) => {
                 let explained = resources.explain(error);
                 resources.release().await;
@@ -154,22 +161,17 @@ impl Pod {
     }
 
     /// Takes charge of a guest that boots.
-    fn assemble(
-        id: &str,
-        booted: Booted,
-        resources: Resources,
-        launched: Instant,
-        timeline: Timeline,
-    ) -> Arc<Pod> {
+    fn assemble(id: &str, booted: Booted, resources: Resources, timeline: Timeline) -> Arc<Pod> {
         let pod = Arc::new(Pod {
             id: id.to_owned(),
             tree: booted.tree,
             agent: booted.agent,
             control: booted.control,
             vmm: booted.vmm,
-            launched,
+            launched: booted.launched,
             timeline,
-            is_up: AtomicBool::new(false),
+            is_up: AtomicBool::new(booted.greeting.is_some()),
+            wanted: booted.wanted,
             next_stream: AtomicU64::new(1),
             resources: tokio::sync::Mutex::new(resources),
             stopping: watch::Sender::new(false),
@@ -195,61 +197,75 @@ impl Pod {
             control: Arc::new(control),
             listening,
             vmm: ProcessId::current().unwrap(),
+            launched: Instant::now(),
+            greeting: None,
+            wanted: None,
         };
-        let resources = Resources::new(directory);
-        let pod = Pod::assemble(id, booted, resources, Instant::now(), Timeline::new(now_us()));
+        let pod = Pod::assemble(id, booted, Resources::new(directory), Timeline::new(now_us()));
         pod.is_up.store(true, Ordering::Relaxed);
         pod
     }
 
     /// Waits for the agent and makes the guest this pod's.
     pub async fn configure(&self, hostname: &str) -> Result<(), PodError> {
-        let mut entropy = vec![0; 64];
-        // SAFETY: the buffer is valid for its length. 64 bytes are read at once or not at all (getrandom(2)).
-        let read = unsafe { libc::getrandom(entropy.as_mut_ptr().cast(), entropy.len(), 0) };
-        if read != entropy.len() as isize {
-            return Err(PodError::Entropy(std::io::Error::last_os_error()));
+        if !self.is_up.load(Ordering::Relaxed) {
+            let left = BOOT_LIMIT.saturating_sub(self.launched.elapsed());
+            match self.while_alive(self.agent.ready(left)).await? {
+                Ok(greeting) => {
+                    self.is_up.store(true, Ordering::Relaxed);
+                    let now = now_us();
+                    let agent_us = greeting.ready_us.saturating_sub(greeting.started_us);
+                    self.timeline.stamp_at("kernel", now.saturating_sub(agent_us));
+                    self.timeline.stamp_at("agent", now);
+                    log_ready("booted", self.launched, &greeting);
+                }
+                Err(agent::AgentError::TimedOut { .. }) => {
+                    let console = self.resources.lock().await.console_tail();
+                    return Err(PodError::NoAgent { console });
+                }
+                Err(error) => return Err(self.explain(error).await),
+            }
         }
+        // Only now: the wall clock must not be old when the guest gets it.
         let request = ConfigureRequest {
             hostname: hostname.into(),
-            realtime_ns: now_ns(),
-            entropy,
+            entropy: entropy()?,
             shared_tag: FS_TAG.into(),
+            realtime_ns: now_ns(),
             ..Default::default()
         };
-        let left = BOOT_LIMIT.saturating_sub(self.launched.elapsed());
-        let answer = tokio::select! {
-            // The VMM's own words about its end say more than the broken connection.
-            biased;
-            death = self.died() => return Err(PodError::Dead(death.reason)),
-            answer = self.agent.configure(&request, left) => answer,
-        };
-        match answer {
-            Ok(answer) => {
-                self.is_up.store(true, Ordering::Relaxed);
-                let now = now_us();
-                self.timeline
-                    .stamp_at("kernel", now - answer.ready_us.saturating_sub(answer.started_us).min(now));
-                self.timeline.stamp_at("agent", now);
-                log::info!(
-                    "agent ready: {} us after the start of the VMM, {} us of guest time, agent {}, guest kernel {}",
-                    self.launched.elapsed().as_micros(),
-                    answer.ready_us,
-                    crate::error::untrusted(&answer.version, 64),
-                    crate::error::untrusted(&answer.kernel_release, 64),
-                );
+        match self.while_alive(self.agent.configure(&request)).await? {
+            Ok(()) => {
+                self.timeline.stamp("configure");
                 Ok(())
             }
-            Err(agent::AgentError::TimedOut { .. }) => {
-                let console = self.resources.lock().await.console_tail();
-                Err(PodError::NoAgent { console })
-            }
-            Err(agent::AgentError::Lost) => match tokio::time::timeout(DEATH_LIMIT, self.died()).await {
-                Ok(death) => Err(PodError::Dead(death.reason)),
-                Err(_) => Err(PodError::Configure(agent::AgentError::Lost)),
-            },
-            Err(error) => Err(PodError::Configure(error)),
+            Err(error) => Err(self.explain(error).await),
         }
+    }
+
+    /// An answer of the agent, or the end of the pod.
+    async fn while_alive<T>(&self, answer: impl Future<Output = T>) -> Result<T, PodError> {
+        tokio::select! {
+            // The VMM's own words about its end say more than the broken connection.
+            biased;
+            death = self.died() => Err(PodError::Dead(death.reason)),
+            answer = answer => Ok(answer),
+        }
+    }
+
+    async fn explain(&self, error: agent::AgentError) -> PodError {
+        match error {
+            agent::AgentError::Lost => match tokio::time::timeout(DEATH_LIMIT, self.died()).await {
+                Ok(death) => PodError::Dead(death.reason),
+                Err(_) => PodError::Configure(agent::AgentError::Lost),
+            },
+            error => PodError::Configure(error),
+        }
+    }
+
+    /// The order for a template that would have served this pod, if there was none.
+    pub fn template_wanted(&self) -> Option<&Order> {
+        self.wanted.as_ref()
     }
 
     /// The pod's id: that of the container it was made for.
@@ -402,6 +418,27 @@ fn from_owned(fd: OwnedFd) -> std::io::Result<UnixStream> {
     let stream = StdUnixStream::from(fd);
     stream.set_nonblocking(true)?;
     UnixStream::from_std(stream)
+}
+
+/// Fresh random bytes for a guest.
+fn entropy() -> Result<Vec<u8>, PodError> {
+    let mut entropy = vec![0; 64];
+    // SAFETY: the buffer is valid for its length. 64 bytes are read at once or not at all (getrandom(2)).
+    let read = unsafe { libc::getrandom(entropy.as_mut_ptr().cast(), entropy.len(), 0) };
+    if read != entropy.len() as isize {
+        return Err(PodError::Entropy(std::io::Error::last_os_error()));
+    }
+    Ok(entropy)
+}
+
+fn log_ready(how: &str, launched: Instant, greeting: &Greeting) {
+    log::info!(
+        "agent ready, {how}: {} us after the start of the VMM, {} us of guest time, agent {}, guest kernel {}",
+        launched.elapsed().as_micros(),
+        greeting.ready_us,
+        greeting.version,
+        greeting.kernel,
+    );
 }
 
 /// The wall clock, nanoseconds since the Unix epoch.

@@ -67,6 +67,14 @@ impl Resources {
         }
     }
 
+    /// Ends the VMM alone, so that another can take its place.
+    pub(super) async fn end_vmm(&mut self) {
+        if let Some(vmm) = self.vmm.take() {
+            vmm.child.kill();
+            reap("VMM", &vmm).await;
+        }
+    }
+
     /// The end of the guest's console.
     pub(super) fn console_tail(&self) -> String {
         let console =
@@ -110,15 +118,8 @@ impl Resources {
         }
         self.kill();
         for (name, process) in [("VMM", self.vmm.take()), ("file server", self.fs_server.take())] {
-            let Some(process) = process else { continue };
-            match tokio::time::timeout(KILL_LIMIT, process.child.wait()).await {
-                Ok(Some(Ended::Signal(libc::SIGSYS))) => {
-                    log::error!("the {name} was killed by its seccomp filter: please report this");
-                }
-                Ok(_) => {}
-                Err(_) => {
-                    log::error!("the {name} (process {}) was killed but does not end", process.id().pid)
-                }
+            if let Some(process) = process {
+                reap(name, &process).await;
             }
         }
         // Closes the namespace with all its mounts.
@@ -136,6 +137,19 @@ impl Resources {
                 log::error!("can't remove {}: {error}", self.directory.display());
             }
             _ => {}
+        }
+    }
+}
+
+/// Waits for a killed process.
+async fn reap(name: &str, process: &Jailed) {
+    match tokio::time::timeout(KILL_LIMIT, process.child.wait()).await {
+        Ok(Some(Ended::Signal(libc::SIGSYS))) => {
+            log::error!("the {name} was killed by its seccomp filter: please report this");
+        }
+        Ok(_) => {}
+        Err(_) => {
+            log::error!("the {name} (process {}) was killed but does not end", process.id().pid)
         }
     }
 }

@@ -12,6 +12,7 @@ use super::container::{Container, Process};
 use super::rootfs::{self, Files};
 use super::shim::{Shim, Slot};
 use super::stdio::{HostStdio, ProcessIo, Stdio};
+use crate::builder::background;
 use crate::config::Config;
 use crate::error::ApiError;
 use crate::events::Event;
@@ -117,6 +118,9 @@ impl Shim {
         match order.carry_out(&pod, files, host_stdio).await {
             Ok((guest_pid, io)) => {
                 if is_new {
+                    if let Some(order) = pod.template_wanted() {
+                        background::start(order);
+                    }
                     slot.pod = Some(pod.clone());
                     slot.first_process = own_pid_namespace.then_some(guest_pid);
                     tokio::spawn(self.clone().pass_events(pod.clone()));

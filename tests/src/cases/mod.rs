@@ -26,6 +26,7 @@ pub mod io;
 pub mod lifecycle;
 pub mod oci;
 pub mod rootfs;
+pub mod template;
 
 /// The status of a task as containerd numbers it.
 pub mod status {
@@ -123,6 +124,7 @@ pub fn all() -> Vec<Case> {
         ctr::CASES,
         bad_input::CASES,
         death::CASES,
+        template::CASES,
     ]
     .concat()
 }

@@ -74,7 +74,8 @@ impl CpuidTemplate {
         vcpu.set_cpuid2(&table).map_err(kvm_failed("set the features"))
     }
 
-    fn for_vcpu(&self, id: u8) -> Vec<kvm_cpuid_entry2> {
+    /// The table of one vCPU.
+    pub fn for_vcpu(&self, id: u8) -> Vec<kvm_cpuid_entry2> {
         let mut entries = self.entries.clone();
         let id = u32::from(id);
         for entry in &mut entries {

@@ -2,9 +2,11 @@
 
 mod cpuid;
 mod registers;
+mod state;
 
 pub use cpuid::{CpuidTemplate, MAX_CPUID_ENTRIES};
 pub use registers::{set_boot_registers, set_interrupt_pins};
+pub use state::{VcpuState, saved_msrs};
 
 /// Why a vCPU can't be set up.
 #[derive(Debug, thiserror::Error)]

@@ -39,6 +39,16 @@ impl ConfigSpace {
         self.generation.fetch_add(1, Ordering::SeqCst);
     }
 
+    /// The contents.
+    pub fn contents(&self) -> Vec<u8> {
+        self.lock().clone()
+    }
+
+    /// Goes on counting changes from a saved count.
+    pub fn set_generation(&self, generation: u32) {
+        self.generation.store(generation, Ordering::SeqCst);
+    }
+
     /// Counts the changes, for the `ConfigGeneration` register.
     pub fn generation(&self) -> u32 {
         self.generation.load(Ordering::SeqCst)

@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use super::chain::IoFault;
 use super::{
-    Activated, Chain, ConfigSpace, DeviceEvents, DeviceFault, DeviceInfo, DeviceKind, Progress, VirtioDevice,
+    Activated, BackendState, Chain, ConfigSpace, DeviceEvents, DeviceFault, DeviceInfo, DeviceKind, Progress,
+    StateFault, VirtioDevice,
 };
 
 /// Queue of buffers for input, which never comes.
@@ -101,7 +102,7 @@ impl Console {
                     room -= done as u64;
                     self.tokens -= done as u64;
                     self.file_room -= done as u64;
-                    self.state.written += done as u64;
+                    self.state.written = self.state.written.saturating_add(done as u64);
                 }
                 Err(IoFault::Host(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(IoFault::Host(error)) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -113,7 +114,7 @@ impl Console {
             }
         }
         if self.output.is_some() && reader.remaining() > 0 {
-            self.state.dropped += reader.remaining() as u64;
+            self.state.dropped = self.state.dropped.saturating_add(reader.remaining() as u64);
             if !std::mem::replace(&mut self.warned, true) {
                 warn!("console output is dropped: the guest prints faster than it is read or allowed to");
             }
@@ -130,6 +131,18 @@ impl VirtioDevice for Console {
             queue_sizes: vec![QUEUE_SIZE, QUEUE_SIZE],
             config: Arc::new(ConfigSpace::default()),
         }
+    }
+
+    fn save(&self) -> Result<BackendState, &'static str> {
+        Ok(BackendState::Console(self.state))
+    }
+
+    fn restore(&mut self, state: BackendState) -> Result<(), StateFault> {
+        let BackendState::Console(state) = state else {
+            return Err(StateFault::Impossible("it is not a console's"));
+        };
+        self.state = state;
+        Ok(())
     }
 
     fn queue_ready(

@@ -56,6 +56,18 @@ impl Interrupt {
         self.status.load(Ordering::SeqCst)
     }
 
+    /// Takes a saved status. If anything was pending the line has to be raised, when it is wired.
+    pub(super) fn restore(&self, status: u32) {
+        self.status.store(status & (USED_BUFFER | CONFIG_CHANGE), Ordering::SeqCst);
+    }
+
+    /// Raises the line again if the driver has not acknowledged everything.
+    pub fn raise_pending(&self) {
+        if self.status() != 0 {
+            self.raise(0);
+        }
+    }
+
     /// A write to the `InterruptACK` register.
     pub(super) fn acknowledge(&self, bits: u32) {
         self.status.fetch_and(!bits, Ordering::SeqCst);

@@ -24,7 +24,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use super::queue::{QueueFault, QueueRegisters, Virtqueue};
 use super::slot::DeviceSlot;
 use super::worker::chain_of;
-use super::{Activated, DeviceInfo};
+use super::{Activated, BackendState, DeviceInfo, DeviceState, StateFault};
 use crate::memory::SharedRam;
 
 /// "virt", little-endian.
@@ -80,6 +80,73 @@ impl MmioTransport {
     /// What the driver wrote so far.
     pub fn state(&self) -> &TransportState {
         &self.state
+    }
+
+    /// The device's state, with that of its backend. Neither vCPUs nor the device thread may run.
+    pub fn save(&self, backend: BackendState) -> Result<DeviceState, &'static str> {
+        if self.slot.interrupt.needs_reset() {
+            return Err("it has stopped until its driver resets it");
+        }
+        let state = self.slot.lock();
+        if state.reset_pending || state.fresh {
+            return Err("it has not seen what its driver did");
+        }
+        let positions = match &state.active {
+            Some(active) if active.queues.iter().any(|queue| queue.in_flight() > 0) => {
+                return Err("requests of its driver are not finished");
+            }
+            Some(active) => Some(active.queues.iter().map(Virtqueue::position).collect()),
+            None => None,
+        };
+        Ok(DeviceState {
+            id: self.info.kind.id(),
+            config: self.info.config.contents(),
+            config_generation: self.info.config.generation(),
+            transport: self.state.clone(),
+            interrupt_status: self.slot.interrupt.status(),
+            positions,
+            backend,
+        })
+    }
+
+    /// Takes a saved state, which goes through the checks that its driver went through. Before the device thread starts.
+    pub fn restore(&mut self, saved: &DeviceState) -> Result<(), StateFault> {
+        if saved.id != self.info.kind.id() {
+            return Err(StateFault::Other("type"));
+        }
+        if saved.config != self.info.config.contents() {
+            return Err(StateFault::Other("configuration"));
+        }
+        let TransportState { status, queues, .. } = &saved.transport;
+        if queues.len() != self.info.queue_sizes.len() {
+            return Err(StateFault::Other("number of queues"));
+        }
+        if status & !(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED) != 0 {
+            return Err(StateFault::Impossible("its status"));
+        }
+        self.state = saved.transport.clone();
+        if status & FEATURES_OK != 0 && !self.features_acceptable(*status) {
+            return Err(StateFault::Other("set of features"));
+        }
+        self.info.config.set_generation(saved.config_generation);
+        self.slot.interrupt.restore(saved.interrupt_status);
+        let Some(positions) = &saved.positions else {
+            return if status & DRIVER_OK == 0 { Ok(()) } else { Err(StateFault::Impossible("it is idle")) };
+        };
+        if status & (FEATURES_OK | DRIVER_OK) != FEATURES_OK | DRIVER_OK || positions.len() != queues.len() {
+            return Err(StateFault::Impossible("its queues are in use"));
+        }
+        let features = self.state.driver_features;
+        let mut queues = self.check_queues(features)?;
+        for (queue, position) in queues.iter_mut().zip(positions) {
+            match (queue.position(), position) {
+                (Some(_), Some(position)) => queue.resume(*position),
+                (None, None) => {}
+                _ => return Err(StateFault::Impossible("its queues' positions")),
+            }
+        }
+        self.slot.resume(Activated { queues, features });
+        Ok(())
     }
 
     /// The device's slot, for the wiring of interrupts and ioeventfds.

@@ -33,6 +33,7 @@ pub mod mmio;
 mod queue;
 pub mod rng;
 pub mod slot;
+mod state;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod vsock;
@@ -41,7 +42,9 @@ pub mod worker;
 pub use chain::{Chain, ChainReader, ChainWriter, MemoryFault};
 pub use config::ConfigSpace;
 pub use interrupt::Interrupt;
-pub use queue::{Progress, QueueFault, QueueRegisters, Virtqueue};
+pub use mmio::TransportState;
+pub use queue::{Progress, QueueFault, QueueRegisters, RingPosition, Virtqueue};
+pub use state::{BackendState, DeviceState, StateFault};
 pub use worker::DeviceEvents;
 
 use std::sync::Arc;
@@ -174,6 +177,19 @@ pub trait VirtioDevice: Send {
     ) -> Result<(), DeviceFault> {
         let _ = (token, set, active, events);
         Ok(())
+    }
+
+    /// What a saved machine has to keep of the backend, or why it can't be saved now. The device thread has ended.
+    fn save(&self) -> Result<BackendState, &'static str> {
+        Ok(BackendState::None)
+    }
+
+    /// Takes a saved state, before the device thread starts and anything else is called.
+    fn restore(&mut self, state: BackendState) -> Result<(), StateFault> {
+        match state {
+            BackendState::None => Ok(()),
+            _ => Err(StateFault::Impossible("the backend has no such state")),
+        }
     }
 
     /// Forget everything that belongs to the driver: chains in flight, connections. The queues are gone already.

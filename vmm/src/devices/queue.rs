@@ -6,6 +6,7 @@
 //! still in flight can't be offered again.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -29,6 +30,15 @@ pub struct QueueRegisters {
     pub available: u64,
     /// `QueueDevice`: guest-physical address of the used ring.
     pub used: u64,
+}
+
+/// Where the device stands in a queue's rings: plain data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RingPosition {
+    /// Index of the next available entry it takes.
+    pub next_available: u16,
+    /// Index of the next used entry it writes.
+    pub next_used: u16,
 }
 
 /// Why a queue can't be used.
@@ -216,6 +226,29 @@ impl Virtqueue {
     /// Number of descriptors; 0 when the driver left the queue unused.
     pub fn size(&self) -> u16 {
         self.ring.as_ref().map_or(0, QueueT::size)
+    }
+
+    /// Where the device stands in the rings; `None` when the driver left the queue unused.
+    pub fn position(&self) -> Option<RingPosition> {
+        self.ring
+            .as_ref()
+            .map(|ring| RingPosition { next_available: ring.next_avail(), next_used: ring.next_used() })
+    }
+
+    /// Goes on from where another device was in the same rings. An index that makes no sense shows at the next
+    /// [`Virtqueue::pop`].
+    pub(super) fn resume(&mut self, position: RingPosition) {
+        if let Some(ring) = &mut self.ring {
+            ring.set_next_avail(position.next_available);
+            ring.set_next_used(position.next_used);
+        }
+    }
+
+    /// Whether the driver has made buffers available that were not taken. Only reads, so it leaves no trace in memory.
+    pub(super) fn has_available(&self) -> bool {
+        self.ring.as_ref().is_some_and(|ring| {
+            ring.avail_idx(&*self.ram, Ordering::Acquire).is_ok_and(|index| index.0 != ring.next_avail())
+        })
     }
 
     /// How many chains were popped and not completed.

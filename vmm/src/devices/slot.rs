@@ -26,6 +26,8 @@ pub(super) struct SlotState {
     pub reset_pending: bool,
     /// The queues are new and the backend hasn't seen them.
     pub fresh: bool,
+    /// The queues go on from where a saved device was.
+    pub resumed: bool,
 }
 
 impl DeviceSlot {
@@ -61,6 +63,14 @@ impl DeviceSlot {
         state.fresh = true;
         drop(state);
         self.wake_worker();
+    }
+
+    /// Hands queues to the backend that go on from where a saved device was; before the worker starts.
+    pub(super) fn resume(&self, active: Activated) {
+        let mut state = self.lock();
+        state.active = Some(active);
+        state.fresh = true;
+        state.resumed = true;
     }
 
     /// Takes the queues away. When this returns the backend doesn't touch guest memory any more.

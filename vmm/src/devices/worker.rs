@@ -8,7 +8,7 @@ use log::{debug, error};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::slot::{DeviceSlot, SlotState};
-use super::{DeviceFault, DeviceKind, Progress, VirtioDevice};
+use super::{BackendState, DeviceFault, DeviceKind, Progress, VirtioDevice};
 
 /// Event data at and above this value belong to the device.
 const DEVICE_TOKENS: u32 = 1 << 16;
@@ -63,6 +63,16 @@ impl DeviceWorker {
         DeviceWorker { kind: device.info().kind, device, slot }
     }
 
+    /// The backend's state, when the device thread has ended.
+    pub fn save(&self) -> Result<BackendState, &'static str> {
+        self.device.save()
+    }
+
+    /// What it runs.
+    pub fn kind(&self) -> DeviceKind {
+        self.kind
+    }
+
     /// Lets the backend know of a reset or an activation by the driver.
     fn catch_up(
         &mut self,
@@ -73,6 +83,7 @@ impl DeviceWorker {
             debug!("{:?}: reset by the driver", self.kind);
             self.device.reset(events);
         }
+        let resumed = std::mem::take(&mut state.resumed);
         if std::mem::take(&mut state.fresh)
             && let Some(active) = &mut state.active
         {
@@ -80,6 +91,10 @@ impl DeviceWorker {
             self.device.activate(active, events)?;
             // The driver may have kicked before the queues got here.
             for queue in 0..active.queues.len() {
+                // To look at an empty queue writes to guest memory: a page to copy, when machines share it.
+                if resumed && !active.queues[queue].has_available() {
+                    continue;
+                }
                 let progress = self.device.queue_ready(queue, active, events)?;
                 self.requeue(queue, progress);
             }
@@ -140,6 +155,7 @@ impl MutEventSubscriber for DeviceWorker {
         }
         let mut events = DeviceEvents::new(ops);
         let result = result.and_then(|()| self.device.start(&mut events));
+        let result = result.and_then(|()| self.catch_up(&mut slot.lock(), &mut events));
         if let Err(fault) = result {
             self.fail(&fault, &mut slot.lock(), &mut events);
         }

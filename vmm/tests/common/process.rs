@@ -8,8 +8,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use bulkhead_vmm_protocol::{
-    BlockConfig, CONTROL_FD, Channel, ChannelError, Event, ExitReason, FdIndex, FromVmm, Refusal, Request,
-    VmConfig, VsockConfig,
+    BlockConfig, CONTROL_FD, Channel, ChannelError, Event, ExitReason, FdIndex, FromVmm, MemorySource,
+    Refusal, Request, VmConfig, VsockConfig,
 };
 
 /// How long anything may take.
@@ -58,6 +58,7 @@ impl Boot {
             config: VmConfig {
                 vcpus: 1,
                 memory_mib: 64,
+                memory: MemorySource::Anonymous,
                 kvm: FdIndex(0),
                 kernel: FdIndex(1),
                 cmdline: String::new(),
@@ -90,9 +91,14 @@ impl Boot {
 
     /// Starts a VMM and asks it to boot this.
     pub fn start(self) -> (Vmm, Result<(), Refusal>) {
+        self.start_with(|config| Request::Boot(Box::new(config)))
+    }
+
+    /// Starts a VMM and sends it the request made from the configuration.
+    pub fn start_with(self, request: impl FnOnce(VmConfig) -> Request) -> (Vmm, Result<(), Refusal>) {
         let mut vmm = Vmm::spawn(env!("CARGO_BIN_EXE_bulkhead-vmm"));
         let fds: Vec<_> = self.fds.iter().map(AsFd::as_fd).collect();
-        vmm.control.send(&Request::Boot(Box::new(self.config)), &fds).unwrap();
+        vmm.control.send(&request(self.config), &fds).unwrap();
         vmm.console = Some(self.console);
         let reply = vmm.reply();
         (vmm, reply)

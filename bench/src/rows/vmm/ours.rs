@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use bulkhead_vmm_protocol::{
-    BlockConfig, CONTROL_FD, Channel, FdIndex, FromVmm, Request, VmConfig, VsockConfig,
+    BlockConfig, CONTROL_FD, Channel, FdIndex, FromVmm, MemorySource, Request, VmConfig, VsockConfig,
 };
 
 use super::{
@@ -52,6 +52,7 @@ impl Parts {
         let config = VmConfig {
             vcpus: 1,
             memory_mib: GUEST_MEMORY_MIB,
+            memory: MemorySource::Anonymous,
             kvm: FdIndex(0),
             kernel: FdIndex(1),
             cmdline: KERNEL_PARAMETERS.to_owned(),

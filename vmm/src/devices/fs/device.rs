@@ -10,7 +10,8 @@ use log::{debug, error};
 use super::message::{IN_HEADER, OUT_HEADER, ReplyHeader, RequestHeader};
 use super::server::{Received, Sent, Server};
 use crate::devices::{
-    Activated, Chain, ConfigSpace, DeviceEvents, DeviceFault, DeviceInfo, DeviceKind, Progress, VirtioDevice,
+    Activated, BackendState, Chain, ConfigSpace, DeviceEvents, DeviceFault, DeviceInfo, DeviceKind, Progress,
+    VirtioDevice,
 };
 
 /// Queues by their numbers: `FORGET` and the like, and everything else.
@@ -315,6 +316,16 @@ impl VirtioDevice for FileSystem {
             queue_sizes: QUEUE_SIZES.to_vec(),
             config: self.config.clone(),
         }
+    }
+
+    fn save(&self) -> Result<BackendState, &'static str> {
+        if self.server.is_none() {
+            return Err("its file server is gone");
+        }
+        if self.requests.slots.iter().any(Option::is_some) || self.blocked.contains(&true) {
+            return Err("requests wait for the file server");
+        }
+        Ok(BackendState::None)
     }
 
     fn start(&mut self, events: &mut DeviceEvents<'_, '_>) -> Result<(), DeviceFault> {

@@ -143,6 +143,15 @@ impl ConnectionState {
         true
     }
 
+    /// Whether it is open both ways and nothing but data is under way: it can go on with another stream.
+    pub fn is_at_rest(&self) -> bool {
+        self.phase == Phase::Open
+            && !self.response_due
+            && self.backlog.is_empty()
+            && self.received == self.forwarded
+            && self.guest_closed | self.host_closed | self.host_closed_told == 0
+    }
+
     /// Bytes that wait for the stream.
     pub fn backlog(&self) -> &[u8] {
         &self.backlog

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use event_manager::EventSet;
 use log::debug;
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::connection::{ConnectionState, Phase, Violation};
@@ -16,8 +17,8 @@ use super::link::Connection;
 use super::packet::{HEADER_SIZE, HOST_CID, Header, Op};
 use super::stream::{Stream, Transfer};
 use crate::devices::{
-    Activated, Chain, ChainReader, ConfigSpace, DeviceEvents, DeviceFault, DeviceInfo, DeviceKind, Progress,
-    VirtioDevice, Virtqueue,
+    Activated, BackendState, Chain, ChainReader, ConfigSpace, DeviceEvents, DeviceFault, DeviceInfo,
+    DeviceKind, Progress, StateFault, VirtioDevice, Virtqueue,
 };
 
 /// `VIRTIO_VSOCK_F_STREAM`.
@@ -50,6 +51,14 @@ const FIRST_HOST_PORT: u32 = 1 << 30;
 const WAKE: u32 = 0;
 const TIMER: u32 = 1;
 const CONNECTIONS: u32 = 2;
+
+/// What a saved machine keeps of the device: plain data.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockState {
+    /// The connections that the guest has opened. Their streams are the ones handed over for their ports.
+    connections: Vec<ConnectionState>,
+    next_host_port: u32,
+}
 
 /// The device.
 pub struct Vsock {
@@ -452,6 +461,52 @@ impl VirtioDevice for Vsock {
     fn start(&mut self, events: &mut DeviceEvents<'_, '_>) -> Result<(), DeviceFault> {
         events.add(borrow(&*self.requests.wake), WAKE, EventSet::IN)?;
         events.add(borrow(&self.timer), TIMER, EventSet::IN)
+    }
+
+    /// Restored connections have to be watched.
+    fn activate(
+        &mut self,
+        active: &mut Activated,
+        events: &mut DeviceEvents<'_, '_>,
+    ) -> Result<(), DeviceFault> {
+        self.settle(Some(active), events)
+    }
+
+    fn save(&self) -> Result<BackendState, &'static str> {
+        if !self.resets.is_empty() {
+            return Err("the guest was not told of the end of a connection");
+        }
+        let connections: Vec<ConnectionState> =
+            self.connections.iter().flatten().map(|connection| connection.state.clone()).collect();
+        if connections.iter().any(|state| state.host_port >= FIRST_HOST_PORT) {
+            return Err("there are connections that the host has opened");
+        }
+        if !connections.iter().all(ConnectionState::is_at_rest) {
+            return Err("a connection is being opened or closed, or has bytes that its stream has not taken");
+        }
+        Ok(BackendState::Vsock(VsockState { connections, next_host_port: self.next_host_port }))
+    }
+
+    fn restore(&mut self, state: BackendState) -> Result<(), StateFault> {
+        let BackendState::Vsock(VsockState { connections, next_host_port }) = state else {
+            return Err(StateFault::Impossible("it is not a socket device's"));
+        };
+        if next_host_port < FIRST_HOST_PORT {
+            return Err(StateFault::Impossible("its next port"));
+        }
+        self.next_host_port = next_host_port;
+        for state in connections {
+            if !state.is_at_rest() {
+                return Err(StateFault::Impossible("a connection is not at rest"));
+            }
+            // Each port's stream is taken once, so no connection comes twice.
+            let port = state.host_port;
+            let missing =
+                || StateFault::Missing(format!("the stream of the guest's connection to port {port}"));
+            let stream = self.guest_streams.remove(&port).ok_or_else(missing)?;
+            self.insert(state, stream).map_err(|_| StateFault::Impossible("the number of connections"))?;
+        }
+        Ok(())
     }
 
     fn queue_ready(

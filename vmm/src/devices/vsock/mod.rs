@@ -17,4 +17,4 @@ mod stream;
 mod tests;
 
 pub use connector::VsockConnector;
-pub use device::Vsock;
+pub use device::{Vsock, VsockState};

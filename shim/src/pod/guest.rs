@@ -1,0 +1,212 @@
+//! The machine that every guest gets, whether it boots, is restored, or is saved as a template.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+
+use bulkhead_agent_protocol::AGENT_PORT;
+use bulkhead_vmm_protocol::{
+    BlockConfig, FdIndex, FsConfig, GuestStream, MemorySource, Request, RestoreConfig, VmConfig, VsockConfig,
+};
+
+use super::PodError;
+use super::agent::{Agent, AgentError, Greeting};
+use super::machine::{Control, ControlListener, MachineError};
+use crate::error::{Classify, Code};
+use crate::template::{Recipe, Template};
+
+/// The tag of the shared file system.
+pub const FS_TAG: &str = "shared";
+
+/// Every guest's context id: each has a socket device of its own, so they never meet.
+const GUEST_CID: u32 = 3;
+
+/// Kernel parameters of every guest; the VMM adds those for its devices.
+const KERNEL_PARAMS: &str = "root=/dev/vda rootfstype=erofs ro init=/bulkhead-agent quiet";
+
+/// Bytes of the guest's console that are kept.
+pub const CONSOLE_KEPT: usize = 16 * 1024;
+
+/// A file that every guest needs can't be had.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// It can't be opened.
+    #[error("can't open the {what} {path}: {hint}")]
+    Open {
+        /// What it is.
+        what: &'static str,
+        /// Where it should be.
+        path: PathBuf,
+        /// What to do.
+        hint: &'static str,
+        /// Why it can't be opened.
+        #[source]
+        source: io::Error,
+    },
+    /// It is not what it should be.
+    #[error("the {what} {path} is not a regular file with something in it: check the configuration")]
+    NotAFile {
+        /// What it should be.
+        what: &'static str,
+        /// Where it is.
+        path: PathBuf,
+    },
+}
+
+impl Classify for FileError {
+    fn code(&self) -> Code {
+        Code::FAILED_PRECONDITION
+    }
+}
+
+/// Where a machine's memory comes from.
+#[derive(Debug, Clone, Copy)]
+pub enum Start<'a> {
+    /// From nothing: the kernel boots.
+    Cold,
+    /// The kernel boots in the memory file of a template in the making.
+    Draft(&'a File),
+    /// From a template.
+    Template(&'a Template),
+}
+
+/// The host's ends of a machine's devices, to be handed to its VMM.
+#[derive(Debug, Clone, Copy)]
+pub struct Backends<'a> {
+    /// Takes the console's output.
+    pub console: BorrowedFd<'a>,
+    /// The file server's socket.
+    pub fuse: BorrowedFd<'a>,
+    /// The stream that the agent's connection is joined to.
+    pub agent: BorrowedFd<'a>,
+}
+
+/// Has the VMM behind `control` run a machine. Listens for its answer, and gives the listener back.
+pub async fn start(
+    control: &Control,
+    listener: ControlListener,
+    recipe: &Recipe,
+    files: &Files,
+    backends: Backends<'_>,
+    start: Start<'_>,
+) -> Result<ControlListener, PodError> {
+    let mut fds = FdList::default();
+    let config = VmConfig {
+        vcpus: recipe.size.vcpus,
+        memory_mib: recipe.size.memory_mib,
+        memory: match start {
+            Start::Cold => MemorySource::Anonymous,
+            Start::Draft(memory) => MemorySource::Shared(fds.add(memory.as_fd())),
+            Start::Template(template) => MemorySource::Private(fds.add(template.memory.as_fd())),
+        },
+        kvm: fds.add(files.kvm.as_fd()),
+        kernel: fds.add(files.kernel.as_fd()),
+        cmdline: format!("{KERNEL_PARAMS} {}", recipe.kernel_params).trim_end().to_owned(),
+        console: Some(fds.add(backends.console)),
+        disks: vec![BlockConfig {
+            file: fds.add(files.image.as_fd()),
+            read_only: true,
+            serial: "guest-image".into(),
+        }],
+        fs: Some(FsConfig { server: fds.add(backends.fuse), tag: FS_TAG.into() }),
+        vsock: VsockConfig {
+            guest_cid: GUEST_CID,
+            guest_streams: vec![GuestStream { port: AGENT_PORT, stream: fds.add(backends.agent) }],
+        },
+    };
+    let (name, request) = match start {
+        Start::Cold | Start::Draft(_) => ("Boot", Request::Boot(Box::new(config))),
+        Start::Template(template) => {
+            let state = fds.add(template.state.as_fd());
+            ("Restore", Request::Restore(Box::new(RestoreConfig { config, state })))
+        }
+    };
+    let mut listener = listener;
+    tokio::select! {
+        biased;
+        answer = control.request(name, &request, &fds.0) => answer?,
+        ended = listener.until_ended() => return Err(dead(ended)),
+    }
+    Ok(listener)
+}
+
+/// Waits for the agent's first answer, as long as its machine lives.
+pub async fn greet(
+    agent: &Agent,
+    listener: &mut ControlListener,
+    limit: std::time::Duration,
+) -> Result<Result<Greeting, AgentError>, PodError> {
+    tokio::select! {
+        biased;
+        ended = listener.until_ended() => Err(dead(ended)),
+        answer = agent.ready(limit) => Ok(answer),
+    }
+}
+
+fn dead(ended: Option<bulkhead_vmm_protocol::ExitReason>) -> PodError {
+    match ended {
+        Some(reason) => PodError::Dead(reason.to_string()),
+        None => PodError::Machine(MachineError::Gone),
+    }
+}
+
+#[derive(Default)]
+struct FdList<'a>(Vec<BorrowedFd<'a>>);
+
+impl<'a> FdList<'a> {
+    fn add(&mut self, fd: BorrowedFd<'a>) -> FdIndex {
+        self.0.push(fd);
+        // A boot request has a handful of descriptors.
+        FdIndex((self.0.len() - 1) as u8)
+    }
+}
+
+/// What every machine is handed, open.
+#[derive(Debug)]
+pub struct Files {
+    kvm: File,
+    kernel: File,
+    image: File,
+}
+
+impl Files {
+    /// Opens a recipe's files.
+    pub fn open(recipe: &Recipe) -> Result<Files, FileError> {
+        let kvm = OpenOptions::new().read(true).write(true).open(&recipe.kvm).map_err(|source| FileError::Open {
+            what: "KVM device",
+            path: recipe.kvm.clone(),
+            hint: match source.kind() {
+                io::ErrorKind::NotFound => {
+                    "does this machine have virtualization switched on, and is the kvm_intel or kvm_amd module loaded?"
+                }
+                _ => "may root use it here?",
+            },
+            source,
+        })?;
+        Ok(Files {
+            kvm,
+            kernel: open_regular("guest kernel", &recipe.kernel)?,
+            image: open_regular("guest image", &recipe.image)?,
+        })
+    }
+}
+
+fn open_regular(what: &'static str, path: &Path) -> Result<File, FileError> {
+    let failed = |source| FileError::Open {
+        what,
+        path: path.to_owned(),
+        hint: "is Bulkhead installed completely, or the path in its configuration wrong?",
+        source,
+    };
+    // Not to be caught by a FIFO.
+    let file = {
+        use std::os::unix::fs::OpenOptionsExt;
+        OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?
+    };
+    let metadata = file.metadata().map_err(failed)?;
+    if !metadata.is_file() || metadata.len() == 0 {
+        return Err(FileError::NotAFile { what, path: path.to_owned() });
+    }
+    Ok(file)
+}

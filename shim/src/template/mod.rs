@@ -1,0 +1,14 @@
+//! Templates: saved, already booted machines that pods start from.
+//!
+//! What a template depends on, a [`recipe::Recipe`], gives its [`key::Key`]; the [`store::Store`] finds, checks, publishes
+//! and removes templates by their keys. Nothing here starts a process or knows what a pod is.
+
+mod content;
+mod digests;
+pub mod key;
+pub mod recipe;
+pub mod store;
+
+pub use key::Key;
+pub use recipe::{Order, Recipe};
+pub use store::{Found, Store, StoreError, Template};

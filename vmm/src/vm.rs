@@ -1,0 +1,133 @@
+//! What is asked of KVM to make a virtual machine, in pieces.
+
+use std::io;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
+
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_PMU_CAP_DISABLE,
+    KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::cpu::CpuidTemplate;
+use crate::devices::slot::DeviceSlot;
+use crate::ioapic::{InterruptRouter, MsiRoute};
+use crate::layout::{FIRST_IRQ, IRQ_PINS, KVM_TSS, irq, mmio_address};
+use crate::machine::{MachineError, kvm_failed};
+use crate::memory::SharedRam;
+
+/// The IOAPIC's way to KVM and to the devices' lines.
+pub(crate) struct KvmRouter {
+    pub vm: Arc<VmFd>,
+    pub slots: Vec<Arc<DeviceSlot>>,
+}
+
+impl InterruptRouter for KvmRouter {
+    fn set_routes(&self, routes: &[MsiRoute]) -> Result<(), io::Error> {
+        let entries: Vec<kvm_irq_routing_entry> = routes.iter().map(routing_entry).collect();
+        let table = KvmIrqRouting::from_entries(&entries).map_err(|_| io::ErrorKind::InvalidInput)?;
+        self.vm.set_gsi_routing(&table).map_err(|error| io::Error::from_raw_os_error(error.errno()))
+    }
+
+    fn raise(&self, pin: u32) {
+        let slot = pin.checked_sub(FIRST_IRQ).and_then(|index| self.slots.get(index as usize));
+        if let Some(slot) = slot {
+            let _ = slot.interrupt().line().write(1);
+        }
+    }
+}
+
+fn routing_entry(route: &MsiRoute) -> kvm_irq_routing_entry {
+    let mut entry =
+        kvm_irq_routing_entry { gsi: route.pin, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
+    entry.u.msi.address_lo = route.address;
+    entry.u.msi.data = route.data;
+    entry
+}
+
+/// Takes `/dev/kvm`, if it can do what is needed.
+pub(crate) fn open_kvm(fd: OwnedFd) -> Result<Kvm, MachineError> {
+    // SAFETY: the descriptor is open and ours; ioctls on what isn't KVM fail, which the next line finds.
+    let kvm = unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) };
+    if kvm.get_api_version() != KVM_API_VERSION as i32 {
+        return Err(MachineError::NoKvm("the descriptor is not /dev/kvm, or its API is not version 12"));
+    }
+    let needed = [
+        (Cap::UserMemory, "it lacks KVM_CAP_USER_MEMORY"),
+        (Cap::SplitIrqchip, "it lacks KVM_CAP_SPLIT_IRQCHIP"),
+        (Cap::Irqfd, "it lacks KVM_CAP_IRQFD"),
+        (Cap::Ioeventfd, "it lacks KVM_CAP_IOEVENTFD"),
+        (Cap::ImmediateExit, "it lacks KVM_CAP_IMMEDIATE_EXIT"),
+        (Cap::SetTssAddr, "it lacks KVM_CAP_SET_TSS_ADDR"),
+        (Cap::ExtCpuid, "it lacks KVM_CAP_EXT_CPUID"),
+    ];
+    match needed.into_iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+        Some((_, what)) => Err(MachineError::NoKvm(what)),
+        None => Ok(kvm),
+    }
+}
+
+/// Creates a virtual machine without memory, vCPUs and devices.
+pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, MachineError> {
+    let vm = loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => continue,
+            result => break result.map_err(kvm_failed("create a virtual machine"))?,
+        }
+    };
+    vm.set_tss_address(KVM_TSS).map_err(kvm_failed("place its TSS"))?;
+    let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+    split.args[0] = IRQ_PINS.into();
+    vm.enable_cap(&split).map_err(kvm_failed("split the interrupt controllers"))?;
+    // Where KVM can, the guest gets no performance counters at all, not only none that CPUID lists.
+    if kvm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into()) & KVM_PMU_CAP_DISABLE as i32 != 0 {
+        let mut no_counters = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
+        no_counters.args[0] = KVM_PMU_CAP_DISABLE.into();
+        vm.enable_cap(&no_counters).map_err(kvm_failed("take the performance counters away"))?;
+    }
+    Ok(vm)
+}
+
+/// Gives a virtual machine its memory.
+pub(crate) fn set_memory(vm: &VmFd, ram: &SharedRam) -> Result<(), MachineError> {
+    for (region, slot) in ram.iter().zip(0..) {
+        let slot = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the mapping stays for as long as vCPUs run: their threads hold `ram` as well.
+        unsafe { vm.set_user_memory_region(slot) }.map_err(kvm_failed("take guest memory"))?;
+    }
+    Ok(())
+}
+
+/// Creates vCPUs, each with its features and nothing else set.
+pub(crate) fn create_vcpus(vm: &VmFd, cpuid: &CpuidTemplate, count: u8) -> Result<Vec<VcpuFd>, MachineError> {
+    (0..count)
+        .map(|id| {
+            let vcpu = vm.create_vcpu(id.into()).map_err(kvm_failed("create a vCPU"))?;
+            cpuid.apply(&vcpu, id).map_err(|source| MachineError::Vcpu { id, source })?;
+            Ok(vcpu)
+        })
+        .collect()
+}
+
+/// Joins lines and notifications of the devices to KVM; last of all.
+pub(crate) fn wire(vm: &VmFd, slots: &[Arc<DeviceSlot>]) -> Result<(), MachineError> {
+    for (index, slot) in slots.iter().enumerate() {
+        vm.register_irqfd(slot.interrupt().line(), irq(index)).map_err(kvm_failed("take an irqfd"))?;
+    }
+    for (index, slot) in slots.iter().enumerate() {
+        let address = IoEventAddress::Mmio(mmio_address(index) + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY));
+        for (kick, queue) in slot.kicks().iter().zip(0u32..) {
+            vm.register_ioevent(kick, &address, queue).map_err(kvm_failed("take an ioeventfd"))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,156 @@
+//! Saving machines and restoring them: the real program with guests of a few instructions.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use bulkhead_vmm::template::{self, MachineState};
+use bulkhead_vmm_protocol::{ExitReason, MemorySource, RefusalKind, Request, RestoreConfig};
+use common::guest::{Code, DATA, Driver};
+use common::process::{Boot, Vmm, file_with, kvm_or_skip};
+
+const CONSOLE: u64 = 0;
+/// Set by the guest when it is ready to be saved, and by the test to let it go on.
+const FLAG: u64 = DATA + 0x8000;
+const MEMORY: u64 = 64 << 20;
+
+/// A guest that uses the console, waits to be saved, and uses it again when the test lets it go on.
+fn guest() -> Vec<u8> {
+    let driver = Driver::new(CONSOLE);
+    let mut code = driver.initialise(Code::new(), 3, 2).store_bytes(DATA, b"before\n\0");
+    code = driver.descriptor(code, 1, 0, DATA, 7, 0);
+    code = driver.kick(code, 1, 1);
+    code = driver.wait(code, 1, 1).store32(FLAG, 1).wait32(FLAG, 2);
+    code = code.store_bytes(DATA, b"after!\n\0");
+    code = driver.kick(code, 1, 2);
+    driver.wait(code, 1, 2).power_off().kernel()
+}
+
+fn memory_file() -> File {
+    let file = File::from(file_with(b""));
+    file.set_len(MEMORY).unwrap();
+    file
+}
+
+fn boot_with(memory: &File) -> Boot {
+    let mut boot = Boot::new(&guest());
+    boot.config.memory = MemorySource::Shared(boot.pass(memory.try_clone().unwrap().into()));
+    boot
+}
+
+fn wait_for_flag(memory: &File) {
+    let start = Instant::now();
+    let mut word = [0; 4];
+    while word != [1, 0, 0, 0] {
+        assert!(start.elapsed() < Duration::from_secs(20), "the guest didn't get ready");
+        memory.read_exact_at(&mut word, FLAG).unwrap();
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn save(vmm: &mut Vmm) -> (MachineState, Vec<u8>) {
+    let mut file = File::from(file_with(b""));
+    vmm.control.send(&Request::Save, &[file.as_fd()]).unwrap();
+    vmm.reply().unwrap();
+    let state = template::read(&mut file).unwrap();
+    let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    (state, bytes)
+}
+
+fn restore(mut boot: Boot, state: OwnedFd) -> (Vmm, Result<(), bulkhead_vmm_protocol::Refusal>) {
+    let state = boot.pass(state);
+    boot.start_with(|config| Request::Restore(Box::new(RestoreConfig { config, state })))
+}
+
+#[test]
+fn a_saved_machine_goes_on_and_saves_the_same_again() {
+    if !kvm_or_skip("a_saved_machine_goes_on_and_saves_the_same_again") {
+        return;
+    }
+    let memory = memory_file();
+    let (mut vmm, reply) = boot_with(&memory).start();
+    reply.unwrap();
+    wait_for_flag(&memory);
+    let (first, bytes) = save(&mut vmm);
+    vmm.control.send(&Request::Save, &[]).unwrap();
+    assert_eq!(vmm.reply().unwrap_err().kind, RefusalKind::InvalidRequest, "it has stopped");
+    drop(vmm);
+
+    // Again, without letting it go on: everything but registers and time must be the same.
+    let (mut vmm, reply) = restore(boot_with(&memory), file_with(&bytes));
+    reply.unwrap();
+    let (second, _) = save(&mut vmm);
+    assert_eq!(
+        (&second.devices, &second.ioapic, &second.cpuid),
+        (&first.devices, &first.ioapic, &first.cpuid)
+    );
+    assert!(second.clock.0.clock >= first.clock.0.clock, "time went backwards");
+    let tsc = |state: &MachineState| state.vcpus[0].tsc();
+    assert!(tsc(&second) >= tsc(&first), "the time stamp counter went backwards");
+    drop(vmm);
+
+    // And to the end, several times from the same files.
+    memory.write_all_at(&[2, 0, 0, 0], FLAG).unwrap();
+    for _ in 0..2 {
+        let mut boot = boot_with(&memory);
+        let MemorySource::Shared(file) = boot.config.memory else { panic!() };
+        boot.config.memory = MemorySource::Private(file);
+        let (vmm, reply) = restore(boot, file_with(&bytes));
+        reply.unwrap();
+        assert_eq!(vmm.wait_for_end(), (ExitReason::PowerOff, "after!\n".to_owned()));
+    }
+    let mut text = [0; 7];
+    memory.read_exact_at(&mut text, DATA).unwrap();
+    assert_eq!(&text, b"before\n", "a restored machine wrote to the template");
+}
+
+#[test]
+fn what_can_not_be_restored_is_refused() {
+    if !kvm_or_skip("what_can_not_be_restored_is_refused") {
+        return;
+    }
+    let memory = memory_file();
+    let (mut vmm, reply) = boot_with(&memory).start();
+    reply.unwrap();
+    wait_for_flag(&memory);
+    let (_, bytes) = save(&mut vmm);
+    drop(vmm);
+
+    let refused = |what: &str, change: &dyn Fn(&mut Boot), state: &[u8], why: &str| {
+        let mut boot = boot_with(&memory);
+        change(&mut boot);
+        let (mut vmm, reply) = restore(boot, file_with(state));
+        let refusal = reply.expect_err(what);
+        assert_eq!(refusal.kind, RefusalKind::Template, "{what}: {refusal}");
+        assert!(refusal.message.contains(why), "{what}: {refusal}");
+        assert!(vmm.wait().success(), "{what}");
+    };
+    refused("an empty state", &|_| (), b"", "no saved machine");
+    refused("half a state", &|_| (), &bytes[..bytes.len() / 2], "cut short");
+    let mut damaged = bytes.clone();
+    damaged[bytes.len() / 2] ^= 4;
+    refused("a damaged state", &|_| (), &damaged, "checksum");
+    refused("memory of its own", &|boot| boot.config.memory = MemorySource::Anonymous, &bytes, "memory file");
+    refused("two vCPUs", &|boot| boot.config.vcpus = 2, &bytes, "vCPUs");
+    refused("more memory", &|boot| boot.config.memory_mib += 1, &bytes, "memory size");
+    refused("another context id", &|boot| boot.config.vsock.guest_cid = 4, &bytes, "configuration");
+    refused("another disk", &|boot| drop(boot.disk(&[0; 512], true)), &bytes, "devices");
+}
+
+#[test]
+fn a_machine_in_memory_of_its_own_is_not_saved() {
+    if !kvm_or_skip("a_machine_in_memory_of_its_own_is_not_saved") {
+        return;
+    }
+    let (mut vmm, reply) = Boot::new(&Code::new().hang().kernel()).start();
+    reply.unwrap();
+    let file = File::from(file_with(b""));
+    vmm.control.send(&Request::Save, &[file.as_fd()]).unwrap();
+    assert_eq!(vmm.reply().unwrap_err().kind, RefusalKind::Template);
+}
