@@ -3,9 +3,10 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use protobuf::well_known_types::any::Any;
-use protobuf::{Message, MessageField};
+use protobuf::{CodedOutputStream, Message, MessageField};
 
 use crate::node::find_program;
 use crate::proto;
@@ -78,9 +79,9 @@ pub enum Absent {
     /// Its program is not installed.
     #[error("{0} is not in the PATH")]
     Program(&'static str),
-    /// It needs something that does not exist yet.
-    #[error("{0}")]
-    NotBuilt(&'static str),
+    /// Its template can't be made.
+    #[error("cannot make its template: {0}")]
+    Template(String),
     /// A file for it can't be written.
     #[error("cannot write {path}: {source}")]
     Write {
@@ -114,9 +115,16 @@ impl Runtime {
                 let wrapper = runsc_wrapper(&program, directory, runsc)?;
                 ("io.containerd.runc.v2", runc_options(&wrapper, kind, directory)?)
             }
-            Kind::Bulkhead => ("io.containerd.bulkhead.v1", Any::default()),
+            Kind::Bulkhead => {
+                let config = bulkhead_config(kind, directory, "templates = \"off\"\n")?;
+                ("io.containerd.bulkhead.v1", bulkhead_options(&config)?)
+            }
             Kind::BulkheadTemplate => {
-                return Err(Absent::NotBuilt("templates do not exist yet"));
+                let store = directory.join("templates");
+                let text = format!("templates = \"auto\"\ntemplate_dir = \"{}\"\n", store.display());
+                let config = bulkhead_config(kind, directory, &text)?;
+                build_template(&config)?;
+                ("io.containerd.bulkhead.v1", bulkhead_options(&config)?)
             }
         };
         Ok(Self { kind, program, containerd_name, options })
@@ -146,6 +154,37 @@ fn runc_options(binary: &Path, kind: Kind, directory: &Path) -> Result<Any, Abse
         value: options.write_to_bytes()?,
         ..Default::default()
     })
+}
+
+/// Writes a configuration of ours.
+fn bulkhead_config(kind: Kind, directory: &Path, text: &str) -> Result<PathBuf, Absent> {
+    let path = directory.join(format!("{}.toml", kind.name()));
+    fs::write(&path, text).map_err(|source| Absent::Write { path: path.clone(), source })?;
+    Ok(path)
+}
+
+/// Options by which containerd tells a shim where its configuration is: `runtimeoptions.v1.Options` with a `config_path`.
+fn bulkhead_options(config: &Path) -> Result<Any, Absent> {
+    let mut value = Vec::new();
+    let mut output = CodedOutputStream::vec(&mut value);
+    output.write_string(2, &config.display().to_string())?;
+    output.flush()?;
+    drop(output);
+    Ok(Any { type_url: "runtimeoptions.v1.Options".to_owned(), value, ..Default::default() })
+}
+
+/// Makes the template of the default size, so that no pod that is measured has to boot.
+fn build_template(config: &Path) -> Result<(), Absent> {
+    let program = find_program("bulkhead").ok_or(Absent::Program("bulkhead"))?;
+    let output = Command::new(program)
+        .args(["template", "build", "--config"])
+        .arg(config)
+        .output()
+        .map_err(|error| Absent::Template(error.to_string()))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(Absent::Template(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
 }
 
 /// The runc shim passes no options of gVisor's own, so a script adds them. Its cost is one start of the shell.
