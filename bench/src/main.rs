@@ -129,6 +129,10 @@ async fn measure(options: &Run) -> Result<Report, BenchError> {
         group.measure(&mut bench).await;
     }
     let (rows, skipped) = bench.results.finish();
+    // What the shims said goes with the report, for whoever wonders about a figure.
+    let log = options.out.join("containerd.log");
+    std::fs::copy(containerd.log_path(), &log)
+        .map_err(|source| BenchError::Directory { path: log.clone(), source })?;
     Ok(Report { format: report::FORMAT, host, rows, skipped })
 }
 

@@ -99,6 +99,21 @@ impl VcpuState {
         vcpu.set_vcpu_events(&self.events.0).map_err(kvm_failed("set the pending events"))
     }
 
+    /// Makes KVM take the counter of the first vCPU as it is: a value within a second of what it expects, and a new machine's
+    /// counter starts at 0, is taken for an attempt to set a counter in step with the others, and not for its value
+    /// (`kvm_synchronize_tsc`, before Linux 6.8). So one that is far away is written first. The other vCPUs are then in
+    /// step with this one, which is what they should be.
+    pub fn leave_startup_tsc(&self, vcpu: &VcpuFd) -> Result<(), CpuError> {
+        const FAR_MS: u64 = 100_000;
+        match self.tsc() {
+            Some(tsc) => {
+                let far = tsc.wrapping_add(u64::from(self.tsc_khz) * FAR_MS);
+                write_msrs(vcpu, &[(MSR_IA32_TSC, far)])
+            }
+            None => Ok(()),
+        }
+    }
+
     /// The time stamp counter.
     pub fn tsc(&self) -> Option<u64> {
         self.msrs.iter().find(|(index, _)| *index == MSR_IA32_TSC).map(|(_, value)| *value)

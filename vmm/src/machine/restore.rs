@@ -86,6 +86,9 @@ fn device_failed(index: usize, fault: &crate::devices::StateFault) -> TemplateEr
 }
 
 fn restore_vcpus(vm: &VmFd, vcpus: &[VcpuFd], state: &MachineState) -> Result<(), TemplateError> {
+    if let (Some(first), Some(saved)) = (vcpus.first(), state.vcpus.first()) {
+        saved.leave_startup_tsc(first).map_err(|source| TemplateError::Vcpu { id: 0, source })?;
+    }
     for ((vcpu, saved), id) in vcpus.iter().zip(&state.vcpus).zip(0..) {
         saved.restore(vcpu).map_err(|source| TemplateError::Vcpu { id, source })?;
     }
