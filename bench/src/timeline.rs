@@ -40,8 +40,8 @@ pub fn phases(log: &str, window: &Window) -> Option<Phases> {
 fn stamps(log: &str, id: &str) -> Option<Vec<(String, Duration)>> {
     log.lines().find_map(|line| {
         let (_, stamps) = line.split_once("timeline id=")?;
-        // A log formatter may have quoted the whole message.
-        let mut words = stamps.split_whitespace().map(|word| word.trim_matches('"'));
+        // A log formatter may have quoted the whole message, and put fields of its own behind it.
+        let mut words = stamps.split('"').next()?.split_whitespace();
         if words.next()? != id {
             return None;
         }
@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     const LOG: &str = "something else\n\
-        level=info msg=\"timeline id=bulkhead-1 containerd=1500 shim=2000 agent=9000 start=9500\"\n\
+        level=info msg=\"timeline id=bulkhead-1 containerd=1500 shim=2000 agent=9000 start=9500\" runtime=bulkhead\n\
         INFO timeline id=bulkhead-12 containerd=20000 agent=26000\n";
 
     fn window(id: &str, from: u64, to: u64) -> Window {

@@ -72,7 +72,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         eprintln!("template: the next answer took {:.2} ms: {again:?}", millis(begin));
         let pid = vm.process.id();
         let status = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-        for name in ["Rss:", "Pss:", "Private_Dirty:"] {
+        for name in ["Rss:", "Pss:", "Anonymous:"] {
             let line = status.lines().find(|line| line.starts_with(name)).unwrap_or("-");
             eprintln!("template:   {line}");
         }
