@@ -17,7 +17,7 @@ use bulkhead_vmm_protocol::{
     BlockConfig, Channel, Event, ExitReason, FdIndex, FromVmm, MemorySource, Request, VmConfig, VsockConfig,
 };
 
-use support::{millis, spawn};
+use support::{millis, prepare, spawn};
 
 struct Options {
     vmm: String,
@@ -35,6 +35,8 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     let (ours, theirs) = Channel::pair()?;
     let mut vmm = spawn(&options.vmm, theirs)?;
 
+    prepare(&ours, options.vcpus)?;
+
     let (mut console, console_end) = std::io::pipe()?;
     let mut fds: Vec<OwnedFd> = Vec::new();
     let mut pass = |fd: OwnedFd| {
@@ -42,10 +44,8 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         FdIndex(fds.len() as u8 - 1)
     };
     let config = VmConfig {
-        vcpus: options.vcpus,
         memory_mib: options.memory,
         memory: MemorySource::Anonymous,
-        kvm: pass(OpenOptions::new().read(true).write(true).open("/dev/kvm")?.into()),
         kernel: pass(File::open(&options.kernel)?.into()),
         cmdline: options.cmdline,
         console: Some(pass(console_end.into())),

@@ -1,7 +1,7 @@
 //! Makes a template of a kernel and an image whose agent serves the agent protocol, starts machines from it, and tells
 //! how long each took.
 //!
-//! `template --vmm PROGRAM --kernel FILE --disk FILE [--vcpus N] [--memory MIB] [--times N] --directory DIR`
+//! `template --vmm PROGRAM --kernel FILE --disk FILE [--vcpus N] [--memory MIB] [--times N] [--pause MS] --directory DIR`
 
 mod support;
 
@@ -17,7 +17,7 @@ use bulkhead_vmm_protocol::{
     BlockConfig, Channel, FdIndex, FromVmm, FsConfig, GuestStream, MemorySource, Request, RestoreConfig,
     VmConfig, VsockConfig,
 };
-use support::{millis, spawn};
+use support::{millis, prepare, spawn};
 
 /// How long anything may take.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -32,6 +32,8 @@ struct Options {
     vcpus: u8,
     memory: u32,
     times: u32,
+    /// Milliseconds between `Prepare` and the next request.
+    pause: u64,
     directory: String,
 }
 
@@ -88,7 +90,10 @@ fn main() -> Result<(), Box<dyn Error>> {
 fn start(options: &Options, start: &Start, begin: Instant) -> Result<Vm, Box<dyn Error>> {
     let (control, theirs) = Channel::pair()?;
     let process = spawn(&options.vmm, theirs)?;
+    prepare(&control, options.vcpus)?;
     eprintln!("template:   process started after {:.2} ms", millis(begin));
+    std::thread::sleep(Duration::from_millis(options.pause));
+    let begin = if options.pause > 0 { Instant::now() } else { begin };
     let (console, console_end) = std::io::pipe()?;
     let (agent, agent_end) = UnixStream::pair()?;
     agent.set_read_timeout(Some(LIMIT))?;
@@ -110,10 +115,8 @@ fn start(options: &Options, start: &Start, begin: Instant) -> Result<Vm, Box<dyn
         Start::Restore => MemorySource::Private(pass(File::open(path)?.into())),
     };
     let config = VmConfig {
-        vcpus: options.vcpus,
         memory_mib: options.memory,
         memory,
-        kvm: pass(OpenOptions::new().read(true).write(true).open("/dev/kvm")?.into()),
         kernel: pass(File::open(&options.kernel)?.into()),
         cmdline: CMDLINE.to_owned(),
         console: Some(pass(console_end.into())),
@@ -195,6 +198,7 @@ fn parse() -> Result<Options, Box<dyn Error>> {
         vcpus: 1,
         memory: 256,
         times: 3,
+        pause: 0,
         directory: String::new(),
     };
     let mut arguments = std::env::args().skip(1);
@@ -207,6 +211,7 @@ fn parse() -> Result<Options, Box<dyn Error>> {
             "--vcpus" => options.vcpus = value.parse()?,
             "--memory" => options.memory = value.parse()?,
             "--times" => options.times = value.parse()?,
+            "--pause" => options.pause = value.parse()?,
             "--directory" => options.directory = value,
             _ => return Err(format!("{name} is not an option").into()),
         }

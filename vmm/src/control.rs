@@ -11,7 +11,7 @@ use bulkhead_vmm_protocol::{
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::devices::worker::chain_of;
-use crate::machine::{Machine, MachineError, RunningMachine};
+use crate::machine::{Machine, MachineError, Prepared, RunningMachine};
 use crate::resources::{Handles, ResourceError};
 
 /// How long the shim may take to make room for a message.
@@ -78,15 +78,23 @@ fn wait_for_shim(channel: &Channel) -> Result<Outcome, ControlError> {
     }
 }
 
-/// Waits for the boot request and carries it out; `None` when it was refused.
+/// Prepares, waits for the boot request and carries it out; `None` when it was refused.
 fn boot(channel: &Channel) -> Result<Option<(RunningMachine, Handles)>, ControlError> {
     let watch = Watch::new(channel, None)?;
     watch.wait()?;
     let Packet { message, fds } = channel.receive::<Request>()?;
-    let result = match message {
-        Request::Boot(config) => start(Machine::build(&config, fds)),
-        Request::Restore(config) => start(Machine::restore(&config, fds)),
-        Request::Save | Request::ConnectVsock { .. } => Err(invalid("nothing is booted yet")),
+    let Request::Prepare(config) = message else {
+        reply(channel, Err(invalid("the first request has to be to prepare")))?;
+        return Ok(None);
+    };
+    let prepared = Prepared::new(&config, fds);
+    watch.wait()?;
+    let Packet { message, fds } = channel.receive::<Request>()?;
+    let result = match (message, prepared) {
+        (Request::Boot(config), Ok(prepared)) => start(Machine::build(prepared, &config, fds)),
+        (Request::Restore(config), Ok(prepared)) => start(Machine::restore(prepared, &config, fds)),
+        (Request::Boot(_) | Request::Restore(_), Err(error)) => Err(refusal(&error)),
+        _ => Err(invalid("nothing is booted yet")),
     };
     match result {
         Ok(running) => {
@@ -135,7 +143,9 @@ fn run(channel: &Channel, machine: &RunningMachine, handles: &Handles) -> Result
             Err(error) => return Err(error.into()),
         };
         let result = match packet.message {
-            Request::Boot(_) | Request::Restore(_) => Err(invalid("a machine is running already")),
+            Request::Prepare(_) | Request::Boot(_) | Request::Restore(_) => {
+                Err(invalid("a machine is running already"))
+            }
             Request::Save => match <[OwnedFd; 1]>::try_from(packet.fds) {
                 Ok([file]) => return Ok(End::Save(file)),
                 Err(_) => Err(invalid("saving needs one descriptor")),

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Receiver;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -52,6 +53,12 @@ pub struct Stopped {
     pub at_rest: bool,
 }
 
+impl Stopped {
+    fn idle() -> Self {
+        Stopped { workers: Vec::new(), at_rest: true }
+    }
+}
+
 #[derive(Debug)]
 struct Stop {
     requested: AtomicBool,
@@ -85,10 +92,10 @@ impl MutEventSubscriber for Subscriber {
 }
 
 impl DeviceLoop {
-    /// Starts the thread. `enter` runs in it first (it installs the thread's seccomp filter); when it or the loop
-    /// fails, `failed` hears of it.
+    /// Starts the thread, which then waits for its devices. `enter` runs in it first (it installs the thread's seccomp
+    /// filter); when it or the loop fails, `failed` hears of it.
     pub fn start(
-        workers: Vec<DeviceWorker>,
+        workers: Receiver<Vec<DeviceWorker>>,
         enter: impl FnOnce() -> Result<(), String> + Send + 'static,
         failed: impl FnOnce(String) + Send + 'static,
     ) -> Result<Self, LoopError> {
@@ -98,6 +105,8 @@ impl DeviceLoop {
         let mut manager = EventManager::new_with_capacity(READY_EVENTS).map_err(LoopError::Create)?;
         let body = move || {
             let result = enter().and_then(|()| {
+                // Without a machine there is nothing to do.
+                let Ok(workers) = workers.recv() else { return Ok(Stopped::idle()) };
                 manager.add_subscriber(Subscriber::Stop(seen.clone()));
                 let mut ids = Vec::with_capacity(workers.len());
                 for worker in workers {

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use bulkhead_vmm_protocol::{FdIndex, MemorySource, VmConfig};
+use bulkhead_vmm_protocol::{FdIndex, MemorySource, PrepareConfig, VmConfig};
 
 use crate::devices::VirtioDevice;
 use crate::devices::blk::Block;
@@ -57,7 +57,6 @@ pub struct Handles {
 
 /// What a machine is built from.
 pub(crate) struct Resources {
-    pub kvm: OwnedFd,
     /// The kernel to boot, or the state to restore.
     pub start: File,
     pub memory: Memory,
@@ -75,6 +74,12 @@ impl Fds {
     }
 }
 
+/// `/dev/kvm` among the descriptors of a `Prepare` request.
+pub(crate) fn take_kvm(config: &PrepareConfig, fds: Vec<OwnedFd>) -> Result<OwnedFd, ResourceError> {
+    config.validate(fds.len())?;
+    Fds(fds.into_iter().map(Some).collect()).take(config.kvm)
+}
+
 impl Resources {
     /// Turns descriptors into devices. What the configuration doesn't name is closed. `start` is the kernel, or the
     /// state of a saved machine.
@@ -83,7 +88,6 @@ impl Resources {
         let mut fds = Fds(fds.into_iter().map(Some).collect());
         let device_failed = |what| move |source| ResourceError::Device { what, source };
 
-        let kvm = fds.take(config.kvm)?;
         let start = File::from(fds.take(start)?);
         let memory = match config.memory {
             MemorySource::Anonymous => Memory::Anonymous,
@@ -117,6 +121,6 @@ impl Resources {
         if devices.len() > MAX_DEVICES {
             return Err(ResourceError::TooManyDevices(devices.len()));
         }
-        Ok(Resources { kvm, start, memory, devices, handles: Handles { vsock: connector } })
+        Ok(Resources { start, memory, devices, handles: Handles { vsock: connector } })
     }
 }

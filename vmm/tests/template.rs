@@ -137,7 +137,7 @@ fn what_can_not_be_restored_is_refused() {
     damaged[bytes.len() / 2] ^= 4;
     refused("a damaged state", &|_| (), &damaged, "checksum");
     refused("memory of its own", &|boot| boot.config.memory = MemorySource::Anonymous, &bytes, "memory file");
-    refused("two vCPUs", &|boot| boot.config.vcpus = 2, &bytes, "vCPUs");
+    refused("two vCPUs", &|boot| boot.vcpus = 2, &bytes, "vCPUs");
     refused("more memory", &|boot| boot.config.memory_mib += 1, &bytes, "memory size");
     refused("another context id", &|boot| boot.config.vsock.guest_cid = 4, &bytes, "configuration");
     refused("another disk", &|boot| drop(boot.disk(&[0; 512], true)), &bytes, "devices");

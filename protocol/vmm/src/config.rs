@@ -16,18 +16,24 @@ pub const MIN_MEMORY_MIB: u32 = 64;
 /// The most guest memory, in MiB: 1 TiB.
 const MAX_MEMORY_MIB: u32 = 1024 * 1024;
 
-/// Everything the VMM needs to boot a guest; each resource is a descriptor that came with the message.
+/// What the VMM has to know to get ready for any guest of a size.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PrepareConfig {
+    /// `/dev/kvm`, open for reading and writing.
+    pub kvm: FdIndex,
+    /// Number of vCPUs, 1 to [`MAX_VCPUS`].
+    pub vcpus: u8,
+}
+
+/// Everything else the VMM needs to boot a guest; each resource is a descriptor that came with the message.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
-    /// Number of vCPUs, 1 to [`MAX_VCPUS`].
-    pub vcpus: u8,
     /// Guest memory in MiB, at least [`MIN_MEMORY_MIB`].
     pub memory_mib: u32,
     /// What guest memory is made of.
     pub memory: MemorySource,
-    /// `/dev/kvm`, open for reading and writing.
-    pub kvm: FdIndex,
     /// The guest kernel: an ELF `vmlinux` or a bzImage, open for reading.
     pub kernel: FdIndex,
     /// Kernel parameters after those that the VMM sets for its own devices.
@@ -61,8 +67,8 @@ pub enum MemorySource {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RestoreConfig {
-    /// The machine. vCPUs, memory size, devices and the vsock context id (which means nothing outside of one machine) must
-    /// be those of the saved one. Its memory is [`MemorySource::Private`]. The kernel and the command line are in
+    /// The machine. Memory size, devices and the vsock context id (which means nothing outside of one machine) must
+    /// be those of the saved one, and so must the number of vCPUs that was prepared for. Its memory is [`MemorySource::Private`]. The kernel and the command line are in
     /// memory already: neither is looked at, and `kernel` may name any descriptor.
     ///
     /// A vsock connection that the guest had opened to one of the `guest_streams` ports goes on with the given stream.
@@ -143,12 +149,26 @@ pub enum ConfigError {
     },
 }
 
-impl VmConfig {
-    /// Checks every limit, and that each descriptor index is below `fd_count`.
+impl PrepareConfig {
+    /// Checks the limit, and that the descriptor index is below `fd_count`.
     pub fn validate(&self, fd_count: usize) -> Result<(), ConfigError> {
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {
             return Err(ConfigError::Vcpus(self.vcpus));
         }
+        check_indices([self.kvm].into_iter(), fd_count)
+    }
+}
+
+fn check_indices(mut fds: impl Iterator<Item = FdIndex>, fd_count: usize) -> Result<(), ConfigError> {
+    match fds.find(|fd| usize::from(fd.0) >= fd_count) {
+        Some(fd) => Err(ConfigError::MissingFd { index: fd.0, count: fd_count }),
+        None => Ok(()),
+    }
+}
+
+impl VmConfig {
+    /// Checks every limit, and that each descriptor index is below `fd_count`.
+    pub fn validate(&self, fd_count: usize) -> Result<(), ConfigError> {
         if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&self.memory_mib) {
             return Err(ConfigError::Memory(self.memory_mib));
         }
@@ -163,10 +183,7 @@ impl VmConfig {
         if self.vsock.guest_cid < 3 {
             return Err(ConfigError::Cid(self.vsock.guest_cid));
         }
-        match self.fds().find(|fd| usize::from(fd.0) >= fd_count) {
-            Some(fd) => Err(ConfigError::MissingFd { index: fd.0, count: fd_count }),
-            None => Ok(()),
-        }
+        check_indices(self.fds(), fd_count)
     }
 
     fn fds(&self) -> impl Iterator<Item = FdIndex> + '_ {
@@ -174,7 +191,7 @@ impl VmConfig {
             MemorySource::Anonymous => None,
             MemorySource::Shared(file) | MemorySource::Private(file) => Some(file),
         };
-        [self.kvm, self.kernel]
+        [self.kernel]
             .into_iter()
             .chain(memory)
             .chain(self.console)
@@ -190,14 +207,12 @@ mod tests {
 
     fn config() -> VmConfig {
         VmConfig {
-            vcpus: 1,
             memory_mib: 128,
             memory: MemorySource::Anonymous,
-            kvm: FdIndex(0),
-            kernel: FdIndex(1),
+            kernel: FdIndex(0),
             cmdline: String::new(),
             console: None,
-            disks: vec![BlockConfig { file: FdIndex(2), read_only: true, serial: "image".into() }],
+            disks: vec![BlockConfig { file: FdIndex(1), read_only: true, serial: "image".into() }],
             fs: None,
             vsock: VsockConfig { guest_cid: 3, guest_streams: Vec::new() },
         }
@@ -205,14 +220,13 @@ mod tests {
 
     #[test]
     fn a_sound_config_passes() {
-        assert_eq!(config().validate(3), Ok(()));
+        assert_eq!(config().validate(2), Ok(()));
+        assert_eq!(PrepareConfig { kvm: FdIndex(0), vcpus: MAX_VCPUS }.validate(1), Ok(()));
     }
 
     #[test]
     fn limits_are_enforced() {
         let cases = [
-            (VmConfig { vcpus: 0, ..config() }, ConfigError::Vcpus(0)),
-            (VmConfig { vcpus: MAX_VCPUS + 1, ..config() }, ConfigError::Vcpus(MAX_VCPUS + 1)),
             (VmConfig { memory_mib: 1, ..config() }, ConfigError::Memory(1)),
             (
                 VmConfig { fs: Some(FsConfig { server: FdIndex(0), tag: "x".repeat(37) }), ..config() },
@@ -224,15 +238,21 @@ mod tests {
             ),
         ];
         for (config, error) in cases {
-            assert_eq!(config.validate(3), Err(error));
+            assert_eq!(config.validate(2), Err(error));
+        }
+        for vcpus in [0, MAX_VCPUS + 1] {
+            let config = PrepareConfig { kvm: FdIndex(0), vcpus };
+            assert_eq!(config.validate(1), Err(ConfigError::Vcpus(vcpus)));
         }
     }
 
     #[test]
     fn an_index_past_the_descriptors_is_refused() {
-        assert_eq!(config().validate(2), Err(ConfigError::MissingFd { index: 2, count: 2 }));
+        assert_eq!(config().validate(1), Err(ConfigError::MissingFd { index: 1, count: 1 }));
         let config = VmConfig { memory: MemorySource::Private(FdIndex(9)), ..config() };
-        assert_eq!(config.validate(3), Err(ConfigError::MissingFd { index: 9, count: 3 }));
+        assert_eq!(config.validate(2), Err(ConfigError::MissingFd { index: 9, count: 2 }));
+        let config = PrepareConfig { kvm: FdIndex(0), vcpus: 1 };
+        assert_eq!(config.validate(0), Err(ConfigError::MissingFd { index: 0, count: 0 }));
     }
 
     #[test]

@@ -2,13 +2,18 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{RestoreConfig, VmConfig};
+use crate::config::{PrepareConfig, RestoreConfig, VmConfig};
 
 /// What the shim asks of the VMM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
-    /// Build the virtual machine and start its vCPUs. First, and once only.
+    /// Get ready for a machine of which no more is known yet: create it in KVM, start the threads. First, and once only.
+    ///
+    /// This is what takes the time in the host's kernel, so the shim asks for it as early as it can. There is no reply: what
+    /// goes wrong is the reply to the request that follows.
+    Prepare(PrepareConfig),
+    /// Build the virtual machine and start its vCPUs. After `Prepare`, and once only.
     Boot(Box<VmConfig>),
     /// Instead of `Boot`: take a saved machine up where it was saved. When it is refused the VMM ends, as with `Boot`.
     Restore(Box<RestoreConfig>),

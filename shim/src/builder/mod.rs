@@ -144,6 +144,7 @@ async fn save_guest(recipe: &Recipe, files: &Files, draft: &Draft) -> Result<Gre
 
         let machine = async {
             let (control, listener) = Control::new(channel)?;
+            guest::prepare(&control, recipe, files)?;
             let backends =
                 Backends { console: console_writer.as_fd(), fuse: fuse.as_fd(), agent: agent_vmm.as_fd() };
             let failed = |source: PodError| BuildError::Guest { said: said(), source: Box::new(source) };

@@ -124,7 +124,10 @@ pub(super) async fn boot(
         }
         None => None,
     };
-    let cgroup_fd = cgroup.as_ref().map(AsFd::as_fd);
+    let vmm = Vmm { recipe: &order.recipe, files: &files, cgroup: cgroup.as_ref().map(AsFd::as_fd) };
+    // First of all: the host's kernel takes its time with the machine, in which the rest can be done.
+    let prepared = vmm.start(resources)?;
+    timeline.stamp("prepare");
 
     let tree = Arc::new(SharedTree::create(&spec.directory).await.map_err(BootError::from)?);
     resources.tree = Some(tree.clone());
@@ -132,37 +135,36 @@ pub(super) async fn boot(
     let (fuse_server, fuse_vmm) = socket_pair(SockType::SeqPacket)?;
     let mounts = Some((tree.namespace(), TREE));
     let fs_server =
-        Jailed::start(&spec.config.fs_server, &[], "file server", fuse_server.as_fd(), cgroup_fd, mounts)?;
+        Jailed::start(&spec.config.fs_server, &[], "file server", fuse_server.as_fd(), vmm.cgroup, mounts)?;
     drop(fuse_server);
     let id = fs_server.id();
     resources.fs_server = Some(Arc::new(fs_server));
     resources.record(|state| state.fs_server = Some(id)).map_err(BootError::from)?;
 
-    timeline.stamp("shim");
     let (console_reader, console_writer) = io::pipe().map_err(BootError::Console)?;
     let console = Tail::start(console_reader.into(), CONSOLE_KEPT, "guest console", Level::Debug);
     resources.console = Some(console.map_err(BootError::Console)?);
 
-    let host = Host {
-        recipe: &order.recipe,
-        files: &files,
-        cgroup: cgroup_fd,
-        console: console_writer.as_fd(),
-        fuse: fuse_vmm.as_fd(),
-    };
+    let ends = Ends { console: console_writer.as_fd(), fuse: fuse_vmm.as_fd() };
     let (template, wanted) = match spec.config.templates {
         Templates::Auto => look_up(order.store(), &order),
         Templates::Off => (None, None),
     };
-    if let Some((store, template)) = template {
-        match host.restore(&template, resources, timeline).await {
-            Ok(running) => return Ok(running.with(tree, None)),
-            Err(error) => give_up(&store, &template, error, resources).await,
+    timeline.stamp("shim");
+    let Some((store, template)) = template else {
+        let running = vmm.boot(prepared, ends).await?;
+        timeline.stamp("vmm");
+        return Ok(running.with(tree, wanted));
+    };
+    match vmm.restore(prepared, ends, &template, timeline).await {
+        Ok(running) => Ok(running.with(tree, None)),
+        Err(error) => {
+            give_up(&store, &template, error, resources).await;
+            let running = vmm.boot(vmm.start(resources)?, ends).await?;
+            timeline.stamp("vmm");
+            Ok(running.with(tree, wanted))
         }
     }
-    let running = host.launch(Start::Cold, resources).await;
-    timeline.stamp("vmm");
-    Ok(running.map_err(|error| name_refused(error, &order.recipe))?.with(tree, wanted))
 }
 
 /// The VMM knows descriptors only; people know files.
@@ -224,28 +226,38 @@ async fn give_up(store: &Store, template: &Template, error: PodError, resources:
     super::log_failure("the template stays", kept);
 }
 
-/// What a VMM is started with.
-struct Host<'a> {
+/// What a pod's VMM is started with.
+struct Vmm<'a> {
     recipe: &'a Recipe,
     files: &'a Files,
     cgroup: Option<BorrowedFd<'a>>,
+}
+
+/// The host's ends of the guest's devices, but for the agent's stream.
+#[derive(Clone, Copy)]
+struct Ends<'a> {
     console: BorrowedFd<'a>,
     fuse: BorrowedFd<'a>,
+}
+
+/// A VMM that gets ready for a machine.
+struct Prepared {
+    control: Control,
+    listening: ControlListener,
+    vmm: ProcessId,
+    launched: Instant,
 }
 
 /// A machine that runs.
 struct Running {
     agent: Agent,
-    control: Control,
-    listening: ControlListener,
-    vmm: ProcessId,
-    launched: Instant,
+    prepared: Prepared,
     greeting: Option<Greeting>,
 }
 
-impl Host<'_> {
-    /// Starts a VMM and has it run a machine.
-    async fn launch(&self, start: Start<'_>, resources: &mut Resources) -> Result<Running, PodError> {
+impl Vmm<'_> {
+    /// Starts a VMM, which gets ready on its own.
+    fn start(&self, resources: &mut Resources) -> Result<Prepared, PodError> {
         let launched = Instant::now();
         let (channel, vmm_channel) = Channel::pair().map_err(MachineError::Channel)?;
         let vmm =
@@ -254,36 +266,49 @@ impl Host<'_> {
         let id = vmm.id();
         resources.vmm = Some(Arc::new(vmm));
         resources.record(|state| state.vmm = Some(id)).map_err(BootError::from)?;
-
-        let (agent_ours, agent_vmm) = socket_pair(SockType::Stream)?;
-        let agent = Agent::new(super::from_owned(agent_ours).map_err(PodError::Stream)?);
-        let backends = Backends { console: self.console, fuse: self.fuse, agent: agent_vmm.as_fd() };
-        let (control, listener) = Control::new(channel)?;
-        let listening = guest::start(&control, listener, self.recipe, self.files, backends, start).await?;
-        Ok(Running { agent, control, listening, vmm: id, launched, greeting: None })
+        let (control, listening) = Control::new(channel)?;
+        guest::prepare(&control, self.recipe, self.files)?;
+        Ok(Prepared { control, listening, vmm: id, launched })
     }
 
-    /// The same from a template, up to the agent's first answer: if that does not come, there is still time to boot.
+    /// Has a guest boot.
+    async fn boot(&self, prepared: Prepared, ends: Ends<'_>) -> Result<Running, PodError> {
+        let running = self.run(prepared, ends, Start::Cold).await;
+        running.map_err(|error| name_refused(error, self.recipe))
+    }
+
+    /// Restores a guest, up to the agent's first answer: if that does not come, there is still time to boot.
     async fn restore(
         &self,
+        prepared: Prepared,
+        ends: Ends<'_>,
         template: &Template,
-        resources: &mut Resources,
         timeline: &Timeline,
     ) -> Result<Running, PodError> {
-        let mut running = self.launch(Start::Template(template), resources).await?;
+        let mut running = self.run(prepared, ends, Start::Template(template)).await?;
         timeline.stamp("restore");
-        let greeting = guest::greet(&running.agent, &mut running.listening, RESTORE_LIMIT).await?;
+        let greeting = guest::greet(&running.agent, &mut running.prepared.listening, RESTORE_LIMIT).await?;
         let greeting = greeting.map_err(PodError::Restored)?;
         timeline.stamp("agent");
-        super::log_ready("restored", running.launched, &greeting);
+        super::log_ready("restored", running.prepared.launched, &greeting);
         running.greeting = Some(greeting);
         Ok(running)
+    }
+
+    async fn run(&self, prepared: Prepared, ends: Ends<'_>, start: Start<'_>) -> Result<Running, PodError> {
+        let Prepared { control, listening, vmm, launched } = prepared;
+        let (agent_ours, agent_vmm) = socket_pair(SockType::Stream)?;
+        let agent = Agent::new(super::from_owned(agent_ours).map_err(PodError::Stream)?);
+        let backends = Backends { console: ends.console, fuse: ends.fuse, agent: agent_vmm.as_fd() };
+        let listening = guest::start(&control, listening, self.recipe, self.files, backends, start).await?;
+        Ok(Running { agent, prepared: Prepared { control, listening, vmm, launched }, greeting: None })
     }
 }
 
 impl Running {
     fn with(self, tree: Arc<SharedTree>, wanted: Option<Order>) -> Booted {
-        let Running { agent, control, listening, vmm, launched, greeting } = self;
+        let Running { agent, prepared, greeting } = self;
+        let Prepared { control, listening, vmm, launched } = prepared;
         Booted { tree, agent, control: Arc::new(control), listening, vmm, launched, greeting, wanted }
     }
 }

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use bulkhead_agent_protocol::AGENT_PORT;
 use bulkhead_vmm_protocol::{
-    BlockConfig, FdIndex, FsConfig, GuestStream, MemorySource, Request, RestoreConfig, VmConfig, VsockConfig,
+    BlockConfig, FdIndex, FsConfig, GuestStream, MemorySource, PrepareConfig, Request, RestoreConfig,
+    VmConfig, VsockConfig,
 };
 
 use super::PodError;
@@ -82,7 +83,12 @@ pub struct Backends<'a> {
     pub agent: BorrowedFd<'a>,
 }
 
-/// Has the VMM behind `control` run a machine. Listens for its answer, and gives the listener back.
+/// Has the VMM behind `control` get ready for a machine of the recipe's size, whatever guest it is for.
+pub fn prepare(control: &Control, recipe: &Recipe, files: &Files) -> Result<(), MachineError> {
+    control.prepare(PrepareConfig { kvm: FdIndex(0), vcpus: recipe.size.vcpus }, &[files.kvm.as_fd()])
+}
+
+/// Has the VMM behind `control`, which is prepared, run a machine. Listens for its answer, and gives the listener back.
 pub async fn start(
     control: &Control,
     listener: ControlListener,
@@ -93,14 +99,12 @@ pub async fn start(
 ) -> Result<ControlListener, PodError> {
     let mut fds = FdList::default();
     let config = VmConfig {
-        vcpus: recipe.size.vcpus,
         memory_mib: recipe.size.memory_mib,
         memory: match start {
             Start::Cold => MemorySource::Anonymous,
             Start::Draft(memory) => MemorySource::Shared(fds.add(memory.as_fd())),
             Start::Template(template) => MemorySource::Private(fds.add(template.memory.as_fd())),
         },
-        kvm: fds.add(files.kvm.as_fd()),
         kernel: fds.add(files.kernel.as_fd()),
         cmdline: format!("{KERNEL_PARAMS} {}", recipe.kernel_params).trim_end().to_owned(),
         console: Some(fds.add(backends.console)),

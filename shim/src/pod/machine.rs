@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_vmm_protocol::{
-    Channel, ChannelError, Event, ExitReason, FromVmm, Packet, Refusal, RefusalKind, Request,
+    Channel, ChannelError, Event, ExitReason, FromVmm, Packet, PrepareConfig, Refusal, RefusalKind, Request,
 };
 use log::Level;
 use nix::errno::Errno;
@@ -168,6 +168,19 @@ impl Control {
         Ok((Control { channel, replies: Mutex::new(receiver) }, listener))
     }
 
+    /// Sends the request that has no answer of its own, with its descriptors.
+    pub fn prepare(&self, config: PrepareConfig, fds: &[BorrowedFd<'_>]) -> Result<(), MachineError> {
+        self.send(&Request::Prepare(config), fds)
+    }
+
+    fn send(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<(), MachineError> {
+        // The socket's buffer has room for two requests, and the last one but that has been answered: this does not block.
+        self.channel.get_ref().send(request, fds).map_err(|error| match error {
+            ChannelError::Closed => MachineError::Gone,
+            other => MachineError::Channel(other),
+        })
+    }
+
     /// Sends a request with its descriptors and waits for the answer.
     pub async fn request(
         &self,
@@ -177,11 +190,7 @@ impl Control {
     ) -> Result<(), MachineError> {
         let exchange = async {
             let mut replies = self.replies.lock().await;
-            // The socket's buffer is empty whenever the last request has been answered, so this does not block.
-            self.channel.get_ref().send(request, fds).map_err(|error| match error {
-                ChannelError::Closed => MachineError::Gone,
-                other => MachineError::Channel(other),
-            })?;
+            self.send(request, fds)?;
             match replies.recv().await {
                 Some(reply) => reply.map_err(|refusal| {
                     let message = untrusted(&refusal.message, 4096);

@@ -1,12 +1,13 @@
 //! What the examples share.
 
 use std::error::Error;
-use std::os::fd::AsRawFd;
+use std::fs::OpenOptions;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use bulkhead_vmm_protocol::{CONTROL_FD, Channel};
+use bulkhead_vmm_protocol::{CONTROL_FD, Channel, FdIndex, PrepareConfig, Request};
 
 /// Starts a VMM with its end of a control socket.
 pub fn spawn(vmm: &str, control: Channel) -> Result<Child, Box<dyn Error>> {
@@ -24,6 +25,13 @@ pub fn spawn(vmm: &str, control: Channel) -> Result<Child, Box<dyn Error>> {
     let child = command.spawn()?;
     drop(control);
     Ok(child)
+}
+
+/// Has a VMM prepare for a machine of so many vCPUs.
+pub fn prepare(control: &Channel, vcpus: u8) -> Result<(), Box<dyn Error>> {
+    let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm")?;
+    control.send(&Request::Prepare(PrepareConfig { kvm: FdIndex(0), vcpus }), &[kvm.as_fd()])?;
+    Ok(())
 }
 
 /// Milliseconds since then.

@@ -1,23 +1,27 @@
 //! Building a virtual machine and running it.
 //!
+//! A machine comes about in two steps: what is the same for every guest of a size is [`Prepared`] before anything else of the
+//! guest is known, since that is where the host's kernel takes its time; then the guest is booted or restored.
+//!
 //! The order of the calls matters for speed: a change of the memory slots after an ioeventfd exists waits for a grace
 //! period of the host kernel, so memory and vCPUs come first and ioeventfds last.
 
+mod crew;
 mod restore;
 mod save;
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Barrier};
-use std::thread::{self, JoinHandle};
+use std::sync::mpsc::Receiver;
+use std::thread::JoinHandle;
 
 use bulkhead_seccomp::Filter;
-use bulkhead_vmm_protocol::{ExitReason, VmConfig};
-use kvm_ioctls::VcpuFd;
+use bulkhead_vmm_protocol::{ExitReason, PrepareConfig, VmConfig};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use log::error;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, BootError};
 use crate::bus::Bus;
@@ -26,18 +30,17 @@ use crate::device_loop::{DeviceLoop, LoopError};
 use crate::devices::VirtioDevice;
 use crate::devices::mmio::MmioTransport;
 use crate::devices::slot::DeviceSlot;
-use crate::devices::worker::{DeviceWorker, chain_of};
+use crate::devices::worker::DeviceWorker;
 use crate::ioapic::IoApic;
 use crate::memory::{MemoryError, SharedRam, map_ram};
-use crate::resources::{Handles, ResourceError, Resources};
+use crate::resources::{self, Handles, ResourceError, Resources};
 use crate::template::TemplateError;
 use crate::vcpu::{self, Vcpu};
 use crate::vm::{self, KvmRouter};
 
+pub use self::crew::THREAD_STACK;
+use self::crew::{Crew, Posted};
 use self::save::Saver;
-
-/// Stack of the device and vCPU threads, in bytes.
-pub const THREAD_STACK: usize = 128 * 1024;
 
 /// Why a virtual machine can't be built or started.
 #[derive(Debug, thiserror::Error)]
@@ -97,9 +100,33 @@ fn host_failed(what: &'static str) -> impl FnOnce(io::Error) -> MachineError {
     move |source| MachineError::Host { what, source }
 }
 
+/// A virtual machine without memory and devices, and the threads that will run it.
+pub struct Prepared {
+    kvm: Kvm,
+    vm: Arc<VmFd>,
+    cpuid: CpuidTemplate,
+    vcpus: Vec<VcpuFd>,
+    crew: Crew,
+}
+
+impl Prepared {
+    /// Creates everything that does not depend on the guest.
+    pub fn new(config: &PrepareConfig, fds: Vec<OwnedFd>) -> Result<Self, MachineError> {
+        let kvm = vm::open_kvm(resources::take_kvm(config, fds)?)?;
+        // The threads lock themselves up while the kernel takes its time with the machine.
+        let crew = Crew::start(config.vcpus)?;
+        let cpuid =
+            CpuidTemplate::new(&kvm, config.vcpus).map_err(|source| MachineError::Vcpu { id: 0, source })?;
+        let vm = Arc::new(vm::create_vm(&kvm)?);
+        let vcpus = vm::create_vcpus(&vm, &cpuid, config.vcpus)?;
+        Ok(Prepared { kvm, vm, cpuid, vcpus, crew })
+    }
+}
+
 /// A virtual machine that hasn't started.
 pub struct Machine {
     vcpus: Vec<VcpuFd>,
+    crew: Crew,
     bus: Arc<Bus>,
     ram: SharedRam,
     workers: Vec<DeviceWorker>,
@@ -139,38 +166,24 @@ pub struct RunningMachine {
     exit_event: Arc<EventFd>,
 }
 
-/// Where threads report that the machine has ended; the first report counts.
-#[derive(Clone)]
-struct ExitReporter {
-    reasons: Sender<ExitReason>,
-    event: Arc<EventFd>,
-}
-
-impl ExitReporter {
-    fn report(&self, reason: ExitReason) {
-        // The only failure of either is a machine that isn't waited for any more.
-        let _ = self.reasons.send(reason);
-        let _ = self.event.write(1);
-    }
-}
-
 impl Machine {
     /// Builds a machine that boots, from its configuration and the descriptors that came with it.
-    pub fn build(config: &VmConfig, fds: Vec<OwnedFd>) -> Result<(Self, Handles), MachineError> {
-        let Resources { kvm, start: mut kernel, memory, devices, handles } =
+    pub fn build(
+        prepared: Prepared,
+        config: &VmConfig,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(Self, Handles), MachineError> {
+        let Prepared { kvm, vm, cpuid, vcpus, crew } = prepared;
+        let Resources { start: mut kernel, memory, devices, handles } =
             Resources::take(config, config.kernel, fds)?;
-        let kvm = vm::open_kvm(kvm)?;
 
         let ram = map_ram(config.memory_mib, &memory)?;
         let command_line =
             boot::command_line(devices.len(), &config.cmdline).map_err(BootError::CommandLine)?;
-        let entry = boot::load(&ram, &mut kernel, &command_line, config.vcpus, devices.len())?;
+        let entry = boot::load(&ram, &mut kernel, &command_line, crew.vcpus(), devices.len())?;
 
-        let failed = |id| move |source| MachineError::Vcpu { id, source };
-        let vm = Arc::new(vm::create_vm(&kvm)?);
         vm::set_memory(&vm, &ram)?;
-        let cpuid = CpuidTemplate::new(&kvm, config.vcpus).map_err(failed(0))?;
-        let vcpus = vm::create_vcpus(&vm, &cpuid, config.vcpus)?;
+        let failed = |id| move |source| MachineError::Vcpu { id, source };
         for (vcpu, id) in vcpus.iter().zip(0..) {
             cpu::set_interrupt_pins(vcpu).map_err(failed(id))?;
             // The others wait until the first one starts them by interrupt.
@@ -182,42 +195,26 @@ impl Machine {
         let parts = DeviceParts::new(devices, &ram)?;
         vm::wire(&vm, &parts.slots)?;
         let router = KvmRouter { vm: vm.clone(), slots: parts.slots };
-        let ioapic = IoApic::new(config.vcpus, Box::new(router));
+        let ioapic = IoApic::new(crew.vcpus(), Box::new(router));
         let bus = Arc::new(Bus::new(parts.transports, ioapic));
         let saver = Saver::new(config, &memory, &kvm, vm, &cpuid)?;
-        Ok((Machine { vcpus, bus, ram, workers: parts.workers, saver }, handles))
+        Ok((Machine { vcpus, crew, bus, ram, workers: parts.workers, saver }, handles))
     }
 
-    /// Starts the device thread and the vCPUs, each under its seccomp filter, and puts the calling thread under the
-    /// control thread's. The guest's first instruction runs after that.
+    /// Gives the threads their work and puts the calling one under the control thread's filter. The guest's first
+    /// instruction runs after that.
     pub fn start(self) -> Result<RunningMachine, MachineError> {
-        vcpu::install_kick_handler()
-            .map_err(|error| host_failed("a signal handler")(io::Error::from_raw_os_error(error.errno())))?;
-        let (reasons, exits) = channel();
-        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host_failed("an eventfd"))?;
-        let reporter = ExitReporter { reasons, event: Arc::new(event) };
-
-        let device_reporter = reporter.clone();
-        let devices = DeviceLoop::start(
-            self.workers,
-            || Filter::VmmDevice.install().map_err(|error| chain_of(&error)),
-            move |detail| device_reporter.report(ExitReason::Internal { detail }),
-        )?;
-
-        let stop = Arc::new(AtomicBool::new(false));
-        let gate = Arc::new(Barrier::new(self.vcpus.len() + 1));
-        let mut vcpus = Vec::new();
-        for (fd, id) in self.vcpus.into_iter().zip(0..) {
-            let vcpu = Vcpu::new(id, fd, self.bus.clone(), self.ram.clone(), stop.clone());
-            vcpus.push(start_vcpu(vcpu, reporter.clone(), gate.clone())?);
-        }
-        let filter = if self.saver.is_some() { Filter::VmmTemplate } else { Filter::VmmControl };
+        let Machine { vcpus, crew, bus, ram, workers, saver } = self;
+        let stop = crew.stop_flag();
+        let vcpu = |(fd, id)| Vcpu::new(id, fd, bus.clone(), ram.clone(), stop.clone());
+        let posted = crew.post(vcpus.into_iter().zip(0..).map(vcpu).collect(), workers);
+        let filter = if saver.is_some() { Filter::VmmTemplate } else { Filter::VmmControl };
         filter
             .install()
             .map_err(|error| host_failed("the control thread's filter")(io::Error::other(error)))?;
-        gate.wait();
-        let (bus, saver) = (self.bus, self.saver);
-        Ok(RunningMachine { stop, vcpus, bus, saver, devices, exits, exit_event: reporter.event })
+        posted.open_gate();
+        let Posted { vcpus, devices, exits, exit_event, stop, .. } = posted;
+        Ok(RunningMachine { stop, vcpus, bus, saver, devices, exits, exit_event })
     }
 }
 
@@ -239,33 +236,4 @@ impl RunningMachine {
         }
         self.exits.try_recv().unwrap_or(fallback)
     }
-}
-
-fn start_vcpu(
-    vcpu: Vcpu,
-    reporter: ExitReporter,
-    gate: Arc<Barrier>,
-) -> Result<JoinHandle<Option<VcpuFd>>, MachineError> {
-    let body = move || {
-        let result = Filter::VmmVcpu.install();
-        gate.wait();
-        match result {
-            Ok(()) => match vcpu.run() {
-                (fd, None) => Some(fd),
-                (_, Some(reason)) => {
-                    reporter.report(reason);
-                    None
-                }
-            },
-            Err(error) => {
-                reporter.report(ExitReason::Internal { detail: chain_of(&error) });
-                None
-            }
-        }
-    };
-    thread::Builder::new()
-        .name("vcpu".into())
-        .stack_size(THREAD_STACK)
-        .spawn(body)
-        .map_err(host_failed("a thread for a vCPU"))
 }

@@ -8,9 +8,8 @@ use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use super::save::Saver;
-use super::{DeviceParts, Machine, MachineError};
+use super::{DeviceParts, Machine, MachineError, Prepared};
 use crate::bus::Bus;
-use crate::cpu::CpuidTemplate;
 use crate::devices::{DeviceState, VirtioDevice};
 use crate::ioapic::IoApic;
 use crate::memory::{Memory, map_ram};
@@ -20,9 +19,14 @@ use crate::vm::{self, KvmRouter};
 
 impl Machine {
     /// Builds a machine that goes on from where a saved one was.
-    pub fn restore(config: &RestoreConfig, fds: Vec<OwnedFd>) -> Result<(Self, Handles), MachineError> {
+    pub fn restore(
+        prepared: Prepared,
+        config: &RestoreConfig,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(Self, Handles), MachineError> {
+        let Prepared { kvm, vm, cpuid, vcpus, crew } = prepared;
         let RestoreConfig { config, state } = config;
-        let Resources { kvm, start: mut file, memory, mut devices, handles } =
+        let Resources { start: mut file, memory, mut devices, handles } =
             Resources::take(config, *state, fds)?;
         if matches!(memory, Memory::Anonymous) {
             return Err(TemplateError::NoMemoryFile.into());
@@ -32,23 +36,18 @@ impl Machine {
         if state.memory_mib != config.memory_mib {
             return mismatch("memory size");
         }
-        if state.vcpus.len() != usize::from(config.vcpus) {
+        if state.vcpus.len() != vcpus.len() {
             return mismatch("vCPUs");
         }
         if state.devices.len() != devices.len() {
             return mismatch("devices");
         }
-        let kvm = vm::open_kvm(kvm)?;
-        let cpuid =
-            CpuidTemplate::new(&kvm, config.vcpus).map_err(|source| MachineError::Vcpu { id: 0, source })?;
         if !cpuid.for_vcpu(0).iter().eq(state.cpuid.iter().map(|entry| &entry.0)) {
             return mismatch("CPU features");
         }
         let ram = map_ram(config.memory_mib, &memory)?;
 
-        let vm = Arc::new(vm::create_vm(&kvm)?);
         vm::set_memory(&vm, &ram)?;
-        let vcpus = vm::create_vcpus(&vm, &cpuid, config.vcpus)?;
         restore_backends(&mut devices, &mut state.devices)?;
         let mut parts = DeviceParts::new(devices, &ram)?;
         for (index, (transport, saved)) in parts.transports.iter_mut().zip(&state.devices).enumerate() {
@@ -65,7 +64,7 @@ impl Machine {
 
         let bus = Arc::new(Bus::new(parts.transports, ioapic));
         let saver = Saver::new(config, &memory, &kvm, vm, &cpuid)?;
-        Ok((Machine { vcpus, bus, ram, workers: parts.workers, saver }, handles))
+        Ok((Machine { vcpus, crew, bus, ram, workers: parts.workers, saver }, handles))
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_vmm_protocol::{
     BlockConfig, CONTROL_FD, Channel, ChannelError, Event, ExitReason, FdIndex, FromVmm, MemorySource,
-    Refusal, Request, VmConfig, VsockConfig,
+    PrepareConfig, Refusal, Request, VmConfig, VsockConfig,
 };
 
 /// How long anything may take.
@@ -27,6 +27,7 @@ pub struct VmmProcess(Child);
 
 /// What to boot; descriptors are gathered as they are named.
 pub struct Boot {
+    pub vcpus: u8,
     pub config: VmConfig,
     pub fds: Vec<OwnedFd>,
     console: PipeReader,
@@ -55,14 +56,13 @@ impl Boot {
     pub fn new(kernel: &[u8]) -> Self {
         let (console, console_end) = std::io::pipe().unwrap();
         let mut boot = Boot {
+            vcpus: 1,
             config: VmConfig {
-                vcpus: 1,
                 memory_mib: 64,
                 memory: MemorySource::Anonymous,
-                kvm: FdIndex(0),
-                kernel: FdIndex(1),
+                kernel: FdIndex(0),
                 cmdline: String::new(),
-                console: Some(FdIndex(2)),
+                console: Some(FdIndex(1)),
                 disks: Vec::new(),
                 fs: None,
                 vsock: VsockConfig { guest_cid: 3, guest_streams: Vec::new() },
@@ -70,7 +70,6 @@ impl Boot {
             fds: Vec::new(),
             console,
         };
-        boot.pass(open_kvm().unwrap());
         boot.pass(file_with(kernel));
         boot.pass(console_end.into());
         boot
@@ -97,6 +96,7 @@ impl Boot {
     /// Starts a VMM and sends it the request made from the configuration.
     pub fn start_with(self, request: impl FnOnce(VmConfig) -> Request) -> (Vmm, Result<(), Refusal>) {
         let mut vmm = Vmm::spawn(env!("CARGO_BIN_EXE_bulkhead-vmm"));
+        vmm.prepare(self.vcpus);
         let fds: Vec<_> = self.fds.iter().map(AsFd::as_fd).collect();
         vmm.control.send(&request(self.config), &fds).unwrap();
         vmm.console = Some(self.console);
@@ -142,6 +142,12 @@ impl Vmm {
         }
         let child = command.spawn().unwrap();
         Vmm { child: VmmProcess(child), control: ours, console: None }
+    }
+
+    /// Sends the request that has no answer.
+    pub fn prepare(&self, vcpus: u8) {
+        let config = PrepareConfig { kvm: FdIndex(0), vcpus };
+        self.control.send(&Request::Prepare(config), &[open_kvm().unwrap().as_fd()]).unwrap();
     }
 
     /// The answer to the last request.

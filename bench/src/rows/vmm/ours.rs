@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use bulkhead_vmm_protocol::{
-    BlockConfig, CONTROL_FD, Channel, FdIndex, FromVmm, MemorySource, Request, VmConfig, VsockConfig,
+    BlockConfig, CONTROL_FD, Channel, FdIndex, FromVmm, MemorySource, PrepareConfig, Request, VmConfig,
+    VsockConfig,
 };
 
 use super::{
@@ -43,25 +44,23 @@ impl Parts {
             .write(true)
             .open("/dev/kvm")
             .map_err(|source| VmmError::Io { step: "open /dev/kvm", source })?;
-        let descriptors: [OwnedFd; 4] = [
-            kvm.into(),
+        control.set_timeout(Some(BOOT_LIMIT))?;
+        control.send(&Request::Prepare(PrepareConfig { kvm: FdIndex(0), vcpus: 1 }), &[kvm.as_fd()])?;
+        let descriptors: [OwnedFd; 3] = [
             open("open the kernel", &self.kernel)?.into(),
             console_end.into(),
             open("open the image", &self.image)?.into(),
         ];
         let config = VmConfig {
-            vcpus: 1,
             memory_mib: GUEST_MEMORY_MIB,
             memory: MemorySource::Anonymous,
-            kvm: FdIndex(0),
-            kernel: FdIndex(1),
+            kernel: FdIndex(0),
             cmdline: KERNEL_PARAMETERS.to_owned(),
-            console: Some(FdIndex(2)),
-            disks: vec![BlockConfig { file: FdIndex(3), read_only: true, serial: "image".to_owned() }],
+            console: Some(FdIndex(1)),
+            disks: vec![BlockConfig { file: FdIndex(2), read_only: true, serial: "image".to_owned() }],
             fs: None,
             vsock: VsockConfig { guest_cid: 3, guest_streams: Vec::new() },
         };
-        control.set_timeout(Some(BOOT_LIMIT))?;
         control.send(&Request::Boot(Box::new(config)), &descriptors.each_ref().map(AsFd::as_fd))?;
         match control.receive::<FromVmm>()?.message {
             FromVmm::Reply(Ok(())) => {}
