@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use bulkhead_vmm_protocol::{
-    BlockConfig, Channel, Event, ExitReason, FdIndex, FromVmm, MemorySource, Request, VmConfig, VsockConfig,
+    BlockConfig, Channel, Event, ExitReason, FdIndex, FromVmm, Request, VmConfig, VsockConfig,
 };
 
 use support::{millis, prepare, spawn};
@@ -35,7 +35,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
     let (ours, theirs) = Channel::pair()?;
     let mut vmm = spawn(&options.vmm, theirs)?;
 
-    prepare(&ours, options.vcpus)?;
+    prepare(&ours, (options.vcpus, options.memory), None)?;
 
     let (mut console, console_end) = std::io::pipe()?;
     let mut fds: Vec<OwnedFd> = Vec::new();
@@ -44,8 +44,6 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         FdIndex(fds.len() as u8 - 1)
     };
     let config = VmConfig {
-        memory_mib: options.memory,
-        memory: MemorySource::Anonymous,
         kernel: pass(File::open(&options.kernel)?.into()),
         cmdline: options.cmdline,
         console: Some(pass(console_end.into())),

@@ -90,7 +90,16 @@ fn main() -> Result<(), Box<dyn Error>> {
 fn start(options: &Options, start: &Start, begin: Instant) -> Result<Vm, Box<dyn Error>> {
     let (control, theirs) = Channel::pair()?;
     let process = spawn(&options.vmm, theirs)?;
-    prepare(&control, options.vcpus)?;
+    let path = format!("{}/memory", options.directory);
+    let memory: (fn(FdIndex) -> MemorySource, File) = match start {
+        Start::Template => {
+            let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
+            file.set_len(u64::from(options.memory) << 20)?;
+            (MemorySource::Shared, file)
+        }
+        Start::Restore => (MemorySource::Private, File::open(path)?),
+    };
+    prepare(&control, (options.vcpus, options.memory), Some(memory))?;
     eprintln!("template:   process started after {:.2} ms", millis(begin));
     std::thread::sleep(Duration::from_millis(options.pause));
     let begin = if options.pause > 0 { Instant::now() } else { begin };
@@ -103,20 +112,7 @@ fn start(options: &Options, start: &Start, begin: Instant) -> Result<Vm, Box<dyn
         fds.push(fd);
         FdIndex(fds.len() as u8 - 1)
     };
-    let path = format!("{}/memory", options.directory);
-    let memory = match start {
-        Start::Template => {
-            let file = File::create_new(path)?;
-            file.set_len(u64::from(options.memory) << 20)?;
-            let file =
-                OpenOptions::new().read(true).write(true).open(format!("{}/memory", options.directory))?;
-            MemorySource::Shared(pass(file.into()))
-        }
-        Start::Restore => MemorySource::Private(pass(File::open(path)?.into())),
-    };
     let config = VmConfig {
-        memory_mib: options.memory,
-        memory,
         kernel: pass(File::open(&options.kernel)?.into()),
         cmdline: CMDLINE.to_owned(),
         console: Some(pass(console_end.into())),

@@ -23,3 +23,4 @@ pub mod resources;
 pub mod template;
 pub mod vcpu;
 mod vm;
+pub mod working_set;

@@ -59,7 +59,6 @@ pub struct Handles {
 pub(crate) struct Resources {
     /// The kernel to boot, or the state to restore.
     pub start: File,
-    pub memory: Memory,
     /// In the order of their windows; disks in the order of the configuration.
     pub devices: Vec<Box<dyn VirtioDevice>>,
     pub handles: Handles,
@@ -74,10 +73,28 @@ impl Fds {
     }
 }
 
-/// `/dev/kvm` among the descriptors of a `Prepare` request.
-pub(crate) fn take_kvm(config: &PrepareConfig, fds: Vec<OwnedFd>) -> Result<OwnedFd, ResourceError> {
-    config.validate(fds.len())?;
-    Fds(fds.into_iter().map(Some).collect()).take(config.kvm)
+/// What a machine is prepared with.
+pub(crate) struct Preparation {
+    pub kvm: OwnedFd,
+    pub memory: Memory,
+    pub working_set: Option<File>,
+}
+
+impl Preparation {
+    /// Takes the descriptors of a `Prepare` request.
+    pub fn take(config: &PrepareConfig, fds: Vec<OwnedFd>) -> Result<Self, ResourceError> {
+        config.validate(fds.len())?;
+        let mut fds = Fds(fds.into_iter().map(Some).collect());
+        Ok(Preparation {
+            kvm: fds.take(config.kvm)?,
+            memory: match config.memory {
+                MemorySource::Anonymous => Memory::Anonymous,
+                MemorySource::Shared(file) => Memory::Shared(File::from(fds.take(file)?)),
+                MemorySource::Private(file) => Memory::Private(File::from(fds.take(file)?)),
+            },
+            working_set: config.working_set.map(|file| fds.take(file)).transpose()?.map(File::from),
+        })
+    }
 }
 
 impl Resources {
@@ -89,11 +106,6 @@ impl Resources {
         let device_failed = |what| move |source| ResourceError::Device { what, source };
 
         let start = File::from(fds.take(start)?);
-        let memory = match config.memory {
-            MemorySource::Anonymous => Memory::Anonymous,
-            MemorySource::Shared(file) => Memory::Shared(File::from(fds.take(file)?)),
-            MemorySource::Private(file) => Memory::Private(File::from(fds.take(file)?)),
-        };
         let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
 
         let output = config.console.map(|index| fds.take(index)).transpose()?;
@@ -121,6 +133,6 @@ impl Resources {
         if devices.len() > MAX_DEVICES {
             return Err(ResourceError::TooManyDevices(devices.len()));
         }
-        Ok(Resources { start, memory, devices, handles: Handles { vsock: connector } })
+        Ok(Resources { start, devices, handles: Handles { vsock: connector } })
     }
 }

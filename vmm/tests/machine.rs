@@ -189,7 +189,7 @@ fn a_guest_that_hangs_is_killed_with_its_shim() {
     }
     for code in [Code::new().hang(), Code::new().halt()] {
         let mut boot = Boot::new(&code.kernel());
-        boot.vcpus = 2;
+        boot.prepare.vcpus = 2;
         let (vmm, reply) = boot.start();
         reply.unwrap();
         let (mut child_only, control) = vmm.into_parts();
@@ -234,8 +234,8 @@ fn what_can_not_be_booted_is_refused_with_its_kind() {
             RefusalKind::Kernel,
         ),
         ("no KVM", |boot| boot.fds[0] = File::open("/dev/null").unwrap().into(), RefusalKind::Kvm),
-        ("no vCPU", |boot| boot.vcpus = 0, RefusalKind::InvalidRequest),
-        ("too little memory", |boot| boot.config.memory_mib = 1, RefusalKind::InvalidRequest),
+        ("no vCPU", |boot| boot.prepare.vcpus = 0, RefusalKind::InvalidRequest),
+        ("too little memory", |boot| boot.prepare.memory_mib = 1, RefusalKind::InvalidRequest),
         ("a long command line", |boot| boot.config.cmdline = "x".repeat(3000), RefusalKind::InvalidRequest),
         (
             "a pipe as a disk",

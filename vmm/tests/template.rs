@@ -39,7 +39,7 @@ fn memory_file() -> File {
 
 fn boot_with(memory: &File) -> Boot {
     let mut boot = Boot::new(&guest());
-    boot.config.memory = MemorySource::Shared(boot.pass(memory.try_clone().unwrap().into()));
+    boot.prepare.memory = MemorySource::Shared(boot.pass_first(memory.try_clone().unwrap().into()));
     boot
 }
 
@@ -99,8 +99,8 @@ fn a_saved_machine_goes_on_and_saves_the_same_again() {
     memory.write_all_at(&[2, 0, 0, 0], FLAG).unwrap();
     for _ in 0..2 {
         let mut boot = boot_with(&memory);
-        let MemorySource::Shared(file) = boot.config.memory else { panic!() };
-        boot.config.memory = MemorySource::Private(file);
+        let MemorySource::Shared(file) = boot.prepare.memory else { panic!() };
+        boot.prepare.memory = MemorySource::Private(file);
         let (vmm, reply) = restore(boot, file_with(&bytes));
         reply.unwrap();
         assert_eq!(vmm.wait_for_end(), (ExitReason::PowerOff, "after!\n".to_owned()));
@@ -136,9 +136,18 @@ fn what_can_not_be_restored_is_refused() {
     let mut damaged = bytes.clone();
     damaged[bytes.len() / 2] ^= 4;
     refused("a damaged state", &|_| (), &damaged, "checksum");
-    refused("memory of its own", &|boot| boot.config.memory = MemorySource::Anonymous, &bytes, "memory file");
-    refused("two vCPUs", &|boot| boot.vcpus = 2, &bytes, "vCPUs");
-    refused("more memory", &|boot| boot.config.memory_mib += 1, &bytes, "memory size");
+    refused(
+        "memory of its own",
+        &|boot| boot.prepare.memory = MemorySource::Anonymous,
+        &bytes,
+        "memory file",
+    );
+    refused("two vCPUs", &|boot| boot.prepare.vcpus = 2, &bytes, "vCPUs");
+    let working_set = |boot: &mut Boot| {
+        let file = boot.pass_first(file_with(&[0xff, 0xff, 0xff, 0x7f, 1, 0, 0, 0]));
+        boot.prepare.working_set = Some(file);
+    };
+    refused("a working set that is not the guest's", &working_set, &bytes, "does not have");
     refused("another context id", &|boot| boot.config.vsock.guest_cid = 4, &bytes, "configuration");
     refused("another disk", &|boot| drop(boot.disk(&[0; 512], true)), &bytes, "devices");
 }

@@ -24,16 +24,18 @@ pub struct PrepareConfig {
     pub kvm: FdIndex,
     /// Number of vCPUs, 1 to [`MAX_VCPUS`].
     pub vcpus: u8,
+    /// Guest memory in MiB, at least [`MIN_MEMORY_MIB`].
+    pub memory_mib: u32,
+    /// What guest memory is made of.
+    pub memory: MemorySource,
+    /// With a template's memory: the list of the pages that its guests are known to use first, open for reading.
+    pub working_set: Option<FdIndex>,
 }
 
 /// Everything else the VMM needs to boot a guest; each resource is a descriptor that came with the message.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
-    /// Guest memory in MiB, at least [`MIN_MEMORY_MIB`].
-    pub memory_mib: u32,
-    /// What guest memory is made of.
-    pub memory: MemorySource,
     /// The guest kernel: an ELF `vmlinux` or a bzImage, open for reading.
     pub kernel: FdIndex,
     /// Kernel parameters after those that the VMM sets for its own devices.
@@ -67,8 +69,8 @@ pub enum MemorySource {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RestoreConfig {
-    /// The machine. Memory size, devices and the vsock context id (which means nothing outside of one machine) must
-    /// be those of the saved one, and so must the number of vCPUs that was prepared for. Its memory is [`MemorySource::Private`]. The kernel and the command line are in
+    /// The machine. Devices and the vsock context id (which means nothing outside of one machine) must
+    /// be those of the saved one, and so must the size that was prepared for. Its memory is [`MemorySource::Private`]. The kernel and the command line are in
     /// memory already: neither is looked at, and `kernel` may name any descriptor.
     ///
     /// A vsock connection that the guest had opened to one of the `guest_streams` ports goes on with the given stream.
@@ -155,7 +157,14 @@ impl PrepareConfig {
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {
             return Err(ConfigError::Vcpus(self.vcpus));
         }
-        check_indices([self.kvm].into_iter(), fd_count)
+        if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&self.memory_mib) {
+            return Err(ConfigError::Memory(self.memory_mib));
+        }
+        let memory = match self.memory {
+            MemorySource::Anonymous => None,
+            MemorySource::Shared(file) | MemorySource::Private(file) => Some(file),
+        };
+        check_indices([self.kvm].into_iter().chain(memory).chain(self.working_set), fd_count)
     }
 }
 
@@ -169,9 +178,6 @@ fn check_indices(mut fds: impl Iterator<Item = FdIndex>, fd_count: usize) -> Res
 impl VmConfig {
     /// Checks every limit, and that each descriptor index is below `fd_count`.
     pub fn validate(&self, fd_count: usize) -> Result<(), ConfigError> {
-        if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&self.memory_mib) {
-            return Err(ConfigError::Memory(self.memory_mib));
-        }
         if let Some(fs) = &self.fs
             && !(1..=36).contains(&fs.tag.len())
         {
@@ -187,13 +193,8 @@ impl VmConfig {
     }
 
     fn fds(&self) -> impl Iterator<Item = FdIndex> + '_ {
-        let memory = match self.memory {
-            MemorySource::Anonymous => None,
-            MemorySource::Shared(file) | MemorySource::Private(file) => Some(file),
-        };
         [self.kernel]
             .into_iter()
-            .chain(memory)
             .chain(self.console)
             .chain(self.disks.iter().map(|disk| disk.file))
             .chain(self.fs.iter().map(|fs| fs.server))
@@ -207,8 +208,6 @@ mod tests {
 
     fn config() -> VmConfig {
         VmConfig {
-            memory_mib: 128,
-            memory: MemorySource::Anonymous,
             kernel: FdIndex(0),
             cmdline: String::new(),
             console: None,
@@ -218,16 +217,25 @@ mod tests {
         }
     }
 
+    fn preparation() -> PrepareConfig {
+        PrepareConfig {
+            kvm: FdIndex(0),
+            vcpus: MAX_VCPUS,
+            memory_mib: 128,
+            memory: MemorySource::Anonymous,
+            working_set: None,
+        }
+    }
+
     #[test]
     fn a_sound_config_passes() {
         assert_eq!(config().validate(2), Ok(()));
-        assert_eq!(PrepareConfig { kvm: FdIndex(0), vcpus: MAX_VCPUS }.validate(1), Ok(()));
+        assert_eq!(preparation().validate(1), Ok(()));
     }
 
     #[test]
     fn limits_are_enforced() {
         let cases = [
-            (VmConfig { memory_mib: 1, ..config() }, ConfigError::Memory(1)),
             (
                 VmConfig { fs: Some(FsConfig { server: FdIndex(0), tag: "x".repeat(37) }), ..config() },
                 ConfigError::Tag(37),
@@ -241,18 +249,21 @@ mod tests {
             assert_eq!(config.validate(2), Err(error));
         }
         for vcpus in [0, MAX_VCPUS + 1] {
-            let config = PrepareConfig { kvm: FdIndex(0), vcpus };
+            let config = PrepareConfig { vcpus, ..preparation() };
             assert_eq!(config.validate(1), Err(ConfigError::Vcpus(vcpus)));
         }
+        let config = PrepareConfig { memory_mib: 1, ..preparation() };
+        assert_eq!(config.validate(1), Err(ConfigError::Memory(1)));
     }
 
     #[test]
     fn an_index_past_the_descriptors_is_refused() {
         assert_eq!(config().validate(1), Err(ConfigError::MissingFd { index: 1, count: 1 }));
-        let config = VmConfig { memory: MemorySource::Private(FdIndex(9)), ..config() };
+        let config = PrepareConfig { memory: MemorySource::Private(FdIndex(9)), ..preparation() };
         assert_eq!(config.validate(2), Err(ConfigError::MissingFd { index: 9, count: 2 }));
-        let config = PrepareConfig { kvm: FdIndex(0), vcpus: 1 };
-        assert_eq!(config.validate(0), Err(ConfigError::MissingFd { index: 0, count: 0 }));
+        let config = PrepareConfig { working_set: Some(FdIndex(1)), ..preparation() };
+        assert_eq!(config.validate(1), Err(ConfigError::MissingFd { index: 1, count: 1 }));
+        assert_eq!(preparation().validate(0), Err(ConfigError::MissingFd { index: 0, count: 0 }));
     }
 
     #[test]

@@ -144,11 +144,11 @@ async fn save_guest(recipe: &Recipe, files: &Files, draft: &Draft) -> Result<Gre
 
         let machine = async {
             let (control, listener) = Control::new(channel)?;
-            guest::prepare(&control, recipe, files)?;
+            let start = Start::Draft(&draft.memory);
+            guest::prepare(&control, recipe, files, start)?;
             let backends =
                 Backends { console: console_writer.as_fd(), fuse: fuse.as_fd(), agent: agent_vmm.as_fd() };
             let failed = |source: PodError| BuildError::Guest { said: said(), source: Box::new(source) };
-            let start = Start::Draft(&draft.memory);
             let mut listener =
                 guest::start(&control, listener, recipe, files, backends, start).await.map_err(failed)?;
             let greeting = guest::greet(&agent, &mut listener, MACHINE_LIMIT)

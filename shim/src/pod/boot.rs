@@ -125,8 +125,13 @@ pub(super) async fn boot(
         None => None,
     };
     let vmm = Vmm { recipe: &order.recipe, files: &files, cgroup: cgroup.as_ref().map(AsFd::as_fd) };
+    let (template, wanted) = match spec.config.templates {
+        Templates::Auto => look_up(order.store(), &order),
+        Templates::Off => (None, None),
+    };
+    let start = template.as_ref().map_or(Start::Cold, |(_, template)| Start::Template(template));
     // First of all: the host's kernel takes its time with the machine, in which the rest can be done.
-    let prepared = vmm.start(resources)?;
+    let prepared = vmm.prepare(start, resources)?;
     timeline.stamp("prepare");
 
     let tree = Arc::new(SharedTree::create(&spec.directory).await.map_err(BootError::from)?);
@@ -146,10 +151,6 @@ pub(super) async fn boot(
     resources.console = Some(console.map_err(BootError::Console)?);
 
     let ends = Ends { console: console_writer.as_fd(), fuse: fuse_vmm.as_fd() };
-    let (template, wanted) = match spec.config.templates {
-        Templates::Auto => look_up(order.store(), &order),
-        Templates::Off => (None, None),
-    };
     timeline.stamp("shim");
     let Some((store, template)) = template else {
         let running = vmm.boot(prepared, ends).await?;
@@ -160,7 +161,7 @@ pub(super) async fn boot(
         Ok(running) => Ok(running.with(tree, None)),
         Err(error) => {
             give_up(&store, &template, error, resources).await;
-            let running = vmm.boot(vmm.start(resources)?, ends).await?;
+            let running = vmm.boot(vmm.prepare(Start::Cold, resources)?, ends).await?;
             timeline.stamp("vmm");
             Ok(running.with(tree, wanted))
         }
@@ -257,7 +258,7 @@ struct Running {
 
 impl Vmm<'_> {
     /// Starts a VMM, which gets ready on its own.
-    fn start(&self, resources: &mut Resources) -> Result<Prepared, PodError> {
+    fn prepare(&self, start: Start<'_>, resources: &mut Resources) -> Result<Prepared, PodError> {
         let launched = Instant::now();
         let (channel, vmm_channel) = Channel::pair().map_err(MachineError::Channel)?;
         let vmm =
@@ -267,7 +268,7 @@ impl Vmm<'_> {
         resources.vmm = Some(Arc::new(vmm));
         resources.record(|state| state.vmm = Some(id)).map_err(BootError::from)?;
         let (control, listening) = Control::new(channel)?;
-        guest::prepare(&control, self.recipe, self.files)?;
+        guest::prepare(&control, self.recipe, self.files, start)?;
         Ok(Prepared { control, listening, vmm: id, launched })
     }
 

@@ -83,12 +83,32 @@ pub struct Backends<'a> {
     pub agent: BorrowedFd<'a>,
 }
 
-/// Has the VMM behind `control` get ready for a machine of the recipe's size, whatever guest it is for.
-pub fn prepare(control: &Control, recipe: &Recipe, files: &Files) -> Result<(), MachineError> {
-    control.prepare(PrepareConfig { kvm: FdIndex(0), vcpus: recipe.size.vcpus }, &[files.kvm.as_fd()])
+/// Has the VMM behind `control` get ready for a machine of the recipe's size.
+pub fn prepare(
+    control: &Control,
+    recipe: &Recipe,
+    files: &Files,
+    start: Start<'_>,
+) -> Result<(), MachineError> {
+    let mut fds = FdList::default();
+    let config = PrepareConfig {
+        kvm: fds.add(files.kvm.as_fd()),
+        vcpus: recipe.size.vcpus,
+        memory_mib: recipe.size.memory_mib,
+        memory: match start {
+            Start::Cold => MemorySource::Anonymous,
+            Start::Draft(memory) => MemorySource::Shared(fds.add(memory.as_fd())),
+            Start::Template(template) => MemorySource::Private(fds.add(template.memory.as_fd())),
+        },
+        working_set: match start {
+            Start::Template(Template { working_set: Some(file), .. }) => Some(fds.add(file.as_fd())),
+            _ => None,
+        },
+    };
+    control.prepare(config, &fds.0)
 }
 
-/// Has the VMM behind `control`, which is prepared, run a machine. Listens for its answer, and gives the listener back.
+/// Has the VMM behind `control`, which is prepared for the same start, run a machine. Listens for its answer, and gives the listener back.
 pub async fn start(
     control: &Control,
     listener: ControlListener,
@@ -99,12 +119,6 @@ pub async fn start(
 ) -> Result<ControlListener, PodError> {
     let mut fds = FdList::default();
     let config = VmConfig {
-        memory_mib: recipe.size.memory_mib,
-        memory: match start {
-            Start::Cold => MemorySource::Anonymous,
-            Start::Draft(memory) => MemorySource::Shared(fds.add(memory.as_fd())),
-            Start::Template(template) => MemorySource::Private(fds.add(template.memory.as_fd())),
-        },
         kernel: fds.add(files.kernel.as_fd()),
         cmdline: format!("{KERNEL_PARAMS} {}", recipe.kernel_params).trim_end().to_owned(),
         console: Some(fds.add(backends.console)),

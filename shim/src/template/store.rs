@@ -5,6 +5,7 @@
 //!   <key>/                   a template; its name is its key
 //!     memory                 guest memory, sparse
 //!     state                  vCPUs and devices, in the VMM's own format
+//!     working-set            the pages that its guests use first; may be missing
 //!     meta.json              what it was made from, sizes and digests
 //!     used                   its modification time is that of the last use
 //!     refused                if the VMM would not restore it: why
@@ -34,6 +35,7 @@ use super::recipe::Recipe;
 
 const MEMORY: &str = "memory";
 const STATE: &str = "state";
+const WORKING_SET: &str = "working-set";
 const META: &str = "meta.json";
 const USED: &str = "used";
 const REFUSED: &str = "refused";
@@ -119,6 +121,8 @@ pub struct Template {
     pub memory: File,
     /// vCPUs and devices.
     pub state: File,
+    /// The pages that its guests use first, in the VMM's own format, if that is known.
+    pub working_set: Option<File>,
 }
 
 /// What there is for a recipe.
@@ -263,7 +267,9 @@ impl Store {
             return Err(damaged(format!("{STATE} does not have its digest")));
         }
         io::Seek::rewind(&mut state).map_err(unreadable(STATE))?;
-        Ok((Template { key: key.clone(), memory, state }, meta))
+        // Only how fast it starts depends on this one.
+        let working_set = open(WORKING_SET).ok();
+        Ok((Template { key: key.clone(), memory, state, working_set }, meta))
     }
 
     /// Checks a template completely, its memory included.
@@ -291,7 +297,8 @@ impl Store {
             let meta = File::open(path.join(META))
                 .ok()
                 .and_then(|file| serde_json::from_reader(file.take(MAX_TEXT)).ok());
-            let size = [MEMORY, STATE, META].iter().map(|name| allocated(&path.join(name))).sum();
+            let size =
+                [MEMORY, STATE, WORKING_SET, META].iter().map(|name| allocated(&path.join(name))).sum();
             let modified =
                 |name: &str| fs::metadata(path.join(name)).and_then(|metadata| metadata.modified());
             let used = modified(USED).or_else(|_| modified(META)).unwrap_or(SystemTime::UNIX_EPOCH);
@@ -426,7 +433,7 @@ impl Store {
         write_synced(&path(USED), b"")?;
         sync_directory(&draft.path)?;
 
-        let size = [MEMORY, STATE, META].iter().map(|name| allocated(&path(name))).sum();
+        let size = [MEMORY, STATE, WORKING_SET, META].iter().map(|name| allocated(&path(name))).sum();
         if size > limit {
             return Err(StoreError::Limit { size, limit });
         }
@@ -439,6 +446,15 @@ impl Store {
         sync_directory(&self.directory)?;
         self.shrink(limit, &key)?;
         Ok(key)
+    }
+
+    /// Adds the list of the pages that guests of a template use first.
+    pub fn add_working_set(&self, key: &Key, list: &[u8], _lock: &BuildLock) -> Result<(), StoreError> {
+        let place = self.path(key).join(WORKING_SET);
+        let draft = self.path(key).join(".working-set");
+        let _ = fs::remove_file(&draft);
+        write_synced(&draft, list)?;
+        fs::rename(&draft, &place).map_err(failed("publish", &place))
     }
 
     /// Removes the least recently used templates but `keep` until all together take at most `limit` bytes.

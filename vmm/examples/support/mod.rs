@@ -1,13 +1,13 @@
 //! What the examples share.
 
 use std::error::Error;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use bulkhead_vmm_protocol::{CONTROL_FD, Channel, FdIndex, PrepareConfig, Request};
+use bulkhead_vmm_protocol::{CONTROL_FD, Channel, FdIndex, MemorySource, PrepareConfig, Request};
 
 /// Starts a VMM with its end of a control socket.
 pub fn spawn(vmm: &str, control: Channel) -> Result<Child, Box<dyn Error>> {
@@ -27,10 +27,23 @@ pub fn spawn(vmm: &str, control: Channel) -> Result<Child, Box<dyn Error>> {
     Ok(child)
 }
 
-/// Has a VMM prepare for a machine of so many vCPUs.
-pub fn prepare(control: &Channel, vcpus: u8) -> Result<(), Box<dyn Error>> {
+/// Has a VMM prepare for a machine of so many vCPUs and MiB; `memory` is what is made of the file that comes with it.
+pub fn prepare(
+    control: &Channel,
+    (vcpus, memory_mib): (u8, u32),
+    memory: Option<(fn(FdIndex) -> MemorySource, File)>,
+) -> Result<(), Box<dyn Error>> {
     let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm")?;
-    control.send(&Request::Prepare(PrepareConfig { kvm: FdIndex(0), vcpus }), &[kvm.as_fd()])?;
+    let mut fds = vec![kvm.as_fd()];
+    let memory = match &memory {
+        Some((source, file)) => {
+            fds.push(file.as_fd());
+            source(FdIndex(1))
+        }
+        None => MemorySource::Anonymous,
+    };
+    let config = PrepareConfig { kvm: FdIndex(0), vcpus, memory_mib, memory, working_set: None };
+    control.send(&Request::Prepare(config), &fds)?;
     Ok(())
 }
 

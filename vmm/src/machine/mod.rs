@@ -10,12 +10,13 @@ mod crew;
 mod restore;
 mod save;
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
 
 use bulkhead_seccomp::Filter;
 use bulkhead_vmm_protocol::{ExitReason, PrepareConfig, VmConfig};
@@ -32,11 +33,12 @@ use crate::devices::mmio::MmioTransport;
 use crate::devices::slot::DeviceSlot;
 use crate::devices::worker::DeviceWorker;
 use crate::ioapic::IoApic;
-use crate::memory::{MemoryError, SharedRam, map_ram};
-use crate::resources::{self, Handles, ResourceError, Resources};
+use crate::memory::{GuestRam, Memory, MemoryError, SharedRam, map_ram};
+use crate::resources::{Handles, Preparation, ResourceError, Resources};
 use crate::template::TemplateError;
 use crate::vcpu::{self, Vcpu};
 use crate::vm::{self, KvmRouter};
+use crate::working_set;
 
 pub use self::crew::THREAD_STACK;
 use self::crew::{Crew, Posted};
@@ -100,10 +102,13 @@ fn host_failed(what: &'static str) -> impl FnOnce(io::Error) -> MachineError {
     move |source| MachineError::Host { what, source }
 }
 
-/// A virtual machine without memory and devices, and the threads that will run it.
+/// A virtual machine without devices, and the threads that will run it.
 pub struct Prepared {
     kvm: Kvm,
     vm: Arc<VmFd>,
+    memory: Memory,
+    memory_mib: u32,
+    ram: SharedRam,
     cpuid: CpuidTemplate,
     vcpus: Vec<VcpuFd>,
     crew: Crew,
@@ -112,15 +117,36 @@ pub struct Prepared {
 impl Prepared {
     /// Creates everything that does not depend on the guest.
     pub fn new(config: &PrepareConfig, fds: Vec<OwnedFd>) -> Result<Self, MachineError> {
-        let kvm = vm::open_kvm(resources::take_kvm(config, fds)?)?;
+        let Preparation { kvm, memory, working_set } = Preparation::take(config, fds)?;
+        let kvm = vm::open_kvm(kvm)?;
+        let memory_mib = config.memory_mib;
+        let ram = map_ram(memory_mib, &memory)?;
         // The threads lock themselves up while the kernel takes its time with the machine.
         let crew = Crew::start(config.vcpus)?;
         let cpuid =
             CpuidTemplate::new(&kvm, config.vcpus).map_err(|source| MachineError::Vcpu { id: 0, source })?;
-        let vm = Arc::new(vm::create_vm(&kvm)?);
+        let vm = Arc::new(match working_set {
+            None => vm::create_vm(&kvm)?,
+            Some(mut file) => create_vm_and_populate(&kvm, &ram, &mut file)?,
+        });
+        vm::set_memory(&vm, &ram)?;
         let vcpus = vm::create_vcpus(&vm, &cpuid, config.vcpus)?;
-        Ok(Prepared { kvm, vm, cpuid, vcpus, crew })
+        Ok(Prepared { kvm, vm, memory, memory_mib, ram, cpuid, vcpus, crew })
     }
+}
+
+/// Maps the working set while the kernel takes its time with the machine.
+fn create_vm_and_populate(kvm: &Kvm, ram: &GuestRam, working_set: &mut File) -> Result<VmFd, MachineError> {
+    thread::scope(|scope| {
+        let creating = thread::Builder::new()
+            .spawn_scoped(scope, || vm::create_vm(kvm))
+            .map_err(host_failed("a thread to create the machine"))?;
+        let populated = working_set::populate(ram, working_set).map_err(TemplateError::from);
+        let created =
+            creating.join().map_err(|_| MachineError::NoKvm("the thread that creates the machine died"))?;
+        populated?;
+        created
+    })
 }
 
 /// A virtual machine that hasn't started.
@@ -173,16 +199,13 @@ impl Machine {
         config: &VmConfig,
         fds: Vec<OwnedFd>,
     ) -> Result<(Self, Handles), MachineError> {
-        let Prepared { kvm, vm, cpuid, vcpus, crew } = prepared;
-        let Resources { start: mut kernel, memory, devices, handles } =
-            Resources::take(config, config.kernel, fds)?;
+        let Prepared { kvm, vm, memory, memory_mib, ram, cpuid, vcpus, crew } = prepared;
+        let Resources { start: mut kernel, devices, handles } = Resources::take(config, config.kernel, fds)?;
 
-        let ram = map_ram(config.memory_mib, &memory)?;
         let command_line =
             boot::command_line(devices.len(), &config.cmdline).map_err(BootError::CommandLine)?;
         let entry = boot::load(&ram, &mut kernel, &command_line, crew.vcpus(), devices.len())?;
 
-        vm::set_memory(&vm, &ram)?;
         let failed = |id| move |source| MachineError::Vcpu { id, source };
         for (vcpu, id) in vcpus.iter().zip(0..) {
             cpu::set_interrupt_pins(vcpu).map_err(failed(id))?;
@@ -197,7 +220,7 @@ impl Machine {
         let router = KvmRouter { vm: vm.clone(), slots: parts.slots };
         let ioapic = IoApic::new(crew.vcpus(), Box::new(router));
         let bus = Arc::new(Bus::new(parts.transports, ioapic));
-        let saver = Saver::new(config, &memory, &kvm, vm, &cpuid)?;
+        let saver = Saver::new(memory_mib, &memory, &kvm, vm, &cpuid)?;
         Ok((Machine { vcpus, crew, bus, ram, workers: parts.workers, saver }, handles))
     }
 

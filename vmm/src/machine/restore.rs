@@ -12,7 +12,7 @@ use super::{DeviceParts, Machine, MachineError, Prepared};
 use crate::bus::Bus;
 use crate::devices::{DeviceState, VirtioDevice};
 use crate::ioapic::IoApic;
-use crate::memory::{Memory, map_ram};
+use crate::memory::Memory;
 use crate::resources::{Handles, Resources};
 use crate::template::{self, MachineState, TemplateError};
 use crate::vm::{self, KvmRouter};
@@ -24,16 +24,15 @@ impl Machine {
         config: &RestoreConfig,
         fds: Vec<OwnedFd>,
     ) -> Result<(Self, Handles), MachineError> {
-        let Prepared { kvm, vm, cpuid, vcpus, crew } = prepared;
+        let Prepared { kvm, vm, memory, memory_mib, ram, cpuid, vcpus, crew } = prepared;
         let RestoreConfig { config, state } = config;
-        let Resources { start: mut file, memory, mut devices, handles } =
-            Resources::take(config, *state, fds)?;
+        let Resources { start: mut file, mut devices, handles } = Resources::take(config, *state, fds)?;
         if matches!(memory, Memory::Anonymous) {
             return Err(TemplateError::NoMemoryFile.into());
         }
         let mut state = template::read(&mut file).map_err(TemplateError::from)?;
         let mismatch = |what| Err(TemplateError::Mismatch(what).into());
-        if state.memory_mib != config.memory_mib {
+        if state.memory_mib != memory_mib {
             return mismatch("memory size");
         }
         if state.vcpus.len() != vcpus.len() {
@@ -45,9 +44,6 @@ impl Machine {
         if !cpuid.for_vcpu(0).iter().eq(state.cpuid.iter().map(|entry| &entry.0)) {
             return mismatch("CPU features");
         }
-        let ram = map_ram(config.memory_mib, &memory)?;
-
-        vm::set_memory(&vm, &ram)?;
         restore_backends(&mut devices, &mut state.devices)?;
         let mut parts = DeviceParts::new(devices, &ram)?;
         for (index, (transport, saved)) in parts.transports.iter_mut().zip(&state.devices).enumerate() {
@@ -63,7 +59,7 @@ impl Machine {
         slots.iter().for_each(|slot| slot.interrupt().raise_pending());
 
         let bus = Arc::new(Bus::new(parts.transports, ioapic));
-        let saver = Saver::new(config, &memory, &kvm, vm, &cpuid)?;
+        let saver = Saver::new(memory_mib, &memory, &kvm, vm, &cpuid)?;
         Ok((Machine { vcpus, crew, bus, ram, workers: parts.workers, saver }, handles))
     }
 }

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use bulkhead_vmm_protocol::VmConfig;
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
@@ -27,7 +26,7 @@ pub(super) struct Saver {
 impl Saver {
     /// `None` for a machine that can't be saved, which needs none of this.
     pub fn new(
-        config: &VmConfig,
+        memory_mib: u32,
         memory: &Memory,
         kvm: &Kvm,
         vm: Arc<VmFd>,
@@ -37,7 +36,7 @@ impl Saver {
             return Ok(None);
         }
         let msrs = cpu::saved_msrs(kvm).map_err(|source| MachineError::Vcpu { id: 0, source })?;
-        Ok(Some(Saver { vm, msrs, cpuid: cpuid.for_vcpu(0), memory_mib: config.memory_mib }))
+        Ok(Some(Saver { vm, msrs, cpuid: cpuid.for_vcpu(0), memory_mib }))
     }
 }
 

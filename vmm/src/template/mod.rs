@@ -55,6 +55,9 @@ pub enum TemplateError {
     /// Guest memory is not a file.
     #[error("guest memory must be a template's memory file")]
     NoMemoryFile,
+    /// The list of pages to map in advance.
+    #[error(transparent)]
+    WorkingSet(#[from] crate::working_set::WorkingSetError),
     /// The saved machine was another one.
     #[error("the saved machine has other {0} than the one that is asked for")]
     Mismatch(&'static str),

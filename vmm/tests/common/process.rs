@@ -27,7 +27,8 @@ pub struct VmmProcess(Child);
 
 /// What to boot; descriptors are gathered as they are named.
 pub struct Boot {
-    pub vcpus: u8,
+    pub prepare: PrepareConfig,
+    pub prepare_fds: Vec<OwnedFd>,
     pub config: VmConfig,
     pub fds: Vec<OwnedFd>,
     console: PipeReader,
@@ -56,10 +57,15 @@ impl Boot {
     pub fn new(kernel: &[u8]) -> Self {
         let (console, console_end) = std::io::pipe().unwrap();
         let mut boot = Boot {
-            vcpus: 1,
-            config: VmConfig {
+            prepare: PrepareConfig {
+                kvm: FdIndex(0),
+                vcpus: 1,
                 memory_mib: 64,
                 memory: MemorySource::Anonymous,
+                working_set: None,
+            },
+            prepare_fds: vec![open_kvm().unwrap()],
+            config: VmConfig {
                 kernel: FdIndex(0),
                 cmdline: String::new(),
                 console: Some(FdIndex(1)),
@@ -73,6 +79,12 @@ impl Boot {
         boot.pass(file_with(kernel));
         boot.pass(console_end.into());
         boot
+    }
+
+    /// A descriptor that goes with the request to prepare.
+    pub fn pass_first(&mut self, fd: OwnedFd) -> FdIndex {
+        self.prepare_fds.push(fd);
+        FdIndex(self.prepare_fds.len() as u8 - 1)
     }
 
     pub fn pass(&mut self, fd: OwnedFd) -> FdIndex {
@@ -96,7 +108,7 @@ impl Boot {
     /// Starts a VMM and sends it the request made from the configuration.
     pub fn start_with(self, request: impl FnOnce(VmConfig) -> Request) -> (Vmm, Result<(), Refusal>) {
         let mut vmm = Vmm::spawn(env!("CARGO_BIN_EXE_bulkhead-vmm"));
-        vmm.prepare(self.vcpus);
+        vmm.prepare(&self.prepare, &self.prepare_fds);
         let fds: Vec<_> = self.fds.iter().map(AsFd::as_fd).collect();
         vmm.control.send(&request(self.config), &fds).unwrap();
         vmm.console = Some(self.console);
@@ -145,9 +157,9 @@ impl Vmm {
     }
 
     /// Sends the request that has no answer.
-    pub fn prepare(&self, vcpus: u8) {
-        let config = PrepareConfig { kvm: FdIndex(0), vcpus };
-        self.control.send(&Request::Prepare(config), &[open_kvm().unwrap().as_fd()]).unwrap();
+    pub fn prepare(&self, config: &PrepareConfig, fds: &[OwnedFd]) {
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        self.control.send(&Request::Prepare(config.clone()), &fds).unwrap();
     }
 
     /// The answer to the last request.

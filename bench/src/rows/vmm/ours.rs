@@ -45,15 +45,20 @@ impl Parts {
             .open("/dev/kvm")
             .map_err(|source| VmmError::Io { step: "open /dev/kvm", source })?;
         control.set_timeout(Some(BOOT_LIMIT))?;
-        control.send(&Request::Prepare(PrepareConfig { kvm: FdIndex(0), vcpus: 1 }), &[kvm.as_fd()])?;
+        let preparation = PrepareConfig {
+            kvm: FdIndex(0),
+            vcpus: 1,
+            memory_mib: GUEST_MEMORY_MIB,
+            memory: MemorySource::Anonymous,
+            working_set: None,
+        };
+        control.send(&Request::Prepare(preparation), &[kvm.as_fd()])?;
         let descriptors: [OwnedFd; 3] = [
             open("open the kernel", &self.kernel)?.into(),
             console_end.into(),
             open("open the image", &self.image)?.into(),
         ];
         let config = VmConfig {
-            memory_mib: GUEST_MEMORY_MIB,
-            memory: MemorySource::Anonymous,
             kernel: FdIndex(0),
             cmdline: KERNEL_PARAMETERS.to_owned(),
             console: Some(FdIndex(1)),
