@@ -1,7 +1,9 @@
 //! Making templates: a guest is booted in a jailed VMM of its own, without a pod, up to the agent's first answer, saved,
-//! and published in the store.
+//! and published in the store. Then a first pod starts from it.
 
 pub mod background;
+pub mod rehearsal;
+mod working_set;
 
 use std::io;
 use std::os::fd::AsFd;
@@ -72,6 +74,15 @@ pub enum BuildError {
         /// What the console and the VMM said.
         said: String,
     },
+    /// It was made, and is of no use.
+    #[error("no pod can be started from the new template {}", .key.short())]
+    Rehearsal {
+        /// Its name.
+        key: Key,
+        /// Why.
+        #[source]
+        source: rehearsal::RehearsalError,
+    },
     /// The VMM does not end.
     #[error("the VMM of the template was killed but does not end")]
     Stuck,
@@ -114,8 +125,13 @@ pub fn build(order: &Order, options: Options) -> Result<Built, BuildError> {
         .build()
         .map_err(|source| BuildError::Prepare { step: "start a runtime", source })?;
     let greeting = runtime.block_on(save_guest(&order.recipe, &files, &draft))?;
-    drop(runtime);
+    let memory = draft.memory_inode()?;
     let key = store.publish(draft, inputs, (greeting.kernel, greeting.version), order.limit, &lock)?;
+    let place = store.scratch(&lock);
+    let list = runtime
+        .block_on(rehearsal::rehearse(order.config(), memory, &place))
+        .map_err(|source| BuildError::Rehearsal { key: key.clone(), source })?;
+    store.add_working_set(&key, &list, &lock)?;
     Ok(Built { key, took: Some(started.elapsed()) })
 }
 

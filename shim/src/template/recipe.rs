@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::Store;
-use crate::config::{Config, Size};
+use crate::config::{Config, Size, Templates};
 
 /// Everything that the saved machine depends on and that can be chosen; the host's CPU and kernel come on top.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +45,8 @@ impl Recipe {
 pub struct Order {
     /// What it is made of.
     pub recipe: Recipe,
+    /// The file server of the pods that start from it.
+    pub fs_server: PathBuf,
     /// The store's directory.
     pub directory: PathBuf,
     /// What all templates together may take on disk, bytes.
@@ -56,8 +58,27 @@ impl Order {
     pub fn of(config: &Config) -> Order {
         Order {
             recipe: Recipe::of(config),
+            fs_server: config.fs_server.clone(),
             directory: config.template_dir.clone(),
             limit: config.template_limit,
+        }
+    }
+
+    /// The configuration of a pod that starts from the template.
+    pub fn config(&self) -> Config {
+        let Recipe { vmm, kernel, image, kvm, size, kernel_params } = self.recipe.clone();
+        Config {
+            vmm,
+            fs_server: self.fs_server.clone(),
+            kernel,
+            image,
+            kvm,
+            size,
+            kernel_params,
+            templates: Templates::Auto,
+            template_dir: self.directory.clone(),
+            template_limit: self.limit,
+            log_level: log::LevelFilter::Info,
         }
     }
 

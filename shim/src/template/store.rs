@@ -403,6 +403,11 @@ impl Store {
         Ok(draft)
     }
 
+    /// A new place for files that nobody needs when the lock is released.
+    pub fn scratch(&self, _lock: &BuildLock) -> PathBuf {
+        self.unique(NEW)
+    }
+
     /// Puts a finished draft on disk and in its place, and removes the least recently used templates above `limit`
     /// bytes. Nobody may write to the draft's files any more.
     pub fn publish(
@@ -508,6 +513,14 @@ impl Store {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         self.directory.join(format!("{prefix}{}-{number}", std::process::id()))
+    }
+}
+
+impl Draft {
+    /// The inode number of the memory file, which publishing does not change.
+    pub fn memory_inode(&self) -> Result<u64, StoreError> {
+        let metadata = self.memory.metadata();
+        metadata.map(|metadata| metadata.ino()).map_err(failed("look at", &self.path.join(MEMORY)))
     }
 }
 

@@ -1,0 +1,191 @@
+//! The first pod from a new template: shows that it can be restored, and which of its pages pods use first.
+//!
+//! The pod goes the way of every pod, up to the end of a container's first process. Its program is our own file server,
+//! which is on every node, needs no libraries, and ends at once with a complaint about its arguments.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bulkhead_agent_protocol as api;
+use oci_spec::runtime::Spec;
+use protobuf::MessageField;
+use serde_json::json;
+use tokio::io::AsyncReadExt;
+
+use super::working_set;
+use crate::config::Config;
+use crate::error::ApiError;
+use crate::host::mounts::{DetachedTree, MountError};
+use crate::pod::agent::AgentError;
+use crate::pod::timeline::now_us;
+use crate::pod::tree::{PointKind, TreeError};
+use crate::pod::{Pod, PodError, PodSpec};
+use crate::spec::{self, PodNamespaces};
+
+/// From the start of the pod until its process has ended.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// The pod and its container.
+const ID: &str = "rehearsal";
+
+/// The program's place in the container.
+const PROGRAM: &str = "bin/program";
+
+/// The most output that is looked at, bytes.
+const MAX_OUTPUT: u64 = 4096;
+
+/// Why no pod could be started from a new template.
+#[derive(Debug, thiserror::Error)]
+pub enum RehearsalError {
+    /// Its files.
+    #[error("can't prepare its files at {path}")]
+    Files {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Its specification.
+    #[error("its specification makes no sense")]
+    Spec(#[from] serde_json::Error),
+    /// Its specification, as far as the host is concerned.
+    #[error("its specification can't be translated: {0}")]
+    Translate(ApiError),
+    /// A mount.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// The shared tree.
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+    /// The pod.
+    #[error(transparent)]
+    Pod(#[from] PodError),
+    /// The agent.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// The pages that it used.
+    #[error("can't tell which pages of the template it used")]
+    Pages(#[from] working_set::PagesError),
+    /// It takes too long.
+    #[error("it did not come to its end within {} s", LIMIT.as_secs())]
+    TimedOut,
+}
+
+/// Starts a pod from the template that `config` leads to, whose memory file has the inode number `memory`, and gives the list
+/// of the pages that it used. `directory` does not exist yet; nothing of it is left.
+pub async fn rehearse(config: Config, memory: u64, directory: &Path) -> Result<Vec<u8>, RehearsalError> {
+    let result = run(config, memory, directory).await;
+    let removed = fs::remove_dir_all(directory);
+    if let Err(error) = removed {
+        log::warn!("the rehearsal's files stay in {}: {error}", directory.display());
+    }
+    result
+}
+
+async fn run(config: Config, memory: u64, directory: &Path) -> Result<Vec<u8>, RehearsalError> {
+    let rootfs = directory.join("rootfs");
+    let files = |path: &Path| {
+        let path = path.to_owned();
+        move |source| RehearsalError::Files { path, source }
+    };
+    for place in ["bin", "dev", "proc", "run", "sys"] {
+        let path = rootfs.join(place);
+        fs::create_dir_all(&path).map_err(files(&path))?;
+    }
+    fs::copy(&config.fs_server, rootfs.join(PROGRAM)).map_err(files(&config.fs_server))?;
+    let pod_spec = PodSpec {
+        id: ID.to_owned(),
+        directory: directory.join("pod"),
+        config,
+        cgroup: None,
+        received_us: now_us(),
+    };
+    let pod = Pod::launch(&pod_spec).await?;
+    let used = tokio::time::timeout(LIMIT, use_pod(&pod, &rootfs, memory)).await;
+    pod.stop().await;
+    used.unwrap_or(Err(RehearsalError::TimedOut))
+}
+
+/// Runs a container to its end.
+async fn use_pod(pod: &Arc<Pod>, rootfs: &Path, memory: u64) -> Result<Vec<u8>, RehearsalError> {
+    let tree = DetachedTree::bind(rootfs, false)?;
+    let attach = async {
+        let point = Path::new(ID).join("rootfs");
+        Ok::<_, RehearsalError>(pod.tree().attach(tree, &point, PointKind::Directory).await?)
+    };
+    let configure = async { Ok(pod.configure(ID).await?) };
+    tokio::try_join!(attach, configure)?;
+    let (number, mut output) = pod.open_stream().await?;
+    let guest = spec::translate(specification()?, ID, &PodNamespaces::default())
+        .map_err(|error| RehearsalError::Translate(error.into()))?;
+    let request = api::CreateContainerRequest {
+        container_id: ID.to_owned(),
+        spec: guest.json,
+        stdio: MessageField::some(api::Stdio { stderr_stream: number, ..Default::default() }),
+        ..Default::default()
+    };
+    pod.agent().create_container(&request).await?;
+    pod.agent().start(ID, "").await?;
+    let mut said = Vec::new();
+    // What it says does not matter, only that it does.
+    let _ = (&mut output).take(MAX_OUTPUT).read_to_end(&mut said).await;
+    pod.agent().wait(ID, "").await?;
+    Ok(working_set::used_pages(pod.host_pid(), memory)?)
+}
+
+/// What `ctr run` asks for.
+fn specification() -> Result<Spec, serde_json::Error> {
+    let capabilities =
+        ["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_KILL", "CAP_SETGID", "CAP_SETUID"];
+    serde_json::from_value(json!({
+        "ociVersion": "1.2.1",
+        "process": {
+            "user": { "uid": 0, "gid": 0 },
+            "args": [format!("/{PROGRAM}"), "rehearsal"],
+            "env": ["PATH=/bin"],
+            "cwd": "/",
+            "capabilities": { "bounding": capabilities, "effective": capabilities, "permitted": capabilities },
+            "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024 }],
+            "noNewPrivileges": true,
+        },
+        "root": { "path": "rootfs" },
+        "hostname": ID,
+        "mounts": [
+            mount("/proc", "proc", &["nosuid", "noexec", "nodev"]),
+            mount("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+            mount("/dev/pts", "devpts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
+            mount("/dev/shm", "tmpfs", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]),
+            mount("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
+            mount("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
+            mount("/run", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+        ],
+        "linux": {
+            "resources": { "devices": [{ "allow": false, "access": "rwm" }] },
+            "namespaces": [
+                { "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" }, { "type": "network" },
+            ],
+            "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/sys/firmware"],
+            "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
+        },
+    }))
+}
+
+fn mount(destination: &str, kind: &str, options: &[&str]) -> serde_json::Value {
+    json!({ "destination": destination, "type": kind, "source": kind, "options": options })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_specification_can_be_translated() {
+        let guest = spec::translate(specification().unwrap(), ID, &PodNamespaces::default()).unwrap();
+        assert!(guest.mounts.is_empty());
+        assert!(guest.own_pid_namespace);
+    }
+}

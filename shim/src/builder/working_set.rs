@@ -1,0 +1,174 @@
+//! Which pages of a template's memory a machine has used: by what its VMM has mapped.
+//!
+//! The list that comes out is for the VMM, which describes it: ranges of pages, those that were written apart.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+
+/// Bytes of a page.
+const PAGE: u64 = 4096;
+
+/// Marks the pages that were written, in the number of the first.
+const WRITTEN: u32 = 1 << 31;
+
+/// Bits of an entry in `/proc/PID/pagemap` (Documentation/admin-guide/mm/pagemap.rst): in memory, in swap space, and still
+/// the file's.
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+const OF_FILE: u64 = 1 << 61;
+
+/// Entries of the page map that are read at once.
+const CHUNK: usize = 32 * 1024;
+
+/// The pages can't be had.
+#[derive(Debug, thiserror::Error)]
+pub enum PagesError {
+    /// A file about the process.
+    #[error("can't read {path}")]
+    Read {
+        /// Which.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The VMM has other memory.
+    #[error("the pod did not start from the template")]
+    NotMapped,
+}
+
+/// A mapping of the memory file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Mapping {
+    start: u64,
+    end: u64,
+    /// Of the mapping's start in the file, bytes.
+    offset: u64,
+}
+
+/// Pages that follow each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Range {
+    first: u32,
+    count: u32,
+    written: bool,
+}
+
+/// The list of the pages of the file with this inode number that the process `pid` uses.
+pub fn used_pages(pid: u32, inode: u64) -> Result<Vec<u8>, PagesError> {
+    let failed = |path: &str| {
+        let path = path.to_owned();
+        move |source| PagesError::Read { path, source }
+    };
+    let path = format!("/proc/{pid}/maps");
+    let maps = mappings(&fs::read_to_string(&path).map_err(failed(&path))?, inode);
+    if maps.is_empty() {
+        return Err(PagesError::NotMapped);
+    }
+    let path = format!("/proc/{pid}/pagemap");
+    let pages = File::open(&path).map_err(failed(&path))?;
+    let mut ranges = Vec::new();
+    let mut buffer = vec![0; CHUNK * 8];
+    for map in maps {
+        let mut address = map.start;
+        while address < map.end {
+            let count = (((map.end - address) / PAGE) as usize).min(CHUNK);
+            let bytes = &mut buffer[..count * 8];
+            pages.read_exact_at(bytes, address / PAGE * 8).map_err(failed(&path))?;
+            let first = (map.offset + address - map.start) / PAGE;
+            for (&entry, number) in bytes.as_chunks::<8>().0.iter().zip(first..) {
+                add(&mut ranges, number as u32, u64::from_le_bytes(entry));
+            }
+            address += count as u64 * PAGE;
+        }
+    }
+    let entry = |range: &Range| {
+        let first = range.first | if range.written { WRITTEN } else { 0 };
+        [first.to_le_bytes(), range.count.to_le_bytes()].concat()
+    };
+    Ok(ranges.iter().flat_map(entry).collect())
+}
+
+/// The writable mappings of a file, from `/proc/PID/maps`.
+fn mappings(maps: &str, inode: u64) -> Vec<Mapping> {
+    let parse = |line: &str| {
+        let mut words = line.split_whitespace();
+        let (start, end) = words.next()?.split_once('-')?;
+        let writable = words.next()?.starts_with("rw");
+        let offset = words.next()?;
+        let number: u64 = words.nth(1)?.parse().ok()?;
+        let hex = |text| u64::from_str_radix(text, 16).ok();
+        let mapping = Mapping { start: hex(start)?, end: hex(end)?, offset: hex(offset)? };
+        (writable && number == inode).then_some(mapping)
+    };
+    maps.lines().filter_map(parse).collect()
+}
+
+/// Adds a page by its entry in the page map.
+fn add(ranges: &mut Vec<Range>, number: u32, entry: u64) {
+    if entry & (PRESENT | SWAPPED) == 0 {
+        return;
+    }
+    let written = entry & OF_FILE == 0;
+    match ranges.last_mut() {
+        Some(last) if last.written == written && last.first + last.count == number => last.count += 1,
+        _ => ranges.push(Range { first: number, count: 1, written }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_files_mappings_are_found() {
+        let maps = "7f0000000000-7f0000002000 rw-p 00001000 00:19 38     /run/t/memory\n\
+                    7f0000003000-7f0000004000 r--p 00000000 00:19 38     /run/t/memory\n\
+                    7f0000005000-7f0000006000 rw-p 00000000 00:00 0 \n\
+                    7f0000007000-7f0000008000 rw-p 00000000 fe:01 380    /other\n";
+        let expected = Mapping { start: 0x7f00_0000_0000, end: 0x7f00_0000_2000, offset: 0x1000 };
+        assert_eq!(mappings(maps, 38), [expected]);
+    }
+
+    #[test]
+    fn pages_become_ranges_by_what_was_done_to_them() {
+        let mut ranges = Vec::new();
+        let (read, own) = (PRESENT | OF_FILE, PRESENT);
+        for (number, entry) in [(0, read), (1, read), (2, own), (3, SWAPPED), (4, 0), (5, own), (9, read)] {
+            add(&mut ranges, number, entry);
+        }
+        let range = |first, count, written| Range { first, count, written };
+        assert_eq!(ranges, [range(0, 2, false), range(2, 2, true), range(5, 1, true), range(9, 1, false)]);
+    }
+
+    #[test]
+    fn a_process_of_ours_is_read() {
+        use std::os::unix::fs::MetadataExt;
+        let path = std::env::temp_dir().join(format!("bulkhead-pages-{}", std::process::id()));
+        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        file.set_len(8 * PAGE).unwrap();
+        let inode = file.metadata().unwrap().ino();
+        let pid = std::process::id();
+        assert!(matches!(used_pages(pid, inode), Err(PagesError::NotMapped)));
+        use std::os::fd::AsRawFd;
+        // SAFETY: a new private mapping of a file of eight pages, of which one is written.
+        unsafe {
+            let start = libc::mmap(
+                std::ptr::null_mut(),
+                8 * PAGE as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE,
+                file.as_raw_fd(),
+                0,
+            );
+            assert_ne!(start, libc::MAP_FAILED);
+            start.cast::<u8>().add(3 * PAGE as usize).write_volatile(1);
+        }
+        assert_eq!(
+            used_pages(pid, inode).unwrap(),
+            [(WRITTEN | 3).to_le_bytes(), 1u32.to_le_bytes()].concat()
+        );
+    }
+}
