@@ -80,7 +80,7 @@ pub fn map_ram(mib: u32, memory: &Memory) -> Result<SharedRam, MemoryError> {
     let mut regions = Vec::new();
     for (start, size) in ram_ranges(mib) {
         let (host, sharing) = match memory {
-            Memory::Anonymous => (map_aligned(size)?, libc::MAP_PRIVATE),
+            Memory::Anonymous => (map_aligned(size, libc::PROT_READ | libc::PROT_WRITE)?, libc::MAP_PRIVATE),
             Memory::Shared(file) => (map_file(file, offset, size, libc::MAP_SHARED)?, libc::MAP_SHARED),
             Memory::Private(file) => (map_file(file, offset, size, libc::MAP_PRIVATE)?, libc::MAP_PRIVATE),
         };
@@ -94,15 +94,17 @@ pub fn map_ram(mib: u32, memory: &Memory) -> Result<SharedRam, MemoryError> {
     GuestRam::from_regions(regions).map(Arc::new).map_err(MemoryError::Ranges)
 }
 
-/// A mapping of part of a file.
+/// A mapping of part of a file, at an aligned address: the kernel maps pages around one that is missing by windows of the
+/// address, which are to be windows of the file as well.
 fn map_file(file: &File, offset: usize, size: usize, sharing: libc::c_int) -> Result<*mut u8, MemoryError> {
-    // SAFETY: a new mapping, at an address that the kernel chooses.
+    let place = map_aligned(size, libc::PROT_NONE)?;
+    // SAFETY: it replaces part of the mapping that was just made, which nothing else uses.
     let start = unsafe {
         libc::mmap(
-            ptr::null_mut(),
+            place.cast(),
             size,
             libc::PROT_READ | libc::PROT_WRITE,
-            sharing | libc::MAP_NORESERVE,
+            sharing | libc::MAP_NORESERVE | libc::MAP_FIXED,
             file.as_raw_fd(),
             offset as libc::off_t,
         )
@@ -113,15 +115,15 @@ fn map_file(file: &File, offset: usize, size: usize, sharing: libc::c_int) -> Re
     Ok(start.cast())
 }
 
-/// A mapping whose start is a multiple of [`HUGE_PAGE`]; some address space around it is wasted.
-fn map_aligned(size: usize) -> Result<*mut u8, MemoryError> {
+/// An anonymous mapping whose start is a multiple of [`HUGE_PAGE`]; some address space around it is wasted.
+fn map_aligned(size: usize, protection: libc::c_int) -> Result<*mut u8, MemoryError> {
     let bytes = size + HUGE_PAGE;
     // SAFETY: a new anonymous mapping, at an address that the kernel chooses.
     let start = unsafe {
         libc::mmap(
             ptr::null_mut(),
             bytes,
-            libc::PROT_READ | libc::PROT_WRITE,
+            protection,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
             -1,
             0,

@@ -1,6 +1,7 @@
 //! Which pages of a template's memory a machine has used: by what its VMM has mapped.
 //!
-//! The list that comes out is for the VMM, which describes it: ranges of pages, those that were written apart.
+//! The list that comes out is for the VMM, which describes it: first every page that was written, then one page of each
+//! window in which any was only read, since the kernel maps those around it on the same occasion.
 
 use std::fs::{self, File};
 use std::io;
@@ -17,6 +18,9 @@ const WRITTEN: u32 = 1 << 31;
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 const OF_FILE: u64 = 1 << 61;
+
+/// Pages that the kernel maps at once when one of them is read (`fault_around_bytes`, 64 KiB unless changed).
+const WINDOW: u32 = 16;
 
 /// Entries of the page map that are read at once.
 const CHUNK: usize = 32 * 1024;
@@ -47,12 +51,38 @@ struct Mapping {
     offset: u64,
 }
 
-/// Pages that follow each other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Range {
-    first: u32,
-    count: u32,
-    written: bool,
+/// The pages that were used, in their order.
+#[derive(Debug, Default)]
+struct Used {
+    /// First and number of pages that follow each other.
+    written: Vec<(u32, u32)>,
+    /// The first of each window.
+    read: Vec<u32>,
+}
+
+impl Used {
+    /// Adds a page by its entry in the page map.
+    fn add(&mut self, number: u32, entry: u64) {
+        if entry & (PRESENT | SWAPPED) == 0 {
+            return;
+        }
+        if entry & OF_FILE != 0 {
+            if self.read.last().is_none_or(|last| last / WINDOW != number / WINDOW) {
+                self.read.push(number);
+            }
+            return;
+        }
+        match self.written.last_mut() {
+            Some((first, count)) if *first + *count == number => *count += 1,
+            _ => self.written.push((number, 1)),
+        }
+    }
+
+    fn list(&self) -> Vec<u8> {
+        let written = self.written.iter().map(|&(first, count)| (first | WRITTEN, count));
+        let read = self.read.iter().map(|&number| (number, 1));
+        written.chain(read).flat_map(|(a, b)| [a.to_le_bytes(), b.to_le_bytes()].concat()).collect()
+    }
 }
 
 /// The list of the pages of the file with this inode number that the process `pid` uses.
@@ -68,7 +98,7 @@ pub fn used_pages(pid: u32, inode: u64) -> Result<Vec<u8>, PagesError> {
     }
     let path = format!("/proc/{pid}/pagemap");
     let pages = File::open(&path).map_err(failed(&path))?;
-    let mut ranges = Vec::new();
+    let mut used = Used::default();
     let mut buffer = vec![0; CHUNK * 8];
     for map in maps {
         let mut address = map.start;
@@ -78,16 +108,12 @@ pub fn used_pages(pid: u32, inode: u64) -> Result<Vec<u8>, PagesError> {
             pages.read_exact_at(bytes, address / PAGE * 8).map_err(failed(&path))?;
             let first = (map.offset + address - map.start) / PAGE;
             for (&entry, number) in bytes.as_chunks::<8>().0.iter().zip(first..) {
-                add(&mut ranges, number as u32, u64::from_le_bytes(entry));
+                used.add(number as u32, u64::from_le_bytes(entry));
             }
             address += count as u64 * PAGE;
         }
     }
-    let entry = |range: &Range| {
-        let first = range.first | if range.written { WRITTEN } else { 0 };
-        [first.to_le_bytes(), range.count.to_le_bytes()].concat()
-    };
-    Ok(ranges.iter().flat_map(entry).collect())
+    Ok(used.list())
 }
 
 /// The writable mappings of a file, from `/proc/PID/maps`.
@@ -105,18 +131,6 @@ fn mappings(maps: &str, inode: u64) -> Vec<Mapping> {
     maps.lines().filter_map(parse).collect()
 }
 
-/// Adds a page by its entry in the page map.
-fn add(ranges: &mut Vec<Range>, number: u32, entry: u64) {
-    if entry & (PRESENT | SWAPPED) == 0 {
-        return;
-    }
-    let written = entry & OF_FILE == 0;
-    match ranges.last_mut() {
-        Some(last) if last.written == written && last.first + last.count == number => last.count += 1,
-        _ => ranges.push(Range { first: number, count: 1, written }),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -132,14 +146,29 @@ mod tests {
     }
 
     #[test]
-    fn pages_become_ranges_by_what_was_done_to_them() {
-        let mut ranges = Vec::new();
+    fn written_pages_are_all_listed_and_read_ones_by_windows() {
+        let mut used = Used::default();
         let (read, own) = (PRESENT | OF_FILE, PRESENT);
-        for (number, entry) in [(0, read), (1, read), (2, own), (3, SWAPPED), (4, 0), (5, own), (9, read)] {
-            add(&mut ranges, number, entry);
+        for (number, entry) in [
+            (0, read),
+            (1, read),
+            (2, own),
+            (3, SWAPPED),
+            (4, 0),
+            (5, own),
+            (9, read),
+            (21, read),
+            (30, read),
+        ] {
+            used.add(number, entry);
         }
-        let range = |first, count, written| Range { first, count, written };
-        assert_eq!(ranges, [range(0, 2, false), range(2, 2, true), range(5, 1, true), range(9, 1, false)]);
+        assert_eq!(used.written, [(2, 2), (5, 1)]);
+        assert_eq!(used.read, [0, 21]);
+        let expected: Vec<u8> = [WRITTEN | 2, 2, WRITTEN | 5, 1, 0, 1, 21, 1]
+            .iter()
+            .flat_map(|n: &u32| n.to_le_bytes())
+            .collect();
+        assert_eq!(used.list(), expected);
     }
 
     #[test]
