@@ -1,8 +1,9 @@
 //! The seccomp filters of every thread Bulkhead runs, and the default one for workloads.
 //!
 //! The filters are data: one JSON file each beside this crate's `Cargo.toml`, with the reason of every rule in its
-//! `comment`. The build compiles them, so that no process parses anything when it locks itself up. A call that no rule
-//! allows kills the whole process.
+//! `comment`. The build compiles them, so that no process parses anything when it locks itself up, into programs that are
+//! short to run: the kernel runs one for each call number when it is installed. A call that no rule allows kills the whole
+//! process.
 
 use seccompiler::{BpfProgram, sock_filter};
 
