@@ -39,6 +39,15 @@ impl Filter {
         seccompiler::apply_filter(&self.program()).map_err(|source| FilterError { filter: self, source })
     }
 
+    /// Installs the filter on all threads that the process has now, for good; sets their `no_new_privs` first.
+    ///
+    /// Fails, on all of them, if one has a filter that the calling thread has not. A thread that is just being made may
+    /// make calls of the C library that the filter does not know: let each say that it runs before this is called.
+    pub fn install_on_all_threads(self) -> Result<(), FilterError> {
+        seccompiler::apply_filter_all_threads(&self.program())
+            .map_err(|source| FilterError { filter: self, source })
+    }
+
     fn program(self) -> BpfProgram {
         let bytes: &[u8] = match self {
             Filter::VmmControl => include_bytes!(concat!(env!("OUT_DIR"), "/vmm-control.bpf")),
