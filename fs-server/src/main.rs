@@ -40,7 +40,7 @@ const MAX_OPEN_FILES: u64 = 1 << 20;
 enum FatalError {
     #[error("can't enter the jail")]
     Jail(#[source] JailError),
-    #[error("can't lock up a worker")]
+    #[error("can't lock up the workers")]
     Filter(#[source] FilterError),
     #[error("can't open the shared directory")]
     Tree(#[source] rustix::io::Errno),
@@ -80,21 +80,29 @@ fn run() -> Result<(), FatalError> {
     // SAFETY: the shim put the socket there for us, nobody else in this process owns it.
     let socket = UnixDatagram::from(unsafe { OwnedFd::from_raw_fd(FUSE_FD) });
     let tree = SharedTree::new(own_fds, open_files as usize).map_err(FatalError::Tree)?;
-    let shared = Arc::new((Server::new(socket, tree), Barrier::new(WORKERS)));
+    let server = Server::new(socket, tree);
+    let shared = Arc::new((server, Barrier::new(WORKERS)));
     for _ in 1..WORKERS {
         let shared = shared.clone();
         thread::Builder::new()
             .stack_size(STACK)
-            .spawn(move || end(work(&shared)))
+            .spawn(move || end(work(&shared, || Ok(()))))
             .map_err(FatalError::Thread)?;
     }
-    work(&shared)
+    // One installation for all: the kernel takes its time over each.
+    work(&shared, || Filter::FsServer.install_on_all_threads().map_err(FatalError::Filter))
 }
 
-fn work((server, all_locked_up): &(Server, Barrier)) -> Result<(), FatalError> {
-    Filter::FsServer.install().map_err(FatalError::Filter)?;
+/// Serves requests. One of the workers is given what locks up all of them.
+fn work(
+    (server, all): &(Server, Barrier),
+    lock_up: impl FnOnce() -> Result<(), FatalError>,
+) -> Result<(), FatalError> {
+    // The filter does not know the calls that the C library makes when a thread starts.
+    all.wait();
+    lock_up()?;
     // No request is looked at while a thread of the process may still call what it likes.
-    all_locked_up.wait();
+    all.wait();
     server.run().map_err(FatalError::Server)
 }
 

@@ -1,8 +1,9 @@
 //! The seccomp filters of every thread Bulkhead runs, and the default one for workloads.
 //!
 //! The filters are data: one JSON file each beside this crate's `Cargo.toml`, with the reason of every rule in its
-//! `comment`. The build compiles them, so that no process parses anything when it locks itself up. A call that no rule
-//! allows kills the whole process.
+//! `comment`. The build compiles them, so that no process parses anything when it locks itself up, into programs that are
+//! short to run: the kernel runs one for each call number when it is installed. A call that no rule allows kills the whole
+//! process.
 
 use seccompiler::{BpfProgram, sock_filter};
 
@@ -36,6 +37,15 @@ impl Filter {
     /// Threads created later inherit it and can only add to it.
     pub fn install(self) -> Result<(), FilterError> {
         seccompiler::apply_filter(&self.program()).map_err(|source| FilterError { filter: self, source })
+    }
+
+    /// Installs the filter on all threads that the process has now, for good; sets their `no_new_privs` first.
+    ///
+    /// Fails, on all of them, if one has a filter that the calling thread has not. A thread that is just being made may
+    /// make calls of the C library that the filter does not know: let each say that it runs before this is called.
+    pub fn install_on_all_threads(self) -> Result<(), FilterError> {
+        seccompiler::apply_filter_all_threads(&self.program())
+            .map_err(|source| FilterError { filter: self, source })
     }
 
     fn program(self) -> BpfProgram {

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::client::{ROOT, Server, bytes, mount_tmpfs, name_bytes, op, open_fds, read_body};
@@ -21,6 +22,29 @@ impl Random {
     fn below(&mut self, limit: u64) -> u64 {
         self.next() % limit
     }
+}
+
+/// The line of `/proc/<task>/status`, without its name.
+fn status(task: &Path, name: &str) -> String {
+    let text = fs::read_to_string(task.join("status")).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    line.unwrap_or_else(|| panic!("no {name} in {text}")).trim().to_owned()
+}
+
+#[test]
+fn every_thread_is_locked_up_by_one_filter() {
+    let mut server = Server::start();
+    let filters = |task: &Path| status(task, "Seccomp_filters").parse::<u32>().unwrap();
+    let inherited = filters(Path::new("/proc/thread-self"));
+    let tasks = fs::read_dir(format!("/proc/{}/task", server.pid())).unwrap();
+    let tasks: Vec<_> = tasks.map(|task| task.unwrap().path()).collect();
+    assert_eq!(tasks.len(), 4);
+    for task in tasks {
+        assert_eq!(status(&task, "Seccomp"), "2", "{task:?} has filters");
+        assert_eq!(filters(&task), inherited + 1, "{task:?} has ours, once");
+        assert_eq!(status(&task, "NoNewPrivs"), "1", "{task:?}");
+    }
+    server.assert_alive();
 }
 
 #[test]

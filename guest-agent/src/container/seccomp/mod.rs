@@ -1,18 +1,16 @@
 //! System call filters of containers: the OCI profile becomes a classic BPF program that the kernel runs at every call.
 //!
-//! [`rules`] reads and checks the profile, [`compiler`] makes the program out of it.
+//! [`rules`] reads and checks the profile, the crate `bulkhead_seccomp_compiler` makes the program out of it.
 
-mod assembler;
-mod compiler;
-#[cfg(test)]
-mod interpreter;
 mod rules;
 
 use std::io;
 
+use bulkhead_seccomp_compiler::compile;
+
 use crate::sys::check;
 
-pub use rules::{Action, KernelSupport, Profile, ProfileError};
+pub use rules::{KernelSupport, OciProfile, ProfileError};
 
 /// A program for the kernel, and how it is to be installed.
 #[derive(Debug, Clone)]
@@ -24,12 +22,12 @@ pub struct Filter {
 impl Filter {
     /// Compiles a profile of the specification.
     pub fn new(seccomp: &super::spec::Seccomp) -> Result<Self, ProfileError> {
-        let profile = Profile::new(seccomp, KernelSupport::detect())?;
-        let program = compiler::compile(&profile);
+        let OciProfile { profile, flags } = OciProfile::new(seccomp, KernelSupport::detect())?;
+        let program = compile(&profile);
         if program.len() > libc::BPF_MAXINSNS as usize {
             return Err(ProfileError::TooLong(program.len()));
         }
-        Ok(Self { program, flags: profile.flags })
+        Ok(Self { program, flags })
     }
 
     /// Length of the program in instructions.
