@@ -20,8 +20,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bulkhead_vmm_protocol::{
-    BlockConfig, Channel, Event, ExitReason, FdIndex, FromVmm, FsConfig, GuestStream, MemorySource, Request,
-    VmConfig, VsockConfig,
+    BlockConfig, Channel, Event, ExitReason, FdIndex, FromVmm, FsConfig, GuestStream, MemorySource,
+    PrepareConfig, Request, VmConfig, VsockConfig,
 };
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -143,10 +143,6 @@ fn boot(control: &Channel, kernel: &str, image: &str, fuse: OwnedFd, report: Own
         FdIndex(fds.len() as u8 - 1)
     };
     let config = VmConfig {
-        vcpus: 1,
-        memory_mib: 256,
-        memory: MemorySource::Anonymous,
-        kvm: pass(OpenOptions::new().read(true).write(true).open("/dev/kvm").unwrap().into()),
         kernel: pass(File::open(kernel).unwrap().into()),
         cmdline: "root=/dev/vda rootfstype=erofs ro init=/init quiet".into(),
         console: Some(pass(console)),
@@ -161,8 +157,17 @@ fn boot(control: &Channel, kernel: &str, image: &str, fuse: OwnedFd, report: Own
             guest_streams: vec![GuestStream { port: 1024, stream: pass(report) }],
         },
     };
-    let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm").unwrap();
+    let preparation = PrepareConfig {
+        kvm: FdIndex(0),
+        vcpus: 1,
+        memory_mib: 256,
+        memory: MemorySource::Anonymous,
+        working_set: None,
+    };
     control.set_timeout(Some(Duration::from_secs(60))).unwrap();
+    control.send(&Request::Prepare(preparation), &[kvm.as_fd()]).unwrap();
+    let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
     control.send(&Request::Boot(Box::new(config)), &borrowed).unwrap();
     assert_eq!(control.receive::<FromVmm>().unwrap().message, FromVmm::Reply(Ok(())));
 }

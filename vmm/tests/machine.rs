@@ -225,15 +225,15 @@ fn what_can_not_be_booted_is_refused_with_its_kind() {
     let cases: [(&str, Change, RefusalKind); 7] = [
         (
             "no kernel",
-            |boot| boot.fds[1] = common::process::file_with(b"nothing of the kind"),
+            |boot| boot.fds[0] = common::process::file_with(b"nothing of the kind"),
             RefusalKind::Kernel,
         ),
         (
             "a truncated kernel",
-            |boot| boot.fds[1] = common::process::file_with(&Code::new().power_off().kernel()[..125]),
+            |boot| boot.fds[0] = common::process::file_with(&Code::new().power_off().kernel()[..125]),
             RefusalKind::Kernel,
         ),
-        ("no KVM", |boot| boot.fds[0] = File::open("/dev/null").unwrap().into(), RefusalKind::Kvm),
+        ("no KVM", |boot| boot.prepare_fds[0] = File::open("/dev/null").unwrap().into(), RefusalKind::Kvm),
         ("no vCPU", |boot| boot.prepare.vcpus = 0, RefusalKind::InvalidRequest),
         ("too little memory", |boot| boot.prepare.memory_mib = 1, RefusalKind::InvalidRequest),
         ("a long command line", |boot| boot.config.cmdline = "x".repeat(3000), RefusalKind::InvalidRequest),
