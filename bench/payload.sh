@@ -90,6 +90,9 @@ rm -f "$payload/run"
     echo '#!/bin/sh'
     echo 'PATH=$(cd "$(dirname "$0")" && pwd)/bin:$PATH'
     echo 'export PATH'
+    # What bulkhead check advises nodes with older kernels to do; the report says whether it was done.
+    [[ $kind == hardware || -z ${BENCH_FAVORDYNMODS:-} ]] ||
+        echo 'mount -o remount,nsdelegate,memory_recursiveprot,favordynmods /sys/fs/cgroup'
     printf 'exec bulkhead-bench run --revision %q' "$revision"
     printf ' %q' "${place[@]}"
     echo ' "$@"'

@@ -155,6 +155,7 @@ fn host(options: &Run, containerd: &str, runtimes: &[Runtime]) -> Host {
         ("rounds".to_owned(), options.rounds.to_string()),
         ("runsc platform".to_owned(), options.runsc_platform.clone()),
         ("snapshotter".to_owned(), SNAPSHOTTER.to_owned()),
+        ("cgroup2 options".to_owned(), node::cgroup_options()),
     ]);
     Host {
         clock: options.clock,

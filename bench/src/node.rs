@@ -68,6 +68,14 @@ pub fn proportional_set_size(pid: u32) -> Option<u64> {
     Some(value_of(&rollup, "Pss")? * 1024)
 }
 
+/// Pages that a process shares with no other, in bytes.
+///
+/// `None` when it has ended.
+pub fn unshared_memory(pid: u32) -> Option<u64> {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    Some((value_of(&rollup, "Private_Clean")? + value_of(&rollup, "Private_Dirty")?) * 1024)
+}
+
 /// Resident memory of a process without its mappings of `excluded` bytes and more, in bytes: for a VMM, its own memory without
 /// the guest's.
 ///
@@ -110,6 +118,16 @@ pub fn first_line_of(program: &Path, arguments: &[&str]) -> Option<String> {
     let output = std::process::Command::new(program).args(arguments).output().ok()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     text.lines().next().map(|line| line.trim().to_owned())
+}
+
+/// The options that the control groups' file system is mounted with; empty without one of version 2.
+pub fn cgroup_options() -> String {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let options = mounts.lines().find_map(|line| {
+        let words: Vec<&str> = line.split(' ').collect();
+        (words.get(2) == Some(&"cgroup2")).then(|| words.get(3).copied().unwrap_or_default().to_owned())
+    });
+    options.unwrap_or_default()
 }
 
 /// The kernel's release.
@@ -155,6 +173,7 @@ mod tests {
         let own = processes().into_iter().find(|process| process.pid == std::process::id()).unwrap();
         assert!(!own.command_line.is_empty());
         assert!(proportional_set_size(own.pid).unwrap() > 0);
+        assert!(unshared_memory(own.pid).unwrap() > 0);
         assert!(resident_without_large_mappings(own.pid, u64::MAX).unwrap() > 0);
         assert_eq!(resident_without_large_mappings(own.pid, 0), Some(0));
     }

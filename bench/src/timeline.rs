@@ -37,6 +37,15 @@ pub fn phases(log: &str, window: &Window) -> Option<Phases> {
     Some(phases)
 }
 
+/// From the request to boot or to restore a machine until its agent's first answer: the phases behind `shim` up to `agent`.
+///
+/// `None` when the timeline has not both.
+pub fn until_agent(phases: &Phases) -> Option<Duration> {
+    let place = |wanted: &str| phases.iter().position(|(name, _)| name == wanted);
+    let (shim, agent) = (place("shim")?, place("agent")?);
+    Some(phases.get(shim + 1..=agent)?.iter().map(|(_, duration)| *duration).sum())
+}
+
 fn stamps(log: &str, id: &str) -> Option<Vec<(String, Duration)>> {
     log.lines().find_map(|line| {
         let (_, stamps) = line.split_once("timeline id=")?;
@@ -75,6 +84,13 @@ mod tests {
             micros(&phases),
             [("containerd", 500), ("shim", 500), ("agent", 7000), ("start", 500), ("output", 400)]
         );
+    }
+
+    #[test]
+    fn the_agent_answers_after_the_request() {
+        let phases = phases(LOG, &window("bulkhead-1", 1000, 9900)).unwrap();
+        assert_eq!(until_agent(&phases), Some(Duration::from_micros(7000)));
+        assert_eq!(until_agent(&Phases::new()), None);
     }
 
     #[test]

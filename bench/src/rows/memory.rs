@@ -58,7 +58,9 @@ async fn one(bench: &mut Bench<'_>, runtime: &Runtime, pods: &mut Vec<Pod>) -> R
         .filter(|process| !before.contains(&process.pid) && is_program(process))
         .collect();
     let mut by_name: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut unshared = 0;
     for process in &new {
+        unshared += node::unshared_memory(process.pid).unwrap_or_default();
         // A process that has just ended uses nothing.
         *by_name.entry(&process.name).or_default() +=
             node::proportional_set_size(process.pid).unwrap_or_default();
@@ -68,6 +70,7 @@ async fn one(bench: &mut Bench<'_>, runtime: &Runtime, pods: &mut Vec<Pod>) -> R
             bench.results.add("vmm-memory", name, "MiB", Better::Lower, resident as f64 / MIB);
         }
     }
+    bench.results.add("memory-unshared", name, "MiB", Better::Lower, per_pod(unshared as f64));
     let total: u64 = by_name.values().sum();
     bench.results.add("memory-pss", name, "MiB", Better::Lower, per_pod(total as f64));
     for (program, bytes) in by_name {

@@ -6,7 +6,7 @@ use std::io;
 use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulkhead_vmm::calibrate;
 use kvm_ioctls::{Cap, Kvm};
@@ -18,6 +18,12 @@ const API_VERSION: i32 = 12;
 
 /// How long the calibration guest may take.
 const TIME_LIMIT: Duration = Duration::from_secs(5);
+
+/// Machines that are created to see how long it takes.
+const CREATIONS: u32 = 3;
+
+/// A machine that takes longer to be created than this has waited for something; a few tenths of a millisecond are usual.
+const SLOW_CREATION: Duration = Duration::from_millis(3);
 
 /// What the VMM uses of KVM beyond its oldest interface.
 const NEEDED: [(Cap, &str); 10] = [
@@ -113,8 +119,9 @@ pub fn check(device: &Path) -> Vec<Finding> {
     }
     let findings =
         vec![Finding::ok(WHAT, format!("{}, API version {version}", device.display())), capabilities(&kvm)];
+    let creation = creation(&kvm);
     drop(kvm);
-    findings.into_iter().chain([kind(device).finding()]).collect()
+    findings.into_iter().chain([creation]).chain([kind(device).finding()]).collect()
 }
 
 fn is_hardware(rate: f64) -> bool {
@@ -146,6 +153,40 @@ fn capabilities(kvm: &Kvm) -> Finding {
     } else {
         Finding::fail(WHAT, format!("missing: {}; a newer kernel is needed", missing.join(", ")))
     }
+}
+
+/// How long the kernel takes to create a machine: a part of every pod's start that the node's administrator can change.
+fn creation(kvm: &Kvm) -> Finding {
+    const WHAT: &str = "VM creation";
+    let mut least = Duration::MAX;
+    for _ in 0..CREATIONS {
+        let start = Instant::now();
+        match kvm.create_vm() {
+            Ok(vm) => {
+                least = least.min(start.elapsed());
+                drop(vm);
+            }
+            Err(error) => {
+                return Finding::fail(WHAT, format!("KVM refuses to create a virtual machine: {error}"));
+            }
+        }
+    }
+    judge_creation(least)
+}
+
+fn judge_creation(least: Duration) -> Finding {
+    const WHAT: &str = "VM creation";
+    let ms = least.as_secs_f64() * 1e3;
+    if least <= SLOW_CREATION {
+        return Finding::ok(WHAT, format!("{ms:.1} ms"));
+    }
+    Finding::warn(
+        WHAT,
+        format!(
+            "{ms:.1} ms, a large part of a pod's start from a template: older kernels wait for all CPUs while they move a \
+             thread between control groups; mount -o remount,favordynmods /sys/fs/cgroup avoids it (Linux 6.0 and newer)"
+        ),
+    )
 }
 
 /// An error with its causes, on one line.
@@ -188,6 +229,14 @@ mod tests {
     }
 
     #[test]
+    fn slow_creation_comes_with_advice() {
+        assert_eq!(judge_creation(Duration::from_micros(400)).verdict, Verdict::Ok);
+        let finding = judge_creation(Duration::from_millis(10));
+        assert_eq!(finding.verdict, Verdict::Warn);
+        assert!(finding.evidence.starts_with("10.0 ms") && finding.evidence.contains("favordynmods"));
+    }
+
+    #[test]
     fn speed_decides_the_kind() {
         let kind = |rate| Kind { rate, reason: rate.is_none().then(|| "why".to_owned()) };
         assert_eq!(kind(Some(2e9)).name(), "hardware");
@@ -206,11 +255,11 @@ mod tests {
             return;
         }
         let findings = check(device);
-        assert_eq!(findings.len(), 3);
+        assert_eq!(findings.len(), 4);
         assert_eq!(findings[0].verdict, Verdict::Ok, "{}", findings[0].evidence);
         let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap();
         let hardware = flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm");
         let expected = if hardware { Verdict::Ok } else { Verdict::Fail };
-        assert_eq!(findings[2].verdict, expected, "{}", findings[2].evidence);
+        assert_eq!(findings[3].verdict, expected, "{}", findings[3].evidence);
     }
 }
