@@ -143,6 +143,12 @@ struct Plan {
     report: OwnedFd,
 }
 
+/// Whether there is such a program at all: to be asked before anything else is done that would have to be undone.
+pub fn check_program(path: &Path) -> Result<(), SpawnError> {
+    let found = std::fs::metadata(path);
+    found.map(drop).map_err(|source| SpawnError::Program { path: path.to_owned(), source })
+}
+
 /// Starts a process and waits until its program runs.
 pub fn spawn(request: &Spawn<'_>) -> Result<Spawned, SpawnError> {
     let path = || request.program.to_owned();

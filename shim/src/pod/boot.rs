@@ -26,6 +26,7 @@ use crate::config::Templates;
 use crate::error::{Classify, Code, chain};
 use crate::host::cgroup::{self, CgroupError, PodCgroup};
 use crate::host::process::ProcessId;
+use crate::host::spawn::check_program;
 use crate::template::{Found, Order, Recipe, Store, Template};
 
 /// A restored agent is there already: it answers within this time, or something is wrong with the template.
@@ -106,6 +107,9 @@ pub(super) async fn boot(
     // Before anything exists: what fails here is what users get wrong.
     let order = Order::of(&spec.config);
     let files = Files::open(&order.recipe).map_err(BootError::from)?;
+    for program in [&spec.config.vmm, &spec.config.fs_server] {
+        check_program(program).map_err(MachineError::from)?;
+    }
 
     fs::create_dir(&spec.directory)
         .map_err(|source| BootError::Directory { path: spec.directory.clone(), source })?;

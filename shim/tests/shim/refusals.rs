@@ -108,6 +108,8 @@ async fn files_that_are_missing() {
             .lines()
             .map(|line| match line.split_once(" = ") {
                 Some((name, _)) if name == key => format!("{key} = {value:?}\n"),
+                // Or it would be missed first.
+                Some(("vmm", _)) if key == "fs_server" => "vmm = \"/bin/true\"\n".to_owned(),
                 _ => format!("{line}\n"),
             })
             .collect();
