@@ -37,13 +37,13 @@ pub fn phases(log: &str, window: &Window) -> Option<Phases> {
     Some(phases)
 }
 
-/// From the request to boot or to restore a machine until its agent's first answer: the phases behind `shim` up to `agent`.
+/// From the end of the phase `since` until the agent's first answer.
 ///
 /// `None` when the timeline has not both.
-pub fn until_agent(phases: &Phases) -> Option<Duration> {
+pub fn until_agent(phases: &Phases, since: &str) -> Option<Duration> {
     let place = |wanted: &str| phases.iter().position(|(name, _)| name == wanted);
-    let (shim, agent) = (place("shim")?, place("agent")?);
-    Some(phases.get(shim + 1..=agent)?.iter().map(|(_, duration)| *duration).sum())
+    let (begin, agent) = (place(since)?, place("agent")?);
+    Some(phases.get(begin + 1..=agent)?.iter().map(|(_, duration)| *duration).sum())
 }
 
 fn stamps(log: &str, id: &str) -> Option<Vec<(String, Duration)>> {
@@ -89,8 +89,8 @@ mod tests {
     #[test]
     fn the_agent_answers_after_the_request() {
         let phases = phases(LOG, &window("bulkhead-1", 1000, 9900)).unwrap();
-        assert_eq!(until_agent(&phases), Some(Duration::from_micros(7000)));
-        assert_eq!(until_agent(&Phases::new()), None);
+        assert_eq!(until_agent(&phases, "shim"), Some(Duration::from_micros(7000)));
+        assert_eq!(until_agent(&phases, "machine"), None);
     }
 
     #[test]

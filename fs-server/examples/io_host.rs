@@ -167,6 +167,7 @@ fn boot(control: &Channel, kernel: &str, image: &str, fuse: OwnedFd, report: Own
     };
     control.set_timeout(Some(Duration::from_secs(60))).unwrap();
     control.send(&Request::Prepare(preparation), &[kvm.as_fd()]).unwrap();
+    assert_eq!(control.receive::<FromVmm>().unwrap().message, FromVmm::Reply(Ok(())));
     let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
     control.send(&Request::Boot(Box::new(config)), &borrowed).unwrap();
     assert_eq!(control.receive::<FromVmm>().unwrap().message, FromVmm::Reply(Ok(())));

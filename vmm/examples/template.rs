@@ -1,7 +1,7 @@
 //! Makes a template of a kernel and an image whose agent serves the agent protocol, starts machines from it, and tells
 //! how long each took.
 //!
-//! `template --vmm PROGRAM --kernel FILE --disk FILE [--vcpus N] [--memory MIB] [--times N] [--pause MS] --directory DIR`
+//! `template --vmm PROGRAM --kernel FILE --disk FILE [--vcpus N] [--memory MIB] [--times N] --directory DIR`
 
 mod support;
 
@@ -32,8 +32,6 @@ struct Options {
     vcpus: u8,
     memory: u32,
     times: u32,
-    /// Milliseconds between `Prepare` and the next request.
-    pause: u64,
     directory: String,
 }
 
@@ -100,9 +98,7 @@ fn start(options: &Options, start: &Start, begin: Instant) -> Result<Vm, Box<dyn
         Start::Restore => (MemorySource::Private, File::open(path)?),
     };
     prepare(&control, (options.vcpus, options.memory), Some(memory))?;
-    eprintln!("template:   process started after {:.2} ms", millis(begin));
-    std::thread::sleep(Duration::from_millis(options.pause));
-    let begin = if options.pause > 0 { Instant::now() } else { begin };
+    eprintln!("template:   prepared after {:.2} ms", millis(begin));
     let (console, console_end) = std::io::pipe()?;
     let (agent, agent_end) = UnixStream::pair()?;
     agent.set_read_timeout(Some(LIMIT))?;
@@ -194,7 +190,6 @@ fn parse() -> Result<Options, Box<dyn Error>> {
         vcpus: 1,
         memory: 256,
         times: 3,
-        pause: 0,
         directory: String::new(),
     };
     let mut arguments = std::env::args().skip(1);
@@ -207,7 +202,6 @@ fn parse() -> Result<Options, Box<dyn Error>> {
             "--vcpus" => options.vcpus = value.parse()?,
             "--memory" => options.memory = value.parse()?,
             "--times" => options.times = value.parse()?,
-            "--pause" => options.pause = value.parse()?,
             "--directory" => options.directory = value,
             _ => return Err(format!("{name} is not an option").into()),
         }

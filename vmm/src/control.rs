@@ -87,14 +87,22 @@ fn boot(channel: &Channel) -> Result<Option<(RunningMachine, Handles)>, ControlE
         reply(channel, Err(invalid("the first request has to be to prepare")))?;
         return Ok(None);
     };
-    let prepared = Prepared::new(&config, fds);
+    let prepared = match Prepared::new(&config, fds) {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            reply(channel, Err(refusal(&error)))?;
+            return Ok(None);
+        }
+    };
+    reply(channel, Ok(()))?;
     watch.wait()?;
     let Packet { message, fds } = channel.receive::<Request>()?;
-    let result = match (message, prepared) {
-        (Request::Boot(config), Ok(prepared)) => start(Machine::build(prepared, &config, fds)),
-        (Request::Restore(config), Ok(prepared)) => start(Machine::restore(prepared, &config, fds)),
-        (Request::Boot(_) | Request::Restore(_), Err(error)) => Err(refusal(&error)),
-        _ => Err(invalid("nothing is booted yet")),
+    let result = match message {
+        Request::Boot(config) => start(Machine::build(prepared, &config, fds)),
+        Request::Restore(config) => start(Machine::restore(prepared, &config, fds)),
+        Request::Prepare(_) | Request::Save | Request::ConnectVsock { .. } => {
+            Err(invalid("nothing is booted yet"))
+        }
     };
     match result {
         Ok(running) => {

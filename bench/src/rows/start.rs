@@ -66,9 +66,11 @@ fn add_phases(bench: &mut Bench<'_>, starts: &[Start]) {
     let log = std::fs::read_to_string(bench.containerd.log_path()).unwrap_or_default();
     for Start { kind, window, steps } in starts {
         let own = if kind.is_bulkhead() { timeline::phases(&log, window) } else { None };
-        if let Some(duration) = own.as_ref().and_then(timeline::until_agent) {
-            let row = if *kind == Kind::BulkheadTemplate { "restore-to-agent" } else { "boot-to-agent" };
-            bench.results.add_time(row, kind.name(), duration);
+        let request = if *kind == Kind::BulkheadTemplate { "restore-to-agent" } else { "boot-to-agent" };
+        for (row, since) in [(request, "machine"), ("vmm-start-to-agent", "prepare")] {
+            if let Some(duration) = own.as_ref().and_then(|phases| timeline::until_agent(phases, since)) {
+                bench.results.add_time(row, kind.name(), duration);
+            }
         }
         let phases = own.unwrap_or_else(|| {
             steps.iter().map(|(name, duration)| ((*name).to_owned(), *duration)).collect()

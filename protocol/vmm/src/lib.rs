@@ -4,7 +4,7 @@
 //! at most [`MAX_PACKET`] bytes, with at most [`MAX_FDS`] file descriptors beside it (`SCM_RIGHTS`). Messages name the
 //! descriptors that came with them by [`FdIndex`], their position in the packet.
 //!
-//! The shim sends a [`Request`] and gets exactly one [`FromVmm::Reply`] for it, in order; [`Request::Prepare`] alone has none. The VMM sends
+//! The shim sends a [`Request`] and gets exactly one [`FromVmm::Reply`] for it, in order. The VMM sends
 //! [`FromVmm::Event`] at any time. When either end closes, the other ends the virtual machine.
 
 mod channel;

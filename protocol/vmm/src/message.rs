@@ -10,8 +10,8 @@ use crate::config::{PrepareConfig, RestoreConfig, VmConfig};
 pub enum Request {
     /// Get ready for a machine of which no more is known yet: create it in KVM, start the threads. First, and once only.
     ///
-    /// This is what takes the time in the host's kernel, so the shim asks for it as early as it can. There is no reply: what
-    /// goes wrong is the reply to the request that follows.
+    /// This is what takes the time in the host's kernel, so the shim asks for it early and does other things until the reply
+    /// comes. When it is refused the VMM ends.
     Prepare(PrepareConfig),
     /// Build the virtual machine and start its vCPUs. After `Prepare`, and once only.
     Boot(Box<VmConfig>),

@@ -159,12 +159,13 @@ async fn save_guest(recipe: &Recipe, files: &Files, draft: &Draft) -> Result<Gre
         let agent = Agent::new(UnixStream::from_std(agent_ours).map_err(prepare("watch a socket"))?);
 
         let machine = async {
-            let (control, listener) = Control::new(channel)?;
+            let (control, mut listener) = Control::new(channel)?;
             let start = Start::Draft(&draft.memory);
             guest::prepare(&control, recipe, files, start)?;
             let backends =
                 Backends { console: console_writer.as_fd(), fuse: fuse.as_fd(), agent: agent_vmm.as_fd() };
             let failed = |source: PodError| BuildError::Guest { said: said(), source: Box::new(source) };
+            guest::prepared(&control, &mut listener).await.map_err(failed)?;
             let mut listener =
                 guest::start(&control, listener, recipe, files, backends, start).await.map_err(failed)?;
             let greeting = guest::greet(&agent, &mut listener, MACHINE_LIMIT)

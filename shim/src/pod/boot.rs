@@ -157,16 +157,14 @@ pub(super) async fn boot(
     let ends = Ends { console: console_writer.as_fd(), fuse: fuse_vmm.as_fd() };
     timeline.stamp("shim");
     let Some((store, template)) = template else {
-        let running = vmm.boot(prepared, ends).await?;
-        timeline.stamp("vmm");
+        let running = vmm.boot(prepared, ends, timeline).await?;
         return Ok(running.with(tree, wanted));
     };
     match vmm.restore(prepared, ends, &template, timeline).await {
         Ok(running) => Ok(running.with(tree, None)),
         Err(error) => {
             give_up(&store, &template, error, resources).await;
-            let running = vmm.boot(vmm.prepare(Start::Cold, resources)?, ends).await?;
-            timeline.stamp("vmm");
+            let running = vmm.boot(vmm.prepare(Start::Cold, resources)?, ends, timeline).await?;
             Ok(running.with(tree, wanted))
         }
     }
@@ -277,9 +275,16 @@ impl Vmm<'_> {
     }
 
     /// Has a guest boot.
-    async fn boot(&self, prepared: Prepared, ends: Ends<'_>) -> Result<Running, PodError> {
-        let running = self.run(prepared, ends, Start::Cold).await;
-        running.map_err(|error| name_refused(error, self.recipe))
+    async fn boot(
+        &self,
+        prepared: Prepared,
+        ends: Ends<'_>,
+        timeline: &Timeline,
+    ) -> Result<Running, PodError> {
+        let running = self.run(prepared, ends, Start::Cold, timeline).await;
+        let running = running.map_err(|error| name_refused(error, self.recipe))?;
+        timeline.stamp("vmm");
+        Ok(running)
     }
 
     /// Restores a guest, up to the agent's first answer: if that does not come, there is still time to boot.
@@ -290,7 +295,7 @@ impl Vmm<'_> {
         template: &Template,
         timeline: &Timeline,
     ) -> Result<Running, PodError> {
-        let mut running = self.run(prepared, ends, Start::Template(template)).await?;
+        let mut running = self.run(prepared, ends, Start::Template(template), timeline).await?;
         timeline.stamp("restore");
         let greeting = guest::greet(&running.agent, &mut running.prepared.listening, RESTORE_LIMIT).await?;
         let greeting = greeting.map_err(PodError::Restored)?;
@@ -300,10 +305,18 @@ impl Vmm<'_> {
         Ok(running)
     }
 
-    async fn run(&self, prepared: Prepared, ends: Ends<'_>, start: Start<'_>) -> Result<Running, PodError> {
-        let Prepared { control, listening, vmm, launched } = prepared;
+    async fn run(
+        &self,
+        prepared: Prepared,
+        ends: Ends<'_>,
+        start: Start<'_>,
+        timeline: &Timeline,
+    ) -> Result<Running, PodError> {
+        let Prepared { control, mut listening, vmm, launched } = prepared;
         let (agent_ours, agent_vmm) = socket_pair(SockType::Stream)?;
         let agent = Agent::new(super::from_owned(agent_ours).map_err(PodError::Stream)?);
+        guest::prepared(&control, &mut listening).await?;
+        timeline.stamp("machine");
         let backends = Backends { console: ends.console, fuse: ends.fuse, agent: agent_vmm.as_fd() };
         let listening = guest::start(&control, listening, self.recipe, self.files, backends, start).await?;
         Ok(Running { agent, prepared: Prepared { control, listening, vmm, launched }, greeting: None })

@@ -108,7 +108,17 @@ pub fn prepare(
     control.prepare(config, &fds.0)
 }
 
-/// Has the VMM behind `control`, which is prepared for the same start, run a machine. Listens for its answer, and gives the listener back.
+/// Waits until the VMM is ready, as long as it lives.
+pub async fn prepared(control: &Control, listener: &mut ControlListener) -> Result<(), PodError> {
+    tokio::select! {
+        biased;
+        answer = control.prepared() => Ok(answer?),
+        ended = listener.until_ended() => Err(dead(ended)),
+    }
+}
+
+/// Has the VMM behind `control`, which is ready for the same start, run a machine. Listens for its answer, and gives the
+/// listener back.
 pub async fn start(
     control: &Control,
     listener: ControlListener,

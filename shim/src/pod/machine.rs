@@ -138,7 +138,7 @@ pub fn socket_pair(kind: SockType) -> Result<(OwnedFd, OwnedFd), MachineError> {
 pub struct Control {
     channel: Arc<AsyncFd<Channel>>,
     /// Requests are answered in order: whoever holds this is next.
-    replies: Mutex<mpsc::Receiver<Result<(), Refusal>>>,
+    replies: Mutex<Replies>,
 }
 
 /// The listening side of [`Control`]: must run for replies to arrive.
@@ -168,13 +168,18 @@ impl Control {
         Ok((Control { channel, replies: Mutex::new(receiver) }, listener))
     }
 
-    /// Sends the request that has no answer of its own, with its descriptors.
+    /// Sends the first request, with its descriptors. [`Control::prepared`] waits for the answer.
     pub fn prepare(&self, config: PrepareConfig, fds: &[BorrowedFd<'_>]) -> Result<(), MachineError> {
         self.send(&Request::Prepare(config), fds)
     }
 
+    /// Waits for the answer to [`Control::prepare`]; before any other request.
+    pub async fn prepared(&self) -> Result<(), MachineError> {
+        self.limited("Prepare", async { receive(&mut *self.replies.lock().await).await }).await
+    }
+
     fn send(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<(), MachineError> {
-        // The socket's buffer has room for two requests, and the last one but that has been answered: this does not block.
+        // The socket's buffer is empty whenever the last request has been answered, so this does not block.
         self.channel.get_ref().send(request, fds).map_err(|error| match error {
             ChannelError::Closed => MachineError::Gone,
             other => MachineError::Channel(other),
@@ -191,26 +196,41 @@ impl Control {
         let exchange = async {
             let mut replies = self.replies.lock().await;
             self.send(request, fds)?;
-            match replies.recv().await {
-                Some(reply) => reply.map_err(|refusal| {
-                    let message = untrusted(&refusal.message, 4096);
-                    MachineError::Refused(Refusal { message, ..refusal })
-                }),
-                None => Err(MachineError::Gone),
-            }
+            receive(&mut replies).await
         };
+        self.limited(name, exchange).await
+    }
+
+    /// A part of an exchange with the VMM; what goes wrong there makes the connection useless.
+    async fn limited(
+        &self,
+        request: &'static str,
+        exchange: impl Future<Output = Result<(), MachineError>>,
+    ) -> Result<(), MachineError> {
         let answer = tokio::time::timeout(REPLY_LIMIT, exchange).await;
         if matches!(answer, Err(_) | Ok(Err(MachineError::Channel(_)))) {
             // The answer to this could be taken for the answer to the next.
             self.close();
         }
-        answer.unwrap_or(Err(MachineError::TimedOut { request: name }))
+        answer.unwrap_or(Err(MachineError::TimedOut { request }))
     }
 
     /// Closes the connection, which ends the virtual machine.
     pub fn close(&self) {
         // SAFETY: shutdown takes a descriptor number, which the channel keeps open.
         unsafe { libc::shutdown(self.channel.get_ref().as_raw_fd(), libc::SHUT_RDWR) };
+    }
+}
+
+type Replies = mpsc::Receiver<Result<(), Refusal>>;
+
+async fn receive(replies: &mut Replies) -> Result<(), MachineError> {
+    match replies.recv().await {
+        Some(reply) => reply.map_err(|refusal| {
+            let message = untrusted(&refusal.message, 4096);
+            MachineError::Refused(Refusal { message, ..refusal })
+        }),
+        None => Err(MachineError::Gone),
     }
 }
 

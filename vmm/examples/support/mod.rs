@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use bulkhead_vmm_protocol::{CONTROL_FD, Channel, FdIndex, MemorySource, PrepareConfig, Request};
+use bulkhead_vmm_protocol::{CONTROL_FD, Channel, FdIndex, FromVmm, MemorySource, PrepareConfig, Request};
 
 /// Starts a VMM with its end of a control socket.
 pub fn spawn(vmm: &str, control: Channel) -> Result<Child, Box<dyn Error>> {
@@ -44,7 +44,10 @@ pub fn prepare(
     };
     let config = PrepareConfig { kvm: FdIndex(0), vcpus, memory_mib, memory, working_set: None };
     control.send(&Request::Prepare(config), &fds)?;
-    Ok(())
+    match control.receive::<FromVmm>()?.message {
+        FromVmm::Reply(result) => Ok(result?),
+        FromVmm::Event(event) => Err(format!("{event:?} instead of a reply").into()),
+    }
 }
 
 /// Milliseconds since then.

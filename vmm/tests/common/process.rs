@@ -108,7 +108,9 @@ impl Boot {
     /// Starts a VMM and sends it the request made from the configuration.
     pub fn start_with(self, request: impl FnOnce(VmConfig) -> Request) -> (Vmm, Result<(), Refusal>) {
         let mut vmm = Vmm::spawn(env!("CARGO_BIN_EXE_bulkhead-vmm"));
-        vmm.prepare(&self.prepare, &self.prepare_fds);
+        if let Err(refusal) = vmm.prepare(&self.prepare, &self.prepare_fds) {
+            return (vmm, Err(refusal));
+        }
         let fds: Vec<_> = self.fds.iter().map(AsFd::as_fd).collect();
         vmm.control.send(&request(self.config), &fds).unwrap();
         vmm.console = Some(self.console);
@@ -156,10 +158,11 @@ impl Vmm {
         Vmm { child: VmmProcess(child), control: ours, console: None }
     }
 
-    /// Sends the request that has no answer.
-    pub fn prepare(&self, config: &PrepareConfig, fds: &[OwnedFd]) {
+    /// Has it get ready.
+    pub fn prepare(&mut self, config: &PrepareConfig, fds: &[OwnedFd]) -> Result<(), Refusal> {
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         self.control.send(&Request::Prepare(config.clone()), &fds).unwrap();
+        self.reply()
     }
 
     /// The answer to the last request.

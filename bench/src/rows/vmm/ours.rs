@@ -53,6 +53,7 @@ impl Parts {
             working_set: None,
         };
         control.send(&Request::Prepare(preparation), &[kvm.as_fd()])?;
+        expect_reply(&control)?;
         let descriptors: [OwnedFd; 3] = [
             open("open the kernel", &self.kernel)?.into(),
             console_end.into(),
@@ -67,13 +68,17 @@ impl Parts {
             vsock: VsockConfig { guest_cid: 3, guest_streams: Vec::new() },
         };
         control.send(&Request::Boot(Box::new(config)), &descriptors.each_ref().map(AsFd::as_fd))?;
-        match control.receive::<FromVmm>()?.message {
-            FromVmm::Reply(Ok(())) => {}
-            other => return Err(VmmError::Refused(format!("{other:?}"))),
-        }
+        expect_reply(&control)?;
         let mut running = running;
         running._control = Some(control);
         Ok(running)
+    }
+}
+
+fn expect_reply(control: &Channel) -> Result<(), VmmError> {
+    match control.receive::<FromVmm>()?.message {
+        FromVmm::Reply(Ok(())) => Ok(()),
+        other => Err(VmmError::Refused(format!("{other:?}"))),
     }
 }
 
