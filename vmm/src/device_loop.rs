@@ -12,6 +12,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::devices::worker::DeviceWorker;
 
+/// Stack of the device and vCPU threads, in bytes.
+pub const THREAD_STACK: usize = 128 * 1024;
+
 /// Events taken from the kernel in one go.
 const READY_EVENTS: usize = 32;
 
@@ -129,7 +132,7 @@ impl DeviceLoop {
         };
         let thread = thread::Builder::new()
             .name("devices".into())
-            .stack_size(crate::machine::THREAD_STACK)
+            .stack_size(THREAD_STACK)
             .spawn(body)
             .map_err(LoopError::Spawn)?;
         Ok(DeviceLoop { thread, stop })

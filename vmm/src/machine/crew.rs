@@ -15,12 +15,9 @@ use kvm_ioctls::VcpuFd;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{MachineError, host_failed};
-use crate::device_loop::DeviceLoop;
+use crate::device_loop::{DeviceLoop, THREAD_STACK};
 use crate::devices::worker::{DeviceWorker, chain_of};
 use crate::vcpu::{self, Vcpu};
-
-/// Stack of the device and vCPU threads, in bytes.
-pub const THREAD_STACK: usize = 128 * 1024;
 
 /// Where threads report that the machine has ended; the first report counts.
 #[derive(Clone)]

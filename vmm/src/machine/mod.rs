@@ -7,6 +7,7 @@
 //! period of the host kernel, so memory and vCPUs come first and ioeventfds last.
 
 mod crew;
+mod error;
 mod restore;
 mod save;
 
@@ -26,81 +27,25 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, BootError};
 use crate::bus::Bus;
-use crate::cpu::{self, CpuError, CpuidTemplate};
-use crate::device_loop::{DeviceLoop, LoopError};
+use crate::cpu::{self, CpuidTemplate};
+use crate::device_loop::DeviceLoop;
 use crate::devices::VirtioDevice;
 use crate::devices::mmio::MmioTransport;
 use crate::devices::slot::DeviceSlot;
 use crate::devices::worker::DeviceWorker;
 use crate::ioapic::IoApic;
-use crate::memory::{GuestRam, Memory, MemoryError, SharedRam, map_ram};
-use crate::resources::{Handles, Preparation, ResourceError, Resources};
+use crate::memory::{GuestRam, Memory, SharedRam, map_ram};
+use crate::resources::{Handles, Preparation, Resources};
 use crate::template::TemplateError;
 use crate::vcpu::{self, Vcpu};
 use crate::vm::{self, KvmRouter};
 use crate::working_set;
 
-pub use self::crew::THREAD_STACK;
 use self::crew::{Crew, Posted};
+pub use self::error::MachineError;
+use self::error::host_failed;
+pub(crate) use self::error::kvm_failed;
 use self::save::Saver;
-
-/// Why a virtual machine can't be built or started.
-#[derive(Debug, thiserror::Error)]
-pub enum MachineError {
-    /// Something that came with the configuration can't be used.
-    #[error("the virtual machine's configuration can't be used")]
-    Resources(#[from] ResourceError),
-    /// No memory.
-    #[error("no memory for the guest")]
-    Memory(#[from] MemoryError),
-    /// Nothing to boot.
-    #[error("the guest can't be booted")]
-    Boot(#[from] BootError),
-    /// The descriptor isn't KVM, or is a KVM that we can't use.
-    #[error("KVM can't be used: {0}")]
-    NoKvm(&'static str),
-    /// KVM refused.
-    #[error("KVM refused to {what}")]
-    Kvm {
-        /// What was tried.
-        what: &'static str,
-        /// Why not.
-        #[source]
-        source: kvm_ioctls::Error,
-    },
-    /// A vCPU can't be set up.
-    #[error("vCPU {id} can't be set up")]
-    Vcpu {
-        /// Its number.
-        id: u8,
-        /// Why not.
-        #[source]
-        source: CpuError,
-    },
-    /// The host is out of something.
-    #[error("the host refused {what}")]
-    Host {
-        /// What was asked for.
-        what: &'static str,
-        /// Why not.
-        #[source]
-        source: io::Error,
-    },
-    /// The device thread.
-    #[error("the devices can't be started")]
-    Devices(#[from] LoopError),
-    /// A saved machine can't be restored.
-    #[error("the saved machine can't be restored")]
-    Template(#[from] TemplateError),
-}
-
-pub(crate) fn kvm_failed(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MachineError {
-    move |source| MachineError::Kvm { what, source }
-}
-
-fn host_failed(what: &'static str) -> impl FnOnce(io::Error) -> MachineError {
-    move |source| MachineError::Host { what, source }
-}
 
 /// A virtual machine without devices, and the threads that will run it.
 pub struct Prepared {
