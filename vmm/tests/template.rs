@@ -15,20 +15,38 @@ use common::guest::{Code, DATA, Driver};
 use common::process::{Boot, Vmm, file_with, kvm_or_skip};
 
 const CONSOLE: u64 = 0;
+const ENTROPY: u64 = 1;
+const VSOCK: u64 = 2;
+const DISK: u64 = 3;
 /// Set by the guest when it is ready to be saved, and by the test to let it go on.
 const FLAG: u64 = DATA + 0x8000;
+const RANDOM: u64 = DATA + 0x100;
+const HEADER: u64 = DATA + 0x200;
+const STATUS: u64 = DATA + 0x300;
+const SECTOR: u64 = DATA + 0x1000;
 const MEMORY: u64 = 64 << 20;
 
-/// A guest that uses the console, waits to be saved, and uses it again when the test lets it go on.
+/// A guest that uses every device, waits to be saved, and uses them again when the test lets it go on.
 fn guest() -> Vec<u8> {
-    let driver = Driver::new(CONSOLE);
-    let mut code = driver.initialise(Code::new(), 3, 2).store_bytes(DATA, b"before\n\0");
-    code = driver.descriptor(code, 1, 0, DATA, 7, 0);
-    code = driver.kick(code, 1, 1);
-    code = driver.wait(code, 1, 1).store32(FLAG, 1).wait32(FLAG, 2);
-    code = code.store_bytes(DATA, b"after!\n\0");
-    code = driver.kick(code, 1, 2);
-    driver.wait(code, 1, 2).power_off().kernel()
+    let [console, entropy, vsock, disk] = [CONSOLE, ENTROPY, VSOCK, DISK].map(Driver::new);
+    let mut code = console.initialise(Code::new(), 3, 2).store_bytes(DATA, b"before\n\0");
+    code = console.descriptor(code, 1, 0, DATA, 7, 0);
+    code = entropy.initialise(code, 4, 1);
+    code = entropy.descriptor(code, 0, 0, RANDOM, 8, 2);
+    code = vsock.initialise(code, 19, 3);
+    code = disk.initialise(code, 2, 1).store32(HEADER, 0).store64(HEADER + 8, 1).store32(STATUS, 0xee);
+    code = disk.descriptor(code, 0, 0, HEADER, 16, 1);
+    code = disk.descriptor(code, 0, 1, SECTOR, 512, 1 | 2);
+    code = disk.descriptor(code, 0, 2, STATUS, 1, 2);
+    let use_all = |mut code: Code, count| {
+        for (driver, queue) in [(&console, 1), (&entropy, 0), (&disk, 0)] {
+            code = driver.kick(code, queue, count);
+            code = driver.wait(code, queue.into(), count);
+        }
+        code.expect8(STATUS, 0).expect8(SECTOR + 511, 0xbb).store32(STATUS, 0xee).store32(SECTOR + 508, 0)
+    };
+    code = use_all(code, 1).store32(FLAG, 1).wait32(FLAG, 2).store_bytes(DATA, b"after!\n\0");
+    use_all(code, 2).power_off().kernel()
 }
 
 fn memory_file() -> File {
@@ -40,6 +58,7 @@ fn memory_file() -> File {
 fn boot_with(memory: &File) -> Boot {
     let mut boot = Boot::new(&guest());
     boot.prepare.memory = MemorySource::Shared(boot.pass_first(memory.try_clone().unwrap().into()));
+    boot.disk(&[[0xaa; 512], [0xbb; 512]].concat(), true);
     boot
 }
 
