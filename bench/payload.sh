@@ -48,7 +48,7 @@ rm -rf "$guest"
 
 # mkfs.erofs for containerd's erofs snapshotter, of the nested host's own Debian release, with the libraries that it has not.
 if [[ $kind != hardware ]]; then
-    erofs=(erofs-utils libdeflate0 liblz4-1 liblzma5 libpcre2-8-0 libselinux1 libuuid1 libxxhash0 libzstd1 zlib1g)
+    erofs=(erofs-utils libdeflate0 liblz4-1 liblzma5 libpcre2-8-0 libselinux1 libuuid1 libxxhash0 libzstd1 zlib1g libgcc-s1)
     kept=$debs/bench/erofs
     if [[ ! -x $kept/mkfs.erofs ]]; then
         "$root/guest-image/fetch-debs.sh" trixie "$debs/trixie" "${erofs[@]}"

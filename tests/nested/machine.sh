@@ -4,7 +4,7 @@
 # -icount shift=0,sleep=off: one instruction is one virtual nanosecond and idle time costs nothing, which makes virtual
 # time repeatable. ioeventfd=off: a queue's kick is served within the instruction that made it, for the same reason.
 
-nested_memory=2048M
+nested_memory=4096M
 nested_payload_bytes=$((1 << 30))
 nested_results_bytes=$((256 << 20))
 

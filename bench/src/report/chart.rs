@@ -11,16 +11,19 @@ const VALUE_WIDTH: f64 = 150.0;
 const BAR_HEIGHT: f64 = 20.0;
 const BAR_PITCH: f64 = 28.0;
 /// Distinct, of similar lightness, readable on white and on dark grey.
-const COLOURS: [&str; 8] =
-    ["#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#bab0ac"];
+const COLOURS: [&str; 14] = [
+    "#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#bab0ac", "#eeca3b",
+    "#2f6f4f", "#8c6bb1", "#d67195", "#6b8e23", "#5f7f8f",
+];
 
 /// The colour of the thing with this number.
 pub fn colour(number: usize) -> &'static str {
     COLOURS[number % COLOURS.len()]
 }
 
-/// A bar for each row up to its median, with a whisker up to its 99th percentile.
-pub fn bars(rows: &[&Row]) -> String {
+/// A bar for each row up to its median, with a whisker up to its 99th percentile. A runtime's place in `runtimes` decides its
+/// colour, which is the same in every chart.
+pub fn bars(rows: &[&Row], runtimes: &[&str]) -> String {
     let longest = rows.iter().map(|row| row.p99.max(row.p50)).fold(0.0, f64::max);
     let mut svg = open(rows.len());
     for (number, row) in rows.iter().enumerate() {
@@ -33,7 +36,7 @@ pub fn bars(rows: &[&Row]) -> String {
             "<rect x=\"{LABEL_WIDTH}\" y=\"{y:.1}\" width=\"{median:.1}\" height=\"{BAR_HEIGHT}\" fill=\"{}\"/>\
              <path d=\"M{:.1} {middle:.1}H{:.1}M{:.1} {:.1}v10\" class=\"whisker\"/>\
              <text x=\"{:.1}\" y=\"{:.1}\">{} {} (p99 {})</text>",
-            colour(number),
+            colour(runtimes.iter().position(|runtime| *runtime == row.runtime).unwrap_or(number)),
             LABEL_WIDTH + median,
             LABEL_WIDTH + high,
             LABEL_WIDTH + high,
@@ -113,7 +116,7 @@ fn label(svg: &mut String, text: &str, middle: f64) {
 }
 
 fn scale(value: f64, longest: f64) -> f64 {
-    if longest > 0.0 { value / longest * (WIDTH - LABEL_WIDTH - VALUE_WIDTH) } else { 0.0 }
+    if longest > 0.0 { value.max(0.0) / longest * (WIDTH - LABEL_WIDTH - VALUE_WIDTH) } else { 0.0 }
 }
 
 /// Text as HTML.
@@ -132,7 +135,8 @@ mod tests {
             Row::new("r", runtime, "ms", Better::Lower, samples.to_vec()).unwrap()
         };
         let (short, long) = (row("a<b", &[50.0]), row("c", &[100.0]));
-        let svg = bars(&[&short, &long]);
+        let svg = bars(&[&short, &long], &["c"]);
+        assert!(svg.contains(colour(0)), "{svg}");
         assert!(svg.contains("width=\"210.0\"") && svg.contains("width=\"420.0\""), "{svg}");
         assert!(svg.contains("a&lt;b") && !svg.contains("a<b"), "{svg}");
     }
@@ -151,6 +155,6 @@ mod tests {
     #[test]
     fn nothing_measured_is_no_division_by_zero() {
         assert!(!stacks(&[("a", vec![("p", 0.0)])], "ms").contains("NaN"));
-        assert!(bars(&[]).contains("height=\"0\""));
+        assert!(bars(&[], &[]).contains("height=\"0\""));
     }
 }

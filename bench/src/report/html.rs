@@ -70,15 +70,11 @@ fn chart(html: &mut String, report: &Report, name: &str) {
         "<h2>{}</h2>\n<p class=\"note\">bar: median, whisker: 99th percentile, n = {}; {direction}</p>\n{}",
         escape(name),
         rows.iter().map(|row| row.n.to_string()).collect::<Vec<_>>().join(", "),
-        bars(&rows)
+        bars(&rows, &report.runtimes())
     );
     let phases = stacks_of(report, name);
     if !phases.is_empty() {
-        let _ = write!(
-            html,
-            "<p class=\"note\">where the time goes (medians)</p>\n{}",
-            stacks(&phases, &first.unit)
-        );
+        let _ = write!(html, "<p class=\"note\">by part (medians)</p>\n{}", stacks(&phases, &first.unit));
     }
 }
 

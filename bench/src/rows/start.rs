@@ -56,6 +56,10 @@ async fn one(bench: &mut Bench<'_>, runtime: &Runtime, counts: bool) -> Result<O
         return Ok(None);
     }
     bench.results.add_time(row_name(runtime.kind), runtime.kind.name(), times.total);
+    if !runtime.kind.is_bulkhead() {
+        // They have no templates: it is the same pod that ours is compared with.
+        bench.results.add_time(row_name(Kind::BulkheadTemplate), runtime.kind.name(), times.total);
+    }
     bench.results.add_time("pod-stop", runtime.kind.name(), stopped);
     let window = Window { id, from: times.from, to: times.from + times.total };
     Ok(Some(Start { kind: runtime.kind, window, steps: times.steps }))
