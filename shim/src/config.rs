@@ -51,12 +51,13 @@ pub struct Config {
 }
 
 /// Whether pods start from templates.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Templates {
     /// Every pod boots.
     Off,
     /// From a template if there is one for the pod's size; if not, one is made in the background.
+    #[default]
     Auto,
 }
 
@@ -218,7 +219,7 @@ impl Config {
                 memory_mib: check_memory("memory", file.memory.as_deref().unwrap_or("256Mi"))?,
             },
             kernel_params,
-            templates: file.templates.unwrap_or(Templates::Off),
+            templates: file.templates.unwrap_or_default(),
             template_dir: path(
                 "template_dir",
                 file.template_dir,
@@ -311,6 +312,9 @@ mod tests {
         assert_eq!(config.image, Path::new("/usr/local/share/bulkhead/guest.erofs"));
         assert_eq!(config.kvm, Path::new("/dev/kvm"));
         assert_eq!(config.size, Size { vcpus: 1, memory_mib: 256 });
+        assert_eq!(config.templates, Templates::Auto);
+        assert_eq!(config.template_dir, Path::new("/var/lib/bulkhead/templates"));
+        assert_eq!(config.template_limit, 8 << 30);
         assert_eq!(config.log_level, LevelFilter::Info);
     }
 

@@ -37,7 +37,13 @@ macro_rules! fail {
 /// Returns a [`Failure`] with a formatted message unless the condition holds.
 #[macro_export]
 macro_rules! ensure {
-    ($condition:expr, $($message:tt)*) => { if !$condition { $crate::fail!($($message)*) } };
+    ($condition:expr, $($message:tt)*) => {
+        // By way of a name: comparisons of floating point numbers can't be negated in place.
+        let holds: bool = $condition;
+        if !holds {
+            $crate::fail!($($message)*)
+        }
+    };
 }
 
 /// Returns a [`Failure`] that shows both values unless they are equal.

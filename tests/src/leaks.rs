@@ -26,7 +26,10 @@ const COMMON: [&str; 6] = [
 ];
 
 /// Templates stay for the pods to come.
-const KEPT: [&str; 1] = ["/var/lib/bulkhead/templates"];
+const TEMPLATES: &str = "/var/lib/bulkhead/templates";
+
+/// What begins like this among them is on the way in or out.
+const HALF_MADE: [&str; 2] = [".new-", ".old-"];
 
 /// Control groups that the first container makes, and the harness removes at its end.
 const COMMON_GROUPS: [&str; 2] = ["default", "bulkhead-test"];
@@ -58,7 +61,7 @@ impl Snapshot {
         let files = directories.iter().flat_map(|directory| node::tree(directory));
         let files =
             files.filter(|path| !COMMON.iter().any(|common| path.ends_with(common.trim_start_matches('/'))));
-        let files = files.filter(|path| !KEPT.iter().any(|kept| path.starts_with(kept)));
+        let files = files.filter(|path| !stays(path));
         items.extend(files.map(|path| format!("file {}", path.display())));
         Self { directories, items }
     }
@@ -83,11 +86,15 @@ impl Snapshot {
         )
     }
 
-    /// Waits until nothing new is left.
+    /// Waits until nothing new is left. Whoever has a template made has to wait for its maker.
     ///
     /// # Errors
-    /// What is still there after [`LIMIT`].
+    /// What is still there after [`LIMIT`], and a template's maker that is there at all: it would end by itself within that
+    /// time.
     pub fn expect_nothing_left(&self) -> Outcome {
+        if let Some(maker) = self.since().iter().find(|item| node::makes_template(item)) {
+            fail!("a template is still being made: {maker}")
+        }
         eventually("everything released", LIMIT, || match self.since() {
             left if left.is_empty() => Ok(()),
             left => fail!("left behind: {}", left.join("; ")),
@@ -95,9 +102,42 @@ impl Snapshot {
     }
 }
 
+/// Whether a file is a template's, or the store's own.
+fn stays(path: &Path) -> bool {
+    match path.strip_prefix(TEMPLATES).map(|inside| inside.to_string_lossy().into_owned()) {
+        Ok(inside) => !HALF_MADE.iter().any(|prefix| inside.starts_with(prefix)),
+        Err(_) => false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::process::{Command, Stdio};
+
     use super::*;
+
+    #[test]
+    fn half_made_templates_do_not_stay() {
+        assert!(stays(Path::new("/var/lib/bulkhead/templates")));
+        assert!(stays(Path::new("/var/lib/bulkhead/templates/3fd01c/memory")));
+        assert!(!stays(Path::new("/var/lib/bulkhead/templates/.new-1-0/memory")));
+        assert!(!stays(Path::new("/var/lib/bulkhead/other")));
+    }
+
+    #[test]
+    fn a_maker_is_not_waited_for() {
+        let before = Snapshot::take(&[]);
+        let mut command = Command::new("sh");
+        let mut child =
+            command.args(["-c", "read line", "make-template"]).stdin(Stdio::piped()).spawn().unwrap();
+        let result = eventually("the maker is noticed", LIMIT, || match before.expect_nothing_left() {
+            Err(failure) if failure.0.contains("still being made") => Ok(()),
+            other => fail!("{other:?}"),
+        });
+        child.kill().unwrap();
+        child.wait().unwrap();
+        result.unwrap();
+    }
 
     #[test]
     fn a_file_and_a_process_are_noticed() {
@@ -105,7 +145,7 @@ mod tests {
         std::fs::create_dir(&directory).unwrap();
         let before = Snapshot::take(&[&directory]);
         std::fs::write(directory.join("left"), "").unwrap();
-        let mut child = std::process::Command::new("sleep").arg("61").spawn().unwrap();
+        let mut child = Command::new("sleep").arg("61").spawn().unwrap();
         let left = before.since();
         child.kill().unwrap();
         child.wait().unwrap();

@@ -70,6 +70,19 @@ pub fn descendants(ancestor: i32, name: &str) -> Vec<Process> {
         .collect()
 }
 
+/// Shims' processes that make a template.
+pub fn template_makers() -> Vec<Process> {
+    processes()
+        .into_iter()
+        .filter(|process| process.state != 'Z' && makes_template(&process.command))
+        .collect()
+}
+
+/// Whether a process with these arguments makes a template.
+pub fn makes_template(command: &str) -> bool {
+    command.ends_with(" make-template")
+}
+
 /// Sends SIGKILL.
 ///
 /// # Errors

@@ -67,7 +67,7 @@ pub fn run(cases: &[Case], selection: &Selection, environment: &mut Environment)
 }
 
 fn run_one(case: &Case, environment: &mut Environment) -> Outcome<String> {
-    let watched = environment.prepare(case.fixture)?;
+    let watched = environment.prepare(case)?;
     let directories: Vec<&Path> = watched.iter().map(|path| path.as_path()).collect();
     let before = Snapshot::take(&directories);
     let case_started = Instant::now();

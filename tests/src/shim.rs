@@ -209,6 +209,21 @@ impl Shim {
         self.call("create", |context| self.client.create(context, &request)).map(|response| response.pid)
     }
 
+    /// Checks how the pod was started, `booted` or `restored`, once its container has been created; returns the microseconds
+    /// from the start of its VMM to the agent's first answer.
+    ///
+    /// # Errors
+    /// When it was started in another way.
+    pub fn expect_started(&self, how: &str) -> Outcome<u64> {
+        let log = self.log.until("agent ready", CALL_LIMIT)?;
+        let expected = format!("agent ready, {how}: ");
+        let after = log.split_once(&expected).map(|(_, after)| after);
+        let digits = after.and_then(|after| after.split(' ').next());
+        digits
+            .and_then(|digits| digits.parse().ok())
+            .explain(|| format!("the pod was not {how}; the shim's log: {log:?}"))
+    }
+
     /// Starts the container's process (`exec` empty) or an exec; returns the process id.
     ///
     /// # Errors

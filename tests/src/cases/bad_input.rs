@@ -56,11 +56,13 @@ pub const CASES: &[Case] = &[
     Case::new("bad-bundle-without-root-file-system", without_rootfs),
 ];
 
-/// Expects `ctr run` with this configuration to fail in time with a message that contains each of `expected`.
+/// Expects `ctr run` with this configuration, and without templates, to fail in time with a message that contains each of
+/// `expected`.
 fn refused(environment: &mut Environment, configuration: &str, expected: &[&str]) -> Outcome<String> {
     let id = environment.id("bad");
     let file = environment.containerd()?.path().join(format!("{id}.toml"));
-    fs::write(&file, configuration).explain(|| format!("write {}", file.display()))?;
+    fs::write(&file, format!("templates = \"off\"\n{configuration}"))
+        .explain(|| format!("write {}", file.display()))?;
     let message = run_refused(
         environment,
         &id,

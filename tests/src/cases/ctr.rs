@@ -2,7 +2,8 @@
 
 use std::fs;
 
-use super::{Case, Environment, Fixture};
+use super::{Case, Environment, Fixture, Runtime};
+use crate::containerd::PrivateContainerd;
 use crate::failure::{Explain, Outcome};
 use crate::process::eventually;
 use crate::shim::CALL_LIMIT;
@@ -11,6 +12,7 @@ use crate::{ensure, ensure_eq};
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
     Case::new("ctr-run", run).on(Fixture::Containerd),
+    Case::new("cold-ctr-run", run).on(Fixture::Containerd).cold(),
     Case::new("ctr-detached-exec-kill-delete", detached).on(Fixture::Containerd),
     Case::new("ctr-bind-mount-and-limits", mount_and_limits).on(Fixture::Containerd),
     Case::new("ctr-two-pods-at-once", two_pods).on(Fixture::Containerd),
@@ -22,16 +24,28 @@ pub const IMAGE: &str = "bulkhead.test/busybox:1";
 
 fn run(environment: &mut Environment) -> Outcome<String> {
     let (id, runtime) = (environment.id("run"), environment.runtime.name());
-    let command = "read line; echo out $line; echo err >&2; exit 42";
-    let output = environment.containerd()?.ctr_with_input(
-        &["run", "--rm", "--runtime", runtime, IMAGE, &id, "/bin/sh", "-c", command],
-        b"from stdin\n",
-    )?;
+    let config = environment.config()?.map(|file| file.display().to_string());
+    let options: Vec<&str> = config.iter().flat_map(|file| ["--runtime-config-path", file]).collect();
+    let how = if config.is_some() { "booted" } else { "restored" };
+    let ours = environment.runtime == Runtime::Bulkhead;
+    let containerd = environment.containerd()?;
+    let starts =
+        |containerd: &PrivateContainerd| containerd.log().matches(&format!("agent ready, {how}: ")).count();
+    let before = starts(containerd);
+    let command = ["/bin/sh", "-c", "read line; echo out $line; echo err >&2; exit 42"];
+    let arguments = [&["run", "--rm", "--runtime", runtime], &options[..], &[IMAGE, &id], &command].concat();
+    let output = containerd.ctr_with_input(&arguments, b"from stdin\n")?;
     ensure_eq!(
         (output.code, output.stdout.as_str(), output.stderr.as_str()),
         (42, "out from stdin\n", "err\n"),
         "ctr run"
     );
+    if ours {
+        eventually(&format!("a pod that was {how}, in containerd's log"), CALL_LIMIT, || {
+            ensure_eq!(starts(containerd), before + 1, "pods");
+            Ok(())
+        })?;
+    }
     Ok(format!("streams and exit code carried, {:.3} s", output.elapsed.as_secs_f64()))
 }
 
@@ -130,7 +144,7 @@ fn two_pods(environment: &mut Environment) -> Outcome<String> {
         "/proc/sys/kernel/random/boot_id",
     ])?;
     let first_boot = exec.success("exec in the first")?.stdout;
-    if environment.runtime == super::Runtime::Bulkhead {
+    if environment.runtime == Runtime::Bulkhead {
         ensure!(
             first_boot != second_boot && first_boot.len() == 37,
             "both pods run in one kernel, boot id {first_boot:?}"
@@ -147,7 +161,7 @@ fn containerd_restarts(environment: &mut Environment) -> Outcome<String> {
     containerd
         .ctr(&["run", "-d", "--runtime", runtime, IMAGE, &id, "/bin/sh", "-c", script])?
         .success("ctr run -d")?;
-    let count = |containerd: &crate::containerd::PrivateContainerd, exec: &str| -> Outcome<u64> {
+    let count = |containerd: &PrivateContainerd, exec: &str| -> Outcome<u64> {
         let output = containerd
             .ctr(&["task", "exec", "--exec-id", exec, &id, "cat", "/count"])?
             .success("ctr task exec")?;

@@ -20,6 +20,7 @@ pub const CASES: &[Case] = &[
     Case::new("exec-kill", kill).on(Fixture::Pod),
     Case::new("exec-duplicate-id", duplicate_id).on(Fixture::Pod),
     Case::new("exec-ends-with-its-container", ends_with_container),
+    Case::new("cold-exec-ends-with-its-container", ends_with_container).cold(),
 ];
 
 fn output_and_exit_code(environment: &mut Environment) -> Outcome<String> {

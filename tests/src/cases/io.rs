@@ -15,6 +15,7 @@ pub const CASES: &[Case] = &[
     Case::new("io-large-input-is-complete", large_input).on(Fixture::Pod),
     Case::new("io-undrained-output-does-not-block-kill", undrained),
     Case::new("io-terminal", terminal),
+    Case::new("cold-io-terminal", terminal).cold(),
     Case::new("io-exec-terminal-and-resize", exec_terminal).on(Fixture::Pod),
     Case::new("io-daemon-keeps-stdout", daemon_keeps_stdout).on(Fixture::Pod),
 ];

@@ -15,6 +15,7 @@ use crate::{ensure, ensure_eq, fail};
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
     Case::new("lifecycle-states-output-events", states_output_events),
+    Case::new("cold-lifecycle-states-output-events", states_output_events).cold(),
     Case::new("lifecycle-created-and-deleted", created_and_deleted),
     Case::new("lifecycle-signals", signals),
     Case::new("lifecycle-wrong-order-is-refused", wrong_order),

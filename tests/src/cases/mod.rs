@@ -1,8 +1,10 @@
 //! The cases of the end-to-end suite, a module per theme, and what they run in.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::WaitResponse;
 use serde_json::Value;
@@ -13,7 +15,7 @@ use crate::ensure;
 use crate::failure::{Explain, Outcome};
 use crate::layout::Layout;
 use crate::node;
-use crate::process::eventually;
+use crate::process::{self, eventually};
 use crate::shim::{CALL_LIMIT, CreateOptions, Shim, ShimHost};
 use crate::stdio::{Stdio, Streams};
 
@@ -87,6 +89,8 @@ pub struct Case {
     pub fixture: Fixture,
     /// Whether it is about what only our runtime has.
     pub bulkhead_only: bool,
+    /// Whether its pods boot; else they start from the template of the default size.
+    pub cold: bool,
     /// How long it may take, seconds.
     pub limit: u64,
     /// The case itself; returns its evidence.
@@ -96,7 +100,7 @@ pub struct Case {
 impl Case {
     /// A case on a [`ShimHost`] that any runtime should pass.
     pub const fn new(name: &'static str, run: fn(&mut Environment) -> Outcome<String>) -> Self {
-        Self { name, fixture: Fixture::Shim, bulkhead_only: false, limit: 30, run }
+        Self { name, fixture: Fixture::Shim, bulkhead_only: false, cold: false, limit: 30, run }
     }
 
     /// The same on another fixture.
@@ -110,7 +114,22 @@ impl Case {
         self.bulkhead_only = true;
         self
     }
+
+    /// The same in pods that boot.
+    pub const fn cold(mut self) -> Self {
+        self.cold = true;
+        self.bulkhead_only()
+    }
 }
+
+/// The store that pods use without a configuration.
+const DEFAULT_STORE: &str = "/var/lib/bulkhead/templates";
+
+/// The configuration of pods that boot, in the shim host's directory.
+const COLD_CONFIG: &str = "cold.toml";
+
+/// How long making the template of the default size may take.
+const TEMPLATE_LIMIT: Duration = Duration::from_secs(60);
 
 /// Every case.
 pub fn all() -> Vec<Case> {
@@ -138,13 +157,26 @@ pub struct Environment {
     shared: Option<Container>,
     containerd: Option<PrivateContainerd>,
     host: Option<ShimHost>,
+    /// The template of the default size.
+    template: Option<PathBuf>,
+    /// Whether pods boot.
+    cold: bool,
     counter: AtomicU32,
 }
 
 impl Environment {
     /// An environment without any fixture yet.
     pub fn new(layout: Layout, runtime: Runtime) -> Self {
-        Self { layout, runtime, shared: None, containerd: None, host: None, counter: AtomicU32::new(0) }
+        Self {
+            layout,
+            runtime,
+            shared: None,
+            containerd: None,
+            host: None,
+            template: None,
+            cold: false,
+            counter: AtomicU32::new(0),
+        }
     }
 
     /// Why a case can't run here, if so.
@@ -152,13 +184,43 @@ impl Environment {
         (case.bulkhead_only && self.runtime != Runtime::Bulkhead).then_some("about our runtime only")
     }
 
-    /// Starts a fixture unless it runs; returns the directories in which a case must leave nothing.
+    /// Makes the template that pods of the default size start from, unless it is there; other runtimes have none.
     ///
     /// # Errors
-    /// When the fixture can't be had.
-    pub fn prepare(&mut self, fixture: Fixture) -> Outcome<Vec<PathBuf>> {
+    /// When it can't be made.
+    fn prepare_template(&mut self) -> Outcome {
+        if self.template.is_some() || self.runtime != Runtime::Bulkhead {
+            return Ok(());
+        }
+        let started = Instant::now();
+        let output = process::run(
+            Command::new(self.layout.bin("bulkhead")).args(["template", "build"]),
+            b"",
+            TEMPLATE_LIMIT,
+        )?;
+        let said = output.success("bulkhead template build")?.stdout;
+        println!(
+            "prep template of the default size ({:.3} s): {}",
+            started.elapsed().as_secs_f64(),
+            said.trim_end()
+        );
+        self.template = Some(Path::new(DEFAULT_STORE).join(said.split(' ').next().unwrap_or_default()));
+        Ok(())
+    }
+
+    /// Starts what a case needs unless it runs; returns the directories in which the case must leave nothing.
+    ///
+    /// # Errors
+    /// When it can't be had.
+    pub fn prepare(&mut self, case: &Case) -> Outcome<Vec<PathBuf>> {
+        let fixture = case.fixture;
+        self.prepare_template()?;
+        self.cold = false;
         if self.host.is_none() {
-            self.host = Some(ShimHost::new(&self.layout, self.runtime.program())?);
+            let host = ShimHost::new(&self.layout, self.runtime.program())?;
+            let file = host.path().join(COLD_CONFIG);
+            fs::write(&file, "templates = \"off\"\n").explain(|| format!("write {}", file.display()))?;
+            self.host = Some(host);
         }
         if fixture == Fixture::Pod && self.shared.is_none() {
             let container =
@@ -170,6 +232,8 @@ impl Environment {
             containerd.import("busybox")?;
             self.containerd = Some(containerd);
         }
+        // Not before: the shared container is for all.
+        self.cold = case.cold;
         let bundles = self.host()?.path().join("bundles");
         let state = self.containerd.as_ref().map(|containerd| containerd.path().join("state"));
         // Processes of the shared container have their FIFOs in its bundle.
@@ -183,6 +247,22 @@ impl Environment {
         }
         self.containerd.take();
         self.host.take();
+    }
+
+    /// The template of the default size.
+    ///
+    /// # Errors
+    /// When the runtime has none.
+    pub fn template(&self) -> Outcome<&Path> {
+        self.template.as_deref().explain(|| "no template was made".into())
+    }
+
+    /// The configuration file for pods of the case, if it is not the default one.
+    ///
+    /// # Errors
+    /// When there is no shim host.
+    pub fn config(&self) -> Outcome<Option<PathBuf>> {
+        Ok(if self.cold { Some(self.host()?.path().join(COLD_CONFIG)) } else { None })
     }
 
     /// The shim host.
@@ -239,7 +319,11 @@ impl Environment {
         let bundle = host.bundle(id, spec)?;
         let shim = host.start(&bundle)?;
         let stdio = shim.stdio("init", streams)?;
-        shim.create(&stdio, CreateOptions::default())?;
+        let config = self.config()?;
+        shim.create(&stdio, CreateOptions { config: config.as_deref(), ..CreateOptions::default() })?;
+        if self.runtime == Runtime::Bulkhead {
+            shim.expect_started(if self.cold { "booted" } else { "restored" })?;
+        }
         Ok(Container { bundle, shim, stdio })
     }
 

@@ -12,6 +12,7 @@ use crate::{ensure, ensure_eq};
 pub const CASES: &[Case] = &[
     Case::new("rootfs-writes-land-in-the-snapshot", writes_land),
     Case::new("rootfs-file-operations", file_operations),
+    Case::new("cold-rootfs-file-operations", file_operations).cold(),
     Case::new("rootfs-bind-mounts", bind_mounts),
     Case::new("rootfs-bind-mount-of-nothing-is-refused", bind_of_nothing),
 ];
