@@ -168,7 +168,7 @@ async fn save_guest(recipe: &Recipe, files: &Files, draft: &Draft) -> Result<Gre
             guest::prepared(&control, &mut listener).await.map_err(failed)?;
             let mut listener =
                 guest::start(&control, listener, recipe, files, backends, start).await.map_err(failed)?;
-            let greeting = guest::greet(&agent, &mut listener, MACHINE_LIMIT)
+            let greeting = guest::greet(&control, &agent, &mut listener, MACHINE_LIMIT)
                 .await
                 .map_err(failed)?
                 .map_err(|source| BuildError::Agent { said: said(), source })?;

@@ -297,7 +297,13 @@ impl Vmm<'_> {
     ) -> Result<Running, PodError> {
         let mut running = self.run(prepared, ends, Start::Template(template), timeline).await?;
         timeline.stamp("restore");
-        let greeting = guest::greet(&running.agent, &mut running.prepared.listening, RESTORE_LIMIT).await?;
+        let greeting = guest::greet(
+            &running.prepared.control,
+            &running.agent,
+            &mut running.prepared.listening,
+            RESTORE_LIMIT,
+        )
+        .await?;
         let greeting = greeting.map_err(PodError::Restored)?;
         timeline.stamp("agent");
         super::log_ready("restored", running.prepared.launched, &greeting);

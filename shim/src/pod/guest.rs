@@ -113,7 +113,7 @@ pub async fn prepared(control: &Control, listener: &mut ControlListener) -> Resu
     tokio::select! {
         biased;
         answer = control.prepared() => Ok(answer?),
-        ended = listener.until_ended() => Err(dead(ended)),
+        ended = listener.until_ended() => Err(dead(control, ended)),
     }
 }
 
@@ -154,28 +154,30 @@ pub async fn start(
     tokio::select! {
         biased;
         answer = control.request(name, &request, &fds.0) => answer?,
-        ended = listener.until_ended() => return Err(dead(ended)),
+        ended = listener.until_ended() => return Err(dead(control, ended)),
     }
     Ok(listener)
 }
 
 /// Waits for the agent's first answer, as long as its machine lives.
 pub async fn greet(
+    control: &Control,
     agent: &Agent,
     listener: &mut ControlListener,
     limit: std::time::Duration,
 ) -> Result<Result<Greeting, AgentError>, PodError> {
     tokio::select! {
         biased;
-        ended = listener.until_ended() => Err(dead(ended)),
+        ended = listener.until_ended() => Err(dead(control, ended)),
         answer = agent.ready(limit) => Ok(answer),
     }
 }
 
-fn dead(ended: Option<bulkhead_vmm_protocol::ExitReason>) -> PodError {
-    match ended {
-        Some(reason) => PodError::Dead(reason.to_string()),
-        None => PodError::Machine(MachineError::Gone),
+fn dead(control: &Control, ended: Option<bulkhead_vmm_protocol::ExitReason>) -> PodError {
+    match (control.last_words(), ended) {
+        (Err(refused), _) => refused.into(),
+        (Ok(()), Some(reason)) => PodError::Dead(reason.to_string()),
+        (Ok(()), None) => PodError::Machine(MachineError::Gone),
     }
 }
 

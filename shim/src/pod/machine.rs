@@ -178,6 +178,14 @@ impl Control {
         self.limited("Prepare", async { receive(&mut *self.replies.lock().await).await }).await
     }
 
+    /// The answer that came just before the VMM ended, if one did: a refusal says more than the end.
+    pub fn last_words(&self) -> Result<(), MachineError> {
+        match self.replies.try_lock().ok().and_then(|mut replies| replies.try_recv().ok()) {
+            Some(reply) => reply.map_err(refused),
+            None => Ok(()),
+        }
+    }
+
     fn send(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<(), MachineError> {
         // The socket's buffer is empty whenever the last request has been answered, so this does not block.
         self.channel.get_ref().send(request, fds).map_err(|error| match error {
@@ -226,12 +234,14 @@ type Replies = mpsc::Receiver<Result<(), Refusal>>;
 
 async fn receive(replies: &mut Replies) -> Result<(), MachineError> {
     match replies.recv().await {
-        Some(reply) => reply.map_err(|refusal| {
-            let message = untrusted(&refusal.message, 4096);
-            MachineError::Refused(Refusal { message, ..refusal })
-        }),
+        Some(reply) => reply.map_err(refused),
         None => Err(MachineError::Gone),
     }
+}
+
+fn refused(refusal: Refusal) -> MachineError {
+    let message = untrusted(&refusal.message, 4096);
+    MachineError::Refused(Refusal { message, ..refusal })
 }
 
 impl ControlListener {
@@ -310,6 +320,17 @@ mod tests {
             control.request("ConnectVsock", &Request::ConnectVsock { port: 1 }, &[]).await.unwrap_err();
         assert!(matches!(error, MachineError::Gone), "{error}");
         assert_eq!(listening.await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn a_refusal_is_heard_behind_the_end() {
+        let (control, mut listener, vmm) = pair();
+        let refusal = Refusal { kind: RefusalKind::Kvm, message: "not KVM".into() };
+        vmm.send(&FromVmm::Reply(Err(refusal)), &[]).unwrap();
+        drop(vmm);
+        assert_eq!(listener.until_ended().await, None);
+        assert!(matches!(control.last_words(), Err(MachineError::Refused(_))));
+        assert!(control.last_words().is_ok(), "there was one answer only");
     }
 
     #[tokio::test]
