@@ -1,7 +1,7 @@
 //! Runs real containers in microVMs through a private containerd and shows, a line each, that what is promised holds.
 
 use std::fs;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use bulkhead_tests::cleanup;
@@ -10,18 +10,22 @@ use bulkhead_tests::failure::{Explain, Failure, Outcome};
 use bulkhead_tests::layout::Layout;
 use bulkhead_tests::leaks::Snapshot;
 use bulkhead_tests::node;
-use bulkhead_tests::process::eventually;
-use bulkhead_tests::{ensure, ensure_eq};
+use bulkhead_tests::process::{self, eventually};
+use bulkhead_tests::{ensure, ensure_eq, fail};
 
 const RUNTIME: &str = "io.containerd.bulkhead.v1";
 /// What busybox's insmod says when the kernel has no such system call.
 const ENOSYS: &str = "kernel does not support requested operation";
 const LIMIT: Duration = Duration::from_secs(10);
+/// How long making a template may take.
+const TEMPLATE_LIMIT: Duration = Duration::from_secs(60);
 
 /// What the checks share.
 struct Demo {
     containerd: PrivateContainerd,
     image: String,
+    /// The configuration with which pods boot.
+    cold: String,
     passed: usize,
     total: usize,
 }
@@ -44,10 +48,16 @@ fn run() -> Outcome<bool> {
     let containerd = PrivateContainerd::start(&layout)?;
     let image = containerd.import("busybox")?;
     let state = containerd.path().join("state");
+    let cold = containerd.path().join("cold.toml");
+    fs::write(&cold, "templates = \"off\"\n").explain(|| format!("write {}", cold.display()))?;
     let before = Snapshot::take(&[&state]);
-    let mut demo = Demo { containerd, image, passed: 0, total: 0 };
+    let cold = cold.display().to_string();
+    let mut demo = Demo { containerd, image, cold, passed: 0, total: 0 };
 
-    demo.check("guest kernel beside the host's", guest_kernel);
+    demo.check("guest kernel beside the host's, in a pod that boots", guest_kernel);
+    println!("demo: making the template that all other pods start from");
+    demo.check("template", |_| template(&layout));
+    demo.check("pod from the template", from_template);
     demo.check("stdout, stderr and stdin", streams);
     demo.check("exit code", exit_code);
     println!("demo: starting a container that stays");
@@ -58,7 +68,7 @@ fn run() -> Outcome<bool> {
         demo.check("VMM's own memory", vmm_memory);
         demo.check("delete", delete_first);
     }
-    demo.check("start to agent ready", boot_time);
+    demo.check("start to agent ready", start_time);
     demo.check("nothing left behind", |_| {
         before.expect_nothing_left()?;
         Ok(format!("as before: {}", before.summary()))
@@ -86,6 +96,16 @@ impl Demo {
         }
     }
 
+    /// Checks how the last pod was started; the shims' log lines come by way of containerd.
+    fn expect_last_start(&self, how: &str) -> Outcome {
+        eventually("the shim logs the pod's start", LIMIT, || {
+            let log = self.containerd.log();
+            let last = log.lines().rfind(|line| line.contains("agent ready, ")).unwrap_or_default();
+            ensure!(last.contains(&format!("agent ready, {how}: ")), "a pod that was not {how}: {last:?}");
+            Ok(())
+        })
+    }
+
     /// The arguments of a `ctr run` to the end.
     fn run_arguments<'a>(&'a self, id: &'a str, command: &[&'a str]) -> Vec<&'a str> {
         [&["run", "--rm", "--runtime", RUNTIME, &self.image, id], command].concat()
@@ -95,10 +115,26 @@ impl Demo {
 fn guest_kernel(demo: &Demo) -> Outcome<String> {
     let host =
         fs::read_to_string("/proc/sys/kernel/osrelease").explain(|| "the host's kernel release".into())?;
-    let output = demo.containerd.ctr(&demo.run_arguments("kernel", &["uname", "-r"]))?.success("ctr run")?;
+    let arguments = ["run", "--rm", "--runtime", RUNTIME, "--runtime-config-path", &demo.cold, &demo.image];
+    let arguments = [&arguments[..], &["kernel", "uname", "-r"]].concat();
+    let output = demo.containerd.ctr(&arguments)?.success("ctr run")?;
+    demo.expect_last_start("booted")?;
     let (guest, host) = (output.stdout.trim(), host.trim());
     ensure!(!guest.is_empty() && guest != host, "the guest's kernel is {guest:?}, the host's {host:?}");
     Ok(format!("guest {guest}, host {host}; ctr run took {:.3} s", output.elapsed.as_secs_f64()))
+}
+
+fn template(layout: &Layout) -> Outcome<String> {
+    let mut command = Command::new(layout.bin("bulkhead"));
+    let output = process::run(command.args(["template", "build"]), b"", TEMPLATE_LIMIT)?;
+    Ok(output.success("bulkhead template build")?.stdout.trim().to_owned())
+}
+
+fn from_template(demo: &Demo) -> Outcome<String> {
+    let output =
+        demo.containerd.ctr(&demo.run_arguments("restored", &["uname", "-r"]))?.success("ctr run")?;
+    demo.expect_last_start("restored")?;
+    Ok(format!("guest {}; ctr run took {:.3} s", output.stdout.trim(), output.elapsed.as_secs_f64()))
 }
 
 fn streams(demo: &Demo) -> Outcome<String> {
@@ -191,18 +227,17 @@ fn delete_first(demo: &Demo) -> Outcome<String> {
 }
 
 /// The shim logs for each pod how it was started, and how long that took from the VMM's start to the agent's first answer.
-fn boot_time(demo: &Demo) -> Outcome<String> {
+fn start_time(demo: &Demo) -> Outcome<String> {
     let log = demo.containerd.log();
     let mut evidence = Vec::new();
     for how in ["booted", "restored"] {
         let times: Vec<u64> = log.lines().filter_map(|line| microseconds(line, how)).collect();
-        if let (Some(fastest), Some(slowest)) = (times.iter().min(), times.iter().max()) {
-            let (fastest, slowest) = (*fastest as f64 / 1000.0, *slowest as f64 / 1000.0);
-            evidence
-                .push(format!("{fastest:.1} ms to {slowest:.1} ms in {} pods that were {how}", times.len()));
-        }
+        let (Some(fastest), Some(slowest)) = (times.iter().min(), times.iter().max()) else {
+            fail!("the shims logged no pod that was {how}")
+        };
+        let (fastest, slowest) = (*fastest as f64 / 1000.0, *slowest as f64 / 1000.0);
+        evidence.push(format!("{fastest:.1} ms to {slowest:.1} ms in {} pods that were {how}", times.len()));
     }
-    ensure!(!evidence.is_empty(), "the shims logged no start");
     Ok(evidence.join(", "))
 }
 

@@ -188,7 +188,7 @@ impl Environment {
     ///
     /// # Errors
     /// When it can't be made.
-    fn prepare_template(&mut self) -> Outcome {
+    pub fn prepare_template(&mut self) -> Outcome {
         if self.template.is_some() || self.runtime != Runtime::Bulkhead {
             return Ok(());
         }

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::thread;
 use std::time::Duration;
 
-use super::{BUILD_LIMIT, LOOK_EVERY, SCRIPT, Templates, ended};
+use super::{BUILD_LIMIT, SCRIPT, Templates, ended};
 use crate::cases::{Container, Environment};
 use crate::cleanup::WorkDir;
 use crate::failure::{Explain, Outcome};
@@ -54,10 +54,16 @@ pub fn concurrent_first_use(environment: &mut Environment) -> Outcome<String> {
     ))
 }
 
-/// Waits until the maker has processes with a name, and kills it; returns all its processes.
-fn kill_maker_with(name: &str) -> Outcome<Vec<Process>> {
+/// Waits until the store has a directory whose name begins in a way and the maker has processes with a name, and kills it;
+/// returns all its processes.
+fn kill_maker_with(templates: &Templates, directory: &str, name: &str) -> Outcome<Vec<Process>> {
+    // Cheaper to look for, so the maker is not held up, and the moment is not missed.
+    eventually("a maker is at work", BUILD_LIMIT, || {
+        let names = templates.names();
+        ensure!(names.iter().any(|name| name.starts_with(directory)), "the store has {names:?}");
+        Ok(())
+    })?;
     eventually(&format!("a maker with a {name}"), BUILD_LIMIT, || {
-        thread::sleep(LOOK_EVERY);
         let makers = node::template_makers();
         let [maker] = makers.as_slice() else { fail!("makers {makers:?}") };
         let found = node::descendants(maker.pid, name);
@@ -72,10 +78,11 @@ pub fn killed_maker(environment: &mut Environment) -> Outcome<String> {
     let templates = Templates::new(environment, "")?;
     let mut evidence = Vec::new();
     // The first of them is booting the template, the second has published it and rehearses a pod.
-    for (helper, made) in [("bulkhead-vmm", 0), ("bulkhead-fs", 1)] {
+    let key = templates.default().file_name().unwrap_or_default().to_string_lossy().into_owned();
+    for (directory, helper, made) in [(".new-", "bulkhead-vmm", 0), (&key, "bulkhead-fs", 1)] {
         let pod = templates.pod(environment, "echo up; read go", &[])?;
         pod.shim.expect_started("booted")?;
-        let processes = kill_maker_with(helper)?;
+        let processes = kill_maker_with(&templates, directory, helper)?;
         eventually("what a killed maker had started is gone", ORPHAN_LIMIT, || {
             let gone = |process: &Process| {
                 node::process(process.pid)

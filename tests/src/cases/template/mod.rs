@@ -159,9 +159,13 @@ impl Templates {
 
     /// What is on its way into the store, or out of it.
     fn half_made(&self) -> Vec<String> {
+        self.names().into_iter().filter(|name| name.starts_with('.')).collect()
+    }
+
+    /// What the store's directory holds.
+    fn names(&self) -> Vec<String> {
         let entries = fs::read_dir(self.store()).into_iter().flatten().flatten();
-        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
-        names.filter(|name| name.starts_with('.')).collect()
+        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
     }
 
     /// Creates and starts a pod.
