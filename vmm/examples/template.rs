@@ -17,7 +17,7 @@ use bulkhead_vmm_protocol::{
     BlockConfig, Channel, FdIndex, FromVmm, FsConfig, GuestStream, MemorySource, Request, RestoreConfig,
     VmConfig, VsockConfig,
 };
-use support::{millis, prepare, spawn};
+use support::{MemoryFile, millis, prepare, spawn};
 
 /// How long anything may take.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -89,7 +89,7 @@ fn start(options: &Options, start: &Start, begin: Instant) -> Result<Vm, Box<dyn
     let (control, theirs) = Channel::pair()?;
     let process = spawn(&options.vmm, theirs)?;
     let path = format!("{}/memory", options.directory);
-    let memory: (fn(FdIndex) -> MemorySource, File) = match start {
+    let memory: MemoryFile = match start {
         Start::Template => {
             let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
             file.set_len(u64::from(options.memory) << 20)?;

@@ -27,11 +27,14 @@ pub fn spawn(vmm: &str, control: Channel) -> Result<Child, Box<dyn Error>> {
     Ok(child)
 }
 
+/// A memory file, and what is made of it.
+pub type MemoryFile = (fn(FdIndex) -> MemorySource, File);
+
 /// Has a VMM prepare for a machine of so many vCPUs and MiB; `memory` is what is made of the file that comes with it.
 pub fn prepare(
     control: &Channel,
     (vcpus, memory_mib): (u8, u32),
-    memory: Option<(fn(FdIndex) -> MemorySource, File)>,
+    memory: Option<MemoryFile>,
 ) -> Result<(), Box<dyn Error>> {
     let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm")?;
     let mut fds = vec![kvm.as_fd()];
