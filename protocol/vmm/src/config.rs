@@ -152,7 +152,7 @@ pub enum ConfigError {
 }
 
 impl PrepareConfig {
-    /// Checks the limit, and that the descriptor index is below `fd_count`.
+    /// Checks both limits, and that each descriptor index is below `fd_count`.
     pub fn validate(&self, fd_count: usize) -> Result<(), ConfigError> {
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {
             return Err(ConfigError::Vcpus(self.vcpus));

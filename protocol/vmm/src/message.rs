@@ -8,7 +8,8 @@ use crate::config::{PrepareConfig, RestoreConfig, VmConfig};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
-    /// Get ready for a machine of which no more is known yet: create it in KVM, start the threads. First, and once only.
+    /// Get ready for a machine whose size and memory are all that is known yet: map the memory, create the machine and its
+    /// vCPUs in KVM, start the threads. First, and once only.
     ///
     /// This is what takes the time in the host's kernel, so the shim asks for it early and does other things until the reply
     /// comes. When it is refused the VMM ends.

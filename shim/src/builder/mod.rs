@@ -13,13 +13,12 @@ use std::time::{Duration, Instant};
 use bulkhead_vmm_protocol::{Channel, Request};
 use log::Level;
 use nix::sys::socket::SockType;
-use tokio::net::UnixStream;
 
-use crate::pod::PodError;
 use crate::pod::agent::{Agent, AgentError, Greeting};
 use crate::pod::guest::{self, Backends, CONSOLE_KEPT, FileError, Files, Start};
 use crate::pod::machine::{Control, Jailed, MachineError, identity_args, socket_pair};
 use crate::pod::tail::Tail;
+use crate::pod::{PodError, from_owned};
 use crate::template::store::Draft;
 use crate::template::{Key, Order, Recipe, StoreError};
 
@@ -154,9 +153,7 @@ async fn save_guest(recipe: &Recipe, files: &Files, draft: &Draft) -> Result<Gre
         // Nothing is mounted before a pod configures its guest, so nobody has to serve files.
         let (_no_files, fuse) = socket_pair(SockType::SeqPacket)?;
         let (agent_ours, agent_vmm) = socket_pair(SockType::Stream)?;
-        let agent_ours = std::os::unix::net::UnixStream::from(agent_ours);
-        agent_ours.set_nonblocking(true).map_err(prepare("unblock a socket"))?;
-        let agent = Agent::new(UnixStream::from_std(agent_ours).map_err(prepare("watch a socket"))?);
+        let agent = Agent::new(from_owned(agent_ours).map_err(prepare("watch a socket"))?);
 
         let machine = async {
             let (control, mut listener) = Control::new(channel)?;

@@ -414,7 +414,8 @@ async fn wait_for(process: &Option<Arc<machine::Jailed>>) -> Option<crate::host:
     }
 }
 
-fn from_owned(fd: OwnedFd) -> std::io::Result<UnixStream> {
+/// A connected socket for the runtime around us.
+pub(crate) fn from_owned(fd: OwnedFd) -> std::io::Result<UnixStream> {
     let stream = StdUnixStream::from(fd);
     stream.set_nonblocking(true)?;
     UnixStream::from_std(stream)
