@@ -3,21 +3,18 @@
 //! A page that the guest finds missing costs an exit and a fault of its own, or two if it is read before it is written.
 //! Mapped in ranges, ahead of time and while this process waits for the host's kernel anyway, the same pages cost a fraction.
 //!
-//! The file is a list of entries of 8 bytes, two little-endian numbers of 4 bytes each: the number of the first page in the
-//! memory file, with the highest bit set if guests write to the range, and the number of pages.
+//! [`bulkhead_vmm_protocol::PrepareConfig`] says what the file looks like.
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
 
+use bulkhead_vmm_protocol::PAGES_WRITTEN as WRITTEN;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::memory::GuestRam;
 
 /// Bytes of a page.
 const PAGE: usize = 4096;
-
-/// Marks the pages that guests write to.
-const WRITTEN: u32 = 1 << 31;
 
 /// Bytes of an entry.
 const ENTRY: usize = 8;

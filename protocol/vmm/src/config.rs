@@ -16,6 +16,9 @@ pub const MIN_MEMORY_MIB: u32 = 64;
 /// The most guest memory, in MiB: 1 TiB.
 const MAX_MEMORY_MIB: u32 = 1024 * 1024;
 
+/// Marks pages that guests write to, in a working set's file.
+pub const PAGES_WRITTEN: u32 = 1 << 31;
+
 /// What the VMM has to know to get ready for any guest of a size.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -28,7 +31,9 @@ pub struct PrepareConfig {
     pub memory_mib: u32,
     /// What guest memory is made of.
     pub memory: MemorySource,
-    /// With a template's memory: the list of the pages that its guests are known to use first, open for reading.
+    /// With a template's memory: the list of the pages that its guests are known to use first, open for reading. Entries of 8
+    /// bytes, two little-endian numbers of 4 bytes each: the number of the first page in the memory file, with
+    /// [`PAGES_WRITTEN`] set if guests write to them, and the number of pages.
     pub working_set: Option<FdIndex>,
 }
 

@@ -1,17 +1,16 @@
 //! Which pages of a template's memory a machine has used: by what its VMM has mapped.
 //!
-//! The list that comes out is for the VMM, which describes it: first every page that was written, then one page of each
+//! The list that comes out is for the VMM, whose protocol describes it: first every page that was written, then one page of each
 //! window in which any was only read, since the kernel maps those around it on the same occasion.
 
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use bulkhead_vmm_protocol::PAGES_WRITTEN as WRITTEN;
+
 /// Bytes of a page.
 const PAGE: u64 = 4096;
-
-/// Marks the pages that were written, in the number of the first.
-const WRITTEN: u32 = 1 << 31;
 
 /// Bits of an entry in `/proc/PID/pagemap` (Documentation/admin-guide/mm/pagemap.rst): in memory, in swap space, and still
 /// the file's.
