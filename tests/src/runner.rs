@@ -31,12 +31,10 @@ impl Selection {
     }
 }
 
-/// Runs the selected cases and prints a line for each and a summary; returns whether all passed. One case of a run may fail
-/// and pass when it is tried again, on fixtures of its own; that is said loudly.
+/// Runs the selected cases and prints a line for each and a summary; returns whether all passed.
 pub fn run(cases: &[Case], selection: &Selection, environment: &mut Environment) -> bool {
     let started = Instant::now();
     let (mut passed, mut failed, mut skipped) = (0, Vec::new(), 0);
-    let mut flaky = None;
     for case in selection.of(cases) {
         if let Some(reason) = environment.skip_reason(case) {
             println!("skip {}: {reason}", case.name);
@@ -46,14 +44,7 @@ pub fn run(cases: &[Case], selection: &Selection, environment: &mut Environment)
         // Not on the case's time; a failure comes again, and is the case's then.
         let _ = environment.prepare_template();
         let case_started = Instant::now();
-        let mut result = run_one(case, environment);
-        if let (Err(Failure(reason)), None) = (&result, flaky) {
-            println!("FLAKY {}: failed at first, is tried once more: {reason}", case.name);
-            print_logs(environment);
-            environment.reset();
-            flaky = Some(case.name);
-            result = run_one(case, environment);
-        }
+        let result = run_one(case, environment);
         let seconds = case_started.elapsed().as_secs_f64();
         match result {
             Ok(evidence) => {
@@ -71,11 +62,6 @@ pub fn run(cases: &[Case], selection: &Selection, environment: &mut Environment)
     environment.reset();
     if !failed.is_empty() {
         println!("failed: {}", failed.join(" "));
-    }
-    if let Some(name) = flaky.filter(|name| !failed.contains(name)) {
-        println!(
-            "FLAKY {name} passed only at the second try: that is a defect, of the product or of the case"
-        );
     }
     println!("e2e: {:.2} s", started.elapsed().as_secs_f64());
     println!("{passed} passed, {} failed, {skipped} skipped", failed.len());

@@ -25,7 +25,7 @@ use crate::failure::{Explain, Failure, Outcome};
 use crate::layout::Layout;
 use crate::node;
 use crate::process::{self, Output};
-use crate::stdio::{Reader, Stdio, Streams};
+use crate::stdio::{Reader, Reading, Stdio, Streams};
 use crate::{ensure, fail};
 
 /// How long a call to a shim may take: the time within which every failure has to be reported.
@@ -95,7 +95,7 @@ impl ShimHost {
     pub fn start(&self, bundle: &Bundle) -> Outcome<Shim> {
         let log = bundle.path.join("log");
         mkfifo(&log, Mode::S_IRWXU).explain(|| format!("make FIFO {}", log.display()))?;
-        let log = Reader::new(log, true)?;
+        let log = Reader::new(log, Reading::AtOnce)?;
         let output = self.invoke(bundle, &["start"])?.success("shim start")?;
         ensure!(
             output.stderr.is_empty(),

@@ -22,8 +22,20 @@ pub struct Streams {
     pub stdin: bool,
     /// Whether it gets a terminal; its error output then comes with the rest.
     pub terminal: bool,
-    /// Whether nobody reads what it writes until [`Stdio::drain`].
-    pub undrained: bool,
+    /// When its output is read.
+    pub reading: Reading,
+}
+
+/// When a process's output is read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Reading {
+    /// From the start.
+    #[default]
+    AtOnce,
+    /// From [`Stdio::drain`] on; the FIFO is open for reading before.
+    WhenDrained,
+    /// From [`Stdio::drain`] on, which opens the FIFO.
+    WhenOpened,
 }
 
 /// The FIFOs of one process, and what came out of them.
@@ -72,8 +84,11 @@ impl Stdio {
             stderr_path: text(&stderr, !streams.terminal),
             terminal: streams.terminal,
             input,
-            stdout: Reader::new(stdout, !streams.undrained)?,
-            stderr: Reader::new(stderr, !streams.undrained && !streams.terminal)?,
+            stdout: Reader::new(stdout, streams.reading)?,
+            stderr: Reader::new(
+                stderr,
+                if streams.terminal { Reading::WhenOpened } else { streams.reading },
+            )?,
         })
     }
 
@@ -96,6 +111,9 @@ impl Stdio {
     /// Starts reading streams that were left undrained.
     pub fn drain(&self) {
         self.stdout.start();
+        if !self.stderr_path.is_empty() {
+            self.stderr.start();
+        }
     }
 }
 
@@ -115,13 +133,13 @@ struct Content {
 }
 
 impl Reader {
-    pub(crate) fn new(path: PathBuf, read_now: bool) -> Outcome<Self> {
-        let held = match read_now || !path.exists() {
-            true => None,
-            false => Some(both_ways(&path)?),
+    pub(crate) fn new(path: PathBuf, reading: Reading) -> Outcome<Self> {
+        let held = match reading {
+            Reading::WhenDrained => Some(both_ways(&path)?),
+            Reading::AtOnce | Reading::WhenOpened => None,
         };
         let reader = Self { path, shared: Arc::default(), held };
-        if read_now {
+        if reading == Reading::AtOnce {
             reader.start();
         }
         Ok(reader)
@@ -215,8 +233,12 @@ mod tests {
     #[test]
     fn undrained_output_waits_in_the_pipe() {
         let directory = WorkDir::new("stdio").unwrap();
-        let stdio =
-            Stdio::new(directory.path(), "p", Streams { undrained: true, ..Streams::default() }).unwrap();
+        let stdio = Stdio::new(
+            directory.path(),
+            "p",
+            Streams { reading: Reading::WhenDrained, ..Streams::default() },
+        )
+        .unwrap();
         let mut writer = OpenOptions::new().write(true).open(&stdio.stdout_path).unwrap();
         writer.write_all(b"kept").unwrap();
         stdio.drain();

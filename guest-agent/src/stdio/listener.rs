@@ -1,6 +1,7 @@
 //! The host's connections for standard streams: each begins with its number, and waits for the process that it is for.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -8,8 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::io::unix::AsyncFd;
-use tokio::sync::Notify;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::sync::{Notify, oneshot};
+use tokio::time::timeout;
 
 use super::Connection;
 use crate::sys::{check, fd};
@@ -34,8 +35,15 @@ pub enum StreamError {
 /// Connections by their numbers.
 #[derive(Debug, Default)]
 pub struct Streams {
-    arrived: Mutex<HashMap<u64, (Connection, Instant)>>,
+    arrived: Mutex<HashMap<u64, Arrived>>,
     changed: Notify,
+}
+
+#[derive(Debug)]
+struct Arrived {
+    connection: Connection,
+    /// Its other end hears of it when this one is dropped, which is when the connection is claimed.
+    _waits: oneshot::Sender<Infallible>,
 }
 
 impl Streams {
@@ -43,7 +51,7 @@ impl Streams {
     ///
     /// # Errors
     /// Only when the listening socket fails.
-    pub async fn accept(self: &Arc<Self>, listener: OwnedFd) -> io::Result<std::convert::Infallible> {
+    pub async fn accept(self: &Arc<Self>, listener: OwnedFd) -> io::Result<Infallible> {
         let listener = fd::watch(listener)?;
         let waiting = Arc::new(tokio::sync::Semaphore::new(MAX_WAITING));
         loop {
@@ -67,17 +75,14 @@ impl Streams {
         let mut number = [0; 8];
         timeout(NUMBER_LIMIT, connection.read_exact(&mut number)).await??;
         let number = u64::from_le_bytes(number);
-        let arrived = Instant::now();
-        let replaced = self.lock().insert(number, (connection, arrived));
-        if replaced.is_some() {
+        let (waits, claimed) = oneshot::channel();
+        if self.lock().insert(number, Arrived { connection, _waits: waits }).is_some() {
             log::warn!("stream {number} was opened twice; the first one is closed");
         }
         self.changed.notify_waiters();
         // A stream that no process wants is closed.
-        sleep(CLAIM_LIMIT).await;
-        let mut streams = self.lock();
-        if streams.get(&number).is_some_and(|(_, since)| *since == arrived) {
-            streams.remove(&number);
+        if timeout(CLAIM_LIMIT, claimed).await.is_err() {
+            self.lock().remove(&number);
             log::warn!("stream {number} was closed: no process wanted it");
         }
         Ok(())
@@ -91,7 +96,7 @@ impl Streams {
         let wait = async {
             loop {
                 let changed = self.changed.notified();
-                if let Some((connection, _)) = self.lock().remove(&number) {
+                if let Some(Arrived { connection, .. }) = self.lock().remove(&number) {
                     return Some(connection);
                 }
                 changed.await;
@@ -100,7 +105,7 @@ impl Streams {
         timeout(CLAIM_LIMIT, wait).await.map_err(|_| StreamError::Missing { number })
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, (Connection, Instant)>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Arrived>> {
         self.arrived.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -190,6 +195,17 @@ mod tests {
         std::fs::remove_file(path).unwrap();
     }
 
+    #[tokio::test(flavor = "current_thread")]
+    async fn only_those_that_wait_are_counted() {
+        let (streams, path) = streams("count").await;
+        for number in 1..=2 * MAX_WAITING as u64 {
+            let mut stream = UnixStream::connect(&path).unwrap();
+            stream.write_all(&number.to_le_bytes()).unwrap();
+            assert!(streams.claim(number).await.unwrap().is_some());
+        }
+        std::fs::remove_file(path).unwrap();
+    }
+
     #[tokio::test(flavor = "current_thread", start_paused = true)]
     async fn neither_side_waits_for_ever() {
         let (streams, path) = streams("limit").await;
@@ -199,7 +215,7 @@ mod tests {
         while streams.lock().is_empty() {
             tokio::task::yield_now().await;
         }
-        sleep(CLAIM_LIMIT * 2).await;
+        tokio::time::sleep(CLAIM_LIMIT * 2).await;
         assert!(streams.lock().is_empty());
         std::fs::remove_file(path).unwrap();
     }

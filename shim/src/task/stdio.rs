@@ -1,11 +1,13 @@
 //! A process's standard streams: between containerd's FIFOs and the streams into the guest.
 //!
 //! The shim holds the other end of each FIFO open itself, so that neither containerd's restart nor a client that comes
-//! and goes ends a stream. Nothing here ever delays the report that a process has ended: what it left to be read is
-//! drained when the process is deleted, within limits.
+//! and goes ends a stream. A client opens its ends in its own time, perhaps after the process has ended already: the
+//! output of a FIFO that nobody has read from yet waits for its reader. Nothing here ever delays the report that a
+//! process has ended: what it left to be read is drained when the process is deleted, within limits.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,6 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bulkhead_agent_protocol as api;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
@@ -29,6 +32,9 @@ const CHUNK: usize = 16 * 1024;
 const DRAIN_IDLE: Duration = Duration::from_secs(3);
 /// and after this in any case.
 const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+
+/// How often a FIFO whose reader has not come yet is looked at, once there is nothing more to be written to it.
+const READER_INTERVAL: Duration = Duration::from_millis(10);
 
 /// What containerd wants a process's streams to be: FIFO paths or `file://` URIs, empty for none.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -95,12 +101,59 @@ pub struct HostStdio {
 
 #[derive(Debug)]
 enum Sink {
-    Fifo {
-        fifo: pipe::Sender,
-        /// Our own hold on its reading end.
-        _reader: File,
-    },
+    Fifo(OutputFifo),
     File(File),
+}
+
+#[derive(Debug)]
+struct OutputFifo {
+    writer: pipe::Sender,
+    /// Our own hold on its reading end.
+    hold: File,
+    /// Whether nobody else had opened it for reading when we did.
+    is_early: bool,
+}
+
+impl OutputFifo {
+    fn open(path: &Path) -> io::Result<OutputFifo> {
+        let open_writer = || pipe::OpenOptions::new().open_sender(path);
+        let found = match open_writer() {
+            Err(error) if error.raw_os_error() == Some(nix::libc::ENXIO) => None,
+            found => Some(found?),
+        };
+        let hold = hold(path, OpenOptions::new().read(true))?;
+        let is_early = found.is_none();
+        let writer = found.map_or_else(open_writer, Ok)?;
+        Ok(OutputFifo { writer, hold, is_early })
+    }
+
+    /// Closes it, after a reader that has not come so far has had [`DRAIN_LIMIT`] to do so: what is in a FIFO that nobody
+    /// has open is lost, and who opens it for reading then waits for ever.
+    async fn close(self) {
+        let OutputFifo { writer, hold, is_early } = self;
+        drop(hold);
+        if is_early {
+            let reader = async {
+                while !has_reader(&writer) {
+                    tokio::time::sleep(READER_INTERVAL).await;
+                }
+            };
+            if tokio::time::timeout(DRAIN_LIMIT, reader).await.is_err() {
+                log::warn!(
+                    "nobody came to read a process's output in {} s: it is dropped",
+                    DRAIN_LIMIT.as_secs()
+                );
+            }
+        }
+    }
+}
+
+/// Whether anybody has the other end of a pipe open.
+fn has_reader(writer: &pipe::Sender) -> bool {
+    let mut ends = [PollFd::new(writer.as_fd(), PollFlags::empty())];
+    // That it fails has no cause that would go away by waiting.
+    poll(&mut ends, PollTimeout::ZERO).is_err()
+        || !ends[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR))
 }
 
 impl HostStdio {
@@ -227,9 +280,7 @@ fn open_output(stream: &'static str, uri: &str) -> Result<Option<Sink>, StdioErr
         Some(Target::Fifo(path)) => {
             let failed = |source| StdioError::Open { stream, path: path.clone(), source };
             check_fifo(stream, &path)?;
-            let reader = hold(&path, OpenOptions::new().read(true)).map_err(failed)?;
-            let writer = pipe::OpenOptions::new().open_sender(&path).map_err(failed)?;
-            Ok(Some(Sink::Fifo { fifo: writer, _reader: reader }))
+            OutputFifo::open(&path).map(|fifo| Some(Sink::Fifo(fifo))).map_err(failed)
         }
         Some(Target::File(path)) => {
             let file = OpenOptions::new().append(true).create(true).mode(0o640).open(&path);
@@ -297,7 +348,14 @@ async fn copy_input(mut fifo: pipe::Receiver, mut stream: UnixStream) {
     std::future::pending::<()>().await;
 }
 
-async fn copy_output(mut stream: UnixStream, mut sink: Sink, moved: Arc<AtomicU64>) {
+async fn copy_output(stream: UnixStream, mut sink: Sink, moved: Arc<AtomicU64>) {
+    move_output(stream, &mut sink, &moved).await;
+    if let Sink::Fifo(fifo) = sink {
+        fifo.close().await;
+    }
+}
+
+async fn move_output(mut stream: UnixStream, sink: &mut Sink, moved: &AtomicU64) {
     loop {
         if stream.readable().await.is_err() {
             return;
@@ -309,8 +367,8 @@ async fn copy_output(mut stream: UnixStream, mut sink: Sink, moved: Arc<AtomicU6
         };
         let mut rest = &buffer[..length];
         while !rest.is_empty() {
-            let written = match &mut sink {
-                Sink::Fifo { fifo, .. } => fifo.write(rest).await,
+            let written = match sink {
+                Sink::Fifo(fifo) => fifo.writer.write(rest).await,
                 Sink::File(file) => file.write(rest),
             };
             match written {
@@ -383,6 +441,33 @@ mod tests {
         let mut rest = Vec::new();
         reader.read_to_end(&mut rest).await.unwrap();
         assert_eq!(rest, b"two");
+    }
+
+    #[tokio::test]
+    async fn output_waits_for_a_reader_that_comes_late() {
+        let directory = Directory::new("late");
+        let path = directory.fifo("out");
+        let (mut guest, ours) = UnixStream::pair().unwrap();
+        let mut io = ProcessIo::default();
+        io.outputs.push(tokio::spawn(copy_output(ours, output(&path), io.moved.clone())));
+        guest.write_all(b"kept").await.unwrap();
+        drop(guest);
+        tokio::time::sleep(READER_INTERVAL * 5).await;
+        let reader = tokio::task::spawn_blocking(move || std::fs::read(path).unwrap());
+        assert_eq!(tokio::time::timeout(DRAIN_IDLE, reader).await.unwrap().unwrap(), b"kept");
+        io.finish().await;
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_was_there_and_went_is_not_waited_for() {
+        let directory = Directory::new("gone");
+        let path = directory.fifo("out");
+        let reader = pipe::OpenOptions::new().open_receiver(&path).unwrap();
+        let (guest, ours) = UnixStream::pair().unwrap();
+        let mut io = ProcessIo::default();
+        io.outputs.push(tokio::spawn(copy_output(ours, output(&path), io.moved.clone())));
+        drop((reader, guest));
+        tokio::time::timeout(DRAIN_IDLE / 2, io.finish()).await.unwrap();
     }
 
     #[tokio::test(start_paused = true)]

@@ -4,7 +4,7 @@ use super::{Case, Environment, Fixture};
 use crate::bundle;
 use crate::failure::Outcome;
 use crate::shim::CALL_LIMIT;
-use crate::stdio::Streams;
+use crate::stdio::{Reading, Streams};
 use crate::{ensure, ensure_eq};
 
 /// The cases of this theme.
@@ -13,6 +13,7 @@ pub const CASES: &[Case] = &[
     Case::new("io-stdin-ends-with-its-writer", stdin_ends).on(Fixture::Pod),
     Case::new("io-large-output-is-complete", large_output).on(Fixture::Pod),
     Case::new("io-large-input-is-complete", large_input).on(Fixture::Pod),
+    Case::new("io-output-waits-for-a-late-reader", late_reader).on(Fixture::Pod),
     Case::new("io-undrained-output-does-not-block-kill", undrained),
     Case::new("io-terminal", terminal),
     Case::new("cold-io-terminal", terminal).cold(),
@@ -20,8 +21,8 @@ pub const CASES: &[Case] = &[
     Case::new("io-daemon-keeps-stdout", daemon_keeps_stdout).on(Fixture::Pod),
 ];
 
-const STDIN: Streams = Streams { stdin: true, terminal: false, undrained: false };
-const TERMINAL: Streams = Streams { stdin: true, terminal: true, undrained: false };
+const STDIN: Streams = Streams { stdin: true, terminal: false, reading: Reading::AtOnce };
+const TERMINAL: Streams = Streams { stdin: true, terminal: true, reading: Reading::AtOnce };
 
 fn stdin_and_close_io(environment: &mut Environment) -> Outcome<String> {
     let (pod, name) = (environment.shared()?, environment.id("exec"));
@@ -78,8 +79,22 @@ fn large_input(environment: &mut Environment) -> Outcome<String> {
     Ok(format!("{} bytes written before the process read any", CHUNK * CHUNKS))
 }
 
+fn late_reader(environment: &mut Environment) -> Outcome<String> {
+    let (pod, name) = (environment.shared()?, environment.id("exec"));
+    let streams = Streams { reading: Reading::WhenOpened, ..Streams::default() };
+    let stdio = pod.exec(&name, &bundle::shell("echo output; echo error >&2"), streams)?;
+    ensure_eq!(pod.shim.wait(&name, CALL_LIMIT)?.exit_status, 0, "exit status");
+    // Long enough for all of it to have arrived.
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    stdio.drain();
+    ensure_eq!(stdio.stdout.to_end(CALL_LIMIT)?, "output\n", "stdout");
+    ensure_eq!(stdio.stderr.to_end(CALL_LIMIT)?, "error\n", "stderr");
+    pod.shim.delete(&name)?;
+    Ok("both streams came whole and ended, though nobody had opened them when the process ended".into())
+}
+
 fn undrained(environment: &mut Environment) -> Outcome<String> {
-    let streams = Streams { undrained: true, ..Streams::default() };
+    let streams = Streams { reading: Reading::WhenDrained, ..Streams::default() };
     let container = environment.started(
         "undrained",
         bundle::shell("while :; do echo 0123456789012345678901234567890123456789; done"),
