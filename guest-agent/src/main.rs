@@ -16,7 +16,7 @@ use bulkhead_agent::reaper::Reaper;
 use bulkhead_agent::service::{ConfigureFailure, Machine, Service};
 use bulkhead_agent::stdio::Streams;
 use bulkhead_agent::{guest, logging, server, sys};
-use bulkhead_agent_protocol::ConfigureRequest;
+use bulkhead_agent_protocol::{AddDiskResponse, ConfigureRequest};
 
 fn main() -> ExitCode {
     if std::process::id() == 1 {
@@ -110,6 +110,14 @@ impl Machine for ForeignMachine {
     }
 
     fn forget_files(&self) {}
+
+    async fn add_disk(&self, _: u32) -> Result<AddDiskResponse, String> {
+        Err("this machine is not the agent's".to_owned())
+    }
+
+    async fn remove_disk(&self, _: u32) -> Result<(), String> {
+        Ok(())
+    }
 
     async fn power_off(&self) {}
 }

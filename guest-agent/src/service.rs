@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use async_trait::async_trait;
 use bulkhead_agent_protocol::{
-    Agent, AgentEvent, ConfigureRequest, ContainerRequest, CreateContainerRequest, CreateExecRequest,
-    CreateProcessResponse, Empty, PidsResponse, ProcessRequest, ReadyResponse, ResizePtyRequest,
-    SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
+    AddDiskResponse, Agent, AgentEvent, ConfigureRequest, ContainerRequest, CreateContainerRequest,
+    CreateExecRequest, CreateProcessResponse, DiskRequest, Empty, PidsResponse, ProcessRequest,
+    ReadyResponse, ResizePtyRequest, SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
 };
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, get_status};
@@ -33,6 +33,18 @@ pub trait Machine: Send + Sync {
 
     /// Forgets what is cached of the files of a container that is gone, so that the host can let go of them.
     fn forget_files(&self);
+
+    /// Takes up the disk in a slot.
+    ///
+    /// # Errors
+    /// A message for the operator.
+    async fn add_disk(&self, slot: u32) -> Result<AddDiskResponse, String>;
+
+    /// Lets go of the disk in a slot.
+    ///
+    /// # Errors
+    /// A message for the operator.
+    async fn remove_disk(&self, slot: u32) -> Result<(), String>;
 
     /// Ends the machine; the processes are dead already. Does not return on a real one.
     async fn power_off(&self);
@@ -112,6 +124,21 @@ impl<M: Machine + 'static> Agent for Service<M> {
             rpc_error(code, failure.message)
         })?;
         Ok(Empty::new())
+    }
+
+    async fn add_disk(&self, _: &TtrpcContext, request: DiskRequest) -> ttrpc::Result<AddDiskResponse> {
+        let machine = self.machine.clone();
+        complete(async move { Ok(machine.add_disk(request.slot).await) })
+            .await?
+            .map_err(|message| rpc_error(Code::INTERNAL, message))
+    }
+
+    async fn remove_disk(&self, _: &TtrpcContext, request: DiskRequest) -> ttrpc::Result<Empty> {
+        let machine = self.machine.clone();
+        complete(async move { Ok(machine.remove_disk(request.slot).await) })
+            .await?
+            .map(|()| Empty::new())
+            .map_err(|message| rpc_error(Code::INTERNAL, message))
     }
 
     async fn create_container(

@@ -16,3 +16,4 @@ pub mod process;
 pub mod runner;
 pub mod shim;
 pub mod stdio;
+pub mod volume;

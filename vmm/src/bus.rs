@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::devices::mmio::MmioTransport;
+use crate::devices::mmio::{self, MmioTransport};
 use crate::devices::{BackendState, DeviceState};
 use crate::ioapic::{IoApic, IoApicState};
 use crate::layout::{
@@ -21,14 +21,23 @@ pub enum PowerRequest {
 
 /// Everything behind ports and memory that isn't RAM.
 pub struct Bus {
-    devices: Vec<Mutex<MmioTransport>>,
+    /// A window without a device shows a placeholder.
+    devices: Vec<Mutex<Option<MmioTransport>>>,
     ioapic: Mutex<IoApic>,
 }
 
 impl Bus {
-    /// A bus with a window for each device, in order.
-    pub fn new(devices: Vec<MmioTransport>, ioapic: IoApic) -> Self {
-        Bus { devices: devices.into_iter().map(Mutex::new).collect(), ioapic: Mutex::new(ioapic) }
+    /// A bus with a window for each device, in order, and `free` more windows for devices that come later.
+    pub fn new(devices: Vec<MmioTransport>, free: usize, ioapic: IoApic) -> Self {
+        let devices = devices.into_iter().map(Some).chain((0..free).map(|_| None));
+        Bus { devices: devices.map(Mutex::new).collect(), ioapic: Mutex::new(ioapic) }
+    }
+
+    /// Puts a device into window number `index`, or takes it away.
+    pub fn set_device(&self, index: usize, device: Option<MmioTransport>) {
+        if let Some(window) = self.devices.get(index) {
+            *lock(window) = device;
+        }
     }
 
     /// The IOAPIC's state.
@@ -42,7 +51,7 @@ impl Bus {
         index: usize,
         backend: BackendState,
     ) -> Option<Result<DeviceState, &'static str>> {
-        self.devices.get(index).map(|device| lock(device).save(backend))
+        self.devices.get(index).and_then(|device| lock(device).as_ref().map(|device| device.save(backend)))
     }
 
     /// A write to a port. Ports that don't exist ignore it.
@@ -66,7 +75,9 @@ impl Bus {
     /// A write to memory that isn't RAM. What isn't there ignores it.
     pub fn mmio_write(&self, address: u64, data: &[u8]) {
         if let Some((mut device, offset)) = self.device(address) {
-            device.write(offset, data);
+            if let Some(device) = device.as_mut() {
+                device.write(offset, data);
+            }
         } else if let Some(offset) = ioapic_offset(address) {
             lock(&self.ioapic).write(offset, data);
         }
@@ -75,7 +86,10 @@ impl Bus {
     /// A read from memory that isn't RAM. What isn't there reads as all ones.
     pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
         if let Some((device, offset)) = self.device(address) {
-            device.read(offset, data);
+            match device.as_ref() {
+                Some(device) => device.read(offset, data),
+                None => mmio::read_placeholder(offset, data),
+            }
         } else if let Some(offset) = ioapic_offset(address) {
             lock(&self.ioapic).read(offset, data);
         } else {
@@ -88,8 +102,8 @@ impl Bus {
         lock(&self.ioapic).end_of_interrupt(vector);
     }
 
-    /// The device behind an address, locked, and the offset in its window.
-    fn device(&self, address: u64) -> Option<(MutexGuard<'_, MmioTransport>, u64)> {
+    /// The window behind an address, locked, and the offset in it.
+    fn device(&self, address: u64) -> Option<(MutexGuard<'_, Option<MmioTransport>>, u64)> {
         let offset = address.checked_sub(MMIO_BASE)?;
         let index = usize::try_from(offset / MMIO_STRIDE).ok()?;
         self.devices.get(index).map(|device| (lock(device), offset % MMIO_STRIDE))
@@ -125,7 +139,7 @@ mod tests {
 
     fn bus() -> Bus {
         let rng = MmioTransport::new(Rng.info(), DeviceSlot::new(1).unwrap(), test_ram());
-        Bus::new(vec![rng], IoApic::new(1, Box::new(Nowhere)))
+        Bus::new(vec![rng], 1, IoApic::new(1, Box::new(Nowhere)))
     }
 
     fn read(bus: &Bus, address: u64) -> u32 {
@@ -139,11 +153,25 @@ mod tests {
         let bus = bus();
         assert_eq!(read(&bus, MMIO_BASE), 0x7472_6976);
         assert_eq!(read(&bus, MMIO_BASE + 8), 4);
-        assert_eq!(read(&bus, MMIO_BASE + MMIO_STRIDE), u32::MAX);
+        assert_eq!(read(&bus, MMIO_BASE + 2 * MMIO_STRIDE), u32::MAX);
         assert_eq!(read(&bus, MMIO_BASE - 4), u32::MAX);
         bus.mmio_write(IOAPIC_BASE, &[1, 0, 0, 0]);
         assert_eq!(read(&bus, IOAPIC_BASE + 0x10) & 0xff, 0x11);
         assert_eq!(read(&bus, u64::MAX), u32::MAX);
+    }
+
+    #[test]
+    fn a_window_without_a_device_shows_a_placeholder() {
+        let bus = bus();
+        let window = MMIO_BASE + MMIO_STRIDE;
+        assert_eq!([0, 4, 8, 0x100].map(|register| read(&bus, window + register)), [0x7472_6976, 2, 0, 0]);
+        bus.mmio_write(window + 0x70, &1u32.to_le_bytes());
+        assert_eq!(read(&bus, window + 0x70), 0);
+        let rng = MmioTransport::new(Rng.info(), DeviceSlot::new(1).unwrap(), test_ram());
+        bus.set_device(1, Some(rng));
+        assert_eq!(read(&bus, window + 8), 4);
+        bus.set_device(1, None);
+        assert_eq!(read(&bus, window + 8), 0);
     }
 
     #[test]

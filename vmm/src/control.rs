@@ -11,7 +11,7 @@ use bulkhead_vmm_protocol::{
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::devices::worker::chain_of;
-use crate::machine::{Machine, MachineError, Prepared, RunningMachine};
+use crate::machine::{DiskError, Machine, MachineError, Prepared, RunningMachine};
 use crate::resources::{Handles, ResourceError};
 
 /// How long the shim may take to make room for a message.
@@ -45,8 +45,8 @@ pub enum Outcome {
 /// Serves one machine over `channel`, from its boot to its end.
 pub fn serve(channel: &Channel) -> Result<Outcome, ControlError> {
     channel.set_timeout(Some(SEND_LIMIT))?;
-    let Some((machine, handles)) = boot(channel)? else { return Ok(Outcome::Refused) };
-    match run(channel, &machine, &handles)? {
+    let Some((mut machine, handles)) = boot(channel)? else { return Ok(Outcome::Refused) };
+    match run(channel, &mut machine, &handles)? {
         End::Exited => {
             let fallback = ExitReason::Internal { detail: "the machine ended without a reason".into() };
             let reason = machine.finish(fallback);
@@ -100,9 +100,11 @@ fn boot(channel: &Channel) -> Result<Option<(RunningMachine, Handles)>, ControlE
     let result = match message {
         Request::Boot(config) => start(Machine::build(prepared, &config, fds)),
         Request::Restore(config) => start(Machine::restore(prepared, &config, fds)),
-        Request::Prepare(_) | Request::Save | Request::ConnectVsock { .. } => {
-            Err(invalid("nothing is booted yet"))
-        }
+        Request::Prepare(_)
+        | Request::Save
+        | Request::ConnectVsock { .. }
+        | Request::AttachDisk(_)
+        | Request::DetachDisk { .. } => Err(invalid("nothing is booted yet")),
     };
     match result {
         Ok(running) => {
@@ -131,7 +133,7 @@ enum End {
 }
 
 /// Serves requests until the machine or the shim ends, or the machine is to be saved.
-fn run(channel: &Channel, machine: &RunningMachine, handles: &Handles) -> Result<End, ControlError> {
+fn run(channel: &Channel, machine: &mut RunningMachine, handles: &Handles) -> Result<End, ControlError> {
     let watch = Watch::new(channel, Some(machine))?;
     loop {
         let ready = watch.wait()?;
@@ -159,6 +161,11 @@ fn run(channel: &Channel, machine: &RunningMachine, handles: &Handles) -> Result
                 Err(_) => Err(invalid("saving needs one descriptor")),
             },
             Request::ConnectVsock { port } => connect_vsock(handles, port, packet.fds),
+            Request::AttachDisk(disk) => match <[OwnedFd; 1]>::try_from(packet.fds) {
+                Ok([file]) => machine.attach_disk(&disk, file).map_err(|error| disk_refused(&error)),
+                Err(_) => Err(invalid("a disk needs one descriptor")),
+            },
+            Request::DetachDisk { slot } => machine.detach_disk(slot).map_err(|error| disk_refused(&error)),
         };
         reply(channel, result)?;
     }
@@ -172,6 +179,17 @@ fn connect_vsock(handles: &Handles, port: u32, fds: Vec<OwnedFd>) -> Result<(), 
         kind: RefusalKind::Resources,
         message: format!("can't connect to port {port} of the guest: {error}"),
     })
+}
+
+fn disk_refused(error: &DiskError) -> Refusal {
+    let kind = match error {
+        DiskError::Config(_) | DiskError::Taken(_) | DiskError::Empty(_) | DiskError::Template => {
+            RefusalKind::InvalidRequest
+        }
+        DiskError::Unusable { .. } => RefusalKind::Disk,
+        DiskError::Wire { .. } | DiskError::Stuck(_) => RefusalKind::Resources,
+    };
+    refusal_of(kind, error)
 }
 
 fn reply(channel: &Channel, result: Result<(), Refusal>) -> Result<(), ChannelError> {

@@ -1,13 +1,16 @@
 //! The device thread: one event loop for all devices.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use event_manager::{
+    EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
+};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::devices::worker::DeviceWorker;
@@ -41,16 +44,27 @@ pub enum LoopError {
     Wait(event_manager::Error),
 }
 
-/// A handle to the running device thread.
+/// A handle to the running device thread. A thread that has not been given its devices ends with its handle.
 #[derive(Debug)]
 pub struct DeviceLoop {
     thread: JoinHandle<Option<Stopped>>,
-    stop: Arc<Stop>,
+    orders: Sender<Order>,
+    control: Arc<Control>,
 }
 
-/// The devices after their thread has ended, in the order in which they were given.
+/// What the thread is told.
+enum Order {
+    /// Run these.
+    Start(Vec<DeviceWorker>),
+    /// Run this one as well.
+    Add(usize, Box<DeviceWorker>),
+    /// Drop it and say so.
+    Remove(usize, Sender<()>),
+}
+
+/// The devices after their thread has ended.
 pub struct Stopped {
-    /// Their workers.
+    /// The workers that it started with, in the order in which they were given.
     pub workers: Vec<DeviceWorker>,
     /// Whether everything that was queued is finished.
     pub at_rest: bool,
@@ -63,24 +77,25 @@ impl Stopped {
 }
 
 #[derive(Debug)]
-struct Stop {
-    requested: AtomicBool,
+struct Control {
+    stop: AtomicBool,
+    /// Written after every order and after the request to stop.
     wake: EventFd,
 }
 
 enum Subscriber {
     Device(DeviceWorker),
-    Stop(Arc<Stop>),
+    Control(Arc<Control>),
 }
 
 impl MutEventSubscriber for Subscriber {
     fn init(&mut self, ops: &mut EventOps) {
         match self {
             Subscriber::Device(worker) => worker.init(ops),
-            Subscriber::Stop(stop) => {
-                if ops.add(Events::new(&stop.wake, EventSet::IN)).is_err() {
+            Subscriber::Control(control) => {
+                if ops.add(Events::new(&control.wake, EventSet::IN)).is_err() {
                     // A loop that can't be stopped must not start.
-                    stop.requested.store(true, Ordering::SeqCst);
+                    control.stop.store(true, Ordering::SeqCst);
                 }
             }
         }
@@ -89,7 +104,7 @@ impl MutEventSubscriber for Subscriber {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         match self {
             Subscriber::Device(worker) => worker.process(events, ops),
-            Subscriber::Stop(stop) => drop(stop.wake.read()),
+            Subscriber::Control(control) => drop(control.wake.read()),
         }
     }
 }
@@ -98,24 +113,24 @@ impl DeviceLoop {
     /// Starts the thread, which then waits for its devices. `enter` runs in it first (it installs the thread's seccomp
     /// filter); when it or the loop fails, `failed` hears of it.
     pub fn start(
-        workers: Receiver<Vec<DeviceWorker>>,
         enter: impl FnOnce() -> Result<(), String> + Send + 'static,
         failed: impl FnOnce(String) + Send + 'static,
     ) -> Result<Self, LoopError> {
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(LoopError::EventFd)?;
-        let stop = Arc::new(Stop { requested: AtomicBool::new(false), wake });
-        let seen = stop.clone();
+        let control = Arc::new(Control { stop: AtomicBool::new(false), wake });
+        let seen = control.clone();
+        let (orders, waiting) = channel();
         let mut manager = EventManager::new_with_capacity(READY_EVENTS).map_err(LoopError::Create)?;
         let body = move || {
             let result = enter().and_then(|()| {
                 // Without a machine there is nothing to do.
-                let Ok(workers) = workers.recv() else { return Ok(Stopped::idle()) };
-                manager.add_subscriber(Subscriber::Stop(seen.clone()));
+                let Ok(Order::Start(workers)) = waiting.recv() else { return Ok(Stopped::idle()) };
+                manager.add_subscriber(Subscriber::Control(seen.clone()));
                 let mut ids = Vec::with_capacity(workers.len());
                 for worker in workers {
                     ids.push(manager.add_subscriber(Subscriber::Device(worker)));
                 }
-                let at_rest = run(&mut manager, &seen).map_err(|error| error.to_string())?;
+                let at_rest = run(&mut manager, &seen, &waiting).map_err(|error| error.to_string())?;
                 let workers = ids.into_iter().filter_map(|id| match manager.remove_subscriber(id) {
                     Ok(Subscriber::Device(worker)) => Some(worker),
                     _ => None,
@@ -135,13 +150,33 @@ impl DeviceLoop {
             .stack_size(THREAD_STACK)
             .spawn(body)
             .map_err(LoopError::Spawn)?;
-        Ok(DeviceLoop { thread, stop })
+        Ok(DeviceLoop { thread, orders, control })
+    }
+
+    /// Gives the thread the devices that it runs from the start.
+    pub fn run(&self, workers: Vec<DeviceWorker>) {
+        // A thread that has ended has reported why.
+        let _ = self.orders.send(Order::Start(workers));
+    }
+
+    /// Has the running thread take on another device; `key` is a number of the caller's for it.
+    pub fn add(&self, key: usize, worker: DeviceWorker) {
+        let _ = self.orders.send(Order::Add(key, Box::new(worker)));
+        let _ = self.control.wake.write(1);
+    }
+
+    /// Has the thread drop a device that was added. `false`: it has not done so in time.
+    pub fn remove(&self, key: usize) -> bool {
+        let (done, dropped) = channel();
+        let _ = self.orders.send(Order::Remove(key, done));
+        let _ = self.control.wake.write(1);
+        dropped.recv_timeout(STOP_LIMIT).is_ok()
     }
 
     /// Lets the devices finish what is queued, then stops the thread. `None`: it failed, or didn't end in time.
     pub fn stop(self) -> Option<Stopped> {
-        self.stop.requested.store(true, Ordering::SeqCst);
-        let _ = self.stop.wake.write(1);
+        self.control.stop.store(true, Ordering::SeqCst);
+        let _ = self.control.wake.write(1);
         let start = Instant::now();
         while !self.thread.is_finished() {
             if start.elapsed() > STOP_LIMIT {
@@ -154,9 +189,29 @@ impl DeviceLoop {
 }
 
 /// Runs until the stop. Says whether the devices came to rest then.
-fn run(manager: &mut EventManager<Subscriber>, stop: &Stop) -> Result<bool, LoopError> {
-    while !stop.requested.load(Ordering::SeqCst) {
+fn run(
+    manager: &mut EventManager<Subscriber>,
+    control: &Control,
+    orders: &Receiver<Order>,
+) -> Result<bool, LoopError> {
+    let mut added: BTreeMap<usize, SubscriberId> = BTreeMap::new();
+    while !control.stop.load(Ordering::SeqCst) {
         manager.run().map_err(LoopError::Wait)?;
+        for order in orders.try_iter() {
+            match order {
+                Order::Start(_) => {}
+                Order::Add(key, worker) => {
+                    added.insert(key, manager.add_subscriber(Subscriber::Device(*worker)));
+                }
+                Order::Remove(key, done) => {
+                    if let Some(id) = added.remove(&key) {
+                        drop(manager.remove_subscriber(id));
+                    }
+                    // Whoever asked may have given up.
+                    let _ = done.send(());
+                }
+            }
+        }
     }
     let start = Instant::now();
     while start.elapsed() < DRAIN_LIMIT {

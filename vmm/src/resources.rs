@@ -7,12 +7,12 @@ use std::os::fd::OwnedFd;
 use bulkhead_vmm_protocol::{FdIndex, MemorySource, PrepareConfig, VmConfig};
 
 use crate::devices::VirtioDevice;
-use crate::devices::blk::Block;
+use crate::devices::blk::{Block, SECTOR};
 use crate::devices::console::Console;
 use crate::devices::fs::FileSystem;
 use crate::devices::rng::Rng;
 use crate::devices::vsock::{Vsock, VsockConnector};
-use crate::layout::MAX_DEVICES;
+use crate::layout::{DISK_SLOTS, MAX_DEVICES};
 use crate::memory::Memory;
 
 /// What can't be used.
@@ -25,7 +25,7 @@ pub enum ResourceError {
     #[error("descriptor {0} is named twice")]
     NamedTwice(u8),
     /// More devices than interrupts.
-    #[error("{0} devices asked for: at most {MAX_DEVICES} are possible")]
+    #[error("{0} devices asked for: at most {max} are possible", max = MAX_DEVICES - DISK_SLOTS)]
     TooManyDevices(usize),
     /// A disk can't be used.
     #[error("disk {index} ({serial}) can't be used")]
@@ -126,11 +126,11 @@ impl Resources {
         }
         for (index, disk) in config.disks.iter().enumerate() {
             let file = fds.take(disk.file)?;
-            let block = Block::new(file, disk.read_only, &disk.serial)
+            let block = Block::new(file, disk.read_only, &disk.serial, SECTOR as u32)
                 .map_err(|source| ResourceError::Disk { index, serial: disk.serial.clone(), source })?;
             devices.push(Box::new(block));
         }
-        if devices.len() > MAX_DEVICES {
+        if devices.len() > MAX_DEVICES - DISK_SLOTS {
             return Err(ResourceError::TooManyDevices(devices.len()));
         }
         Ok(Resources { start, devices, handles: Handles { vsock: connector } })

@@ -118,12 +118,12 @@ pub(crate) fn create_vcpus(vm: &VmFd, cpuid: &CpuidTemplate, count: u8) -> Resul
         .collect()
 }
 
-/// Joins lines and notifications of the devices to KVM; last of all.
-pub(crate) fn wire(vm: &VmFd, slots: &[Arc<DeviceSlot>]) -> Result<(), MachineError> {
-    for (index, slot) in slots.iter().enumerate() {
+/// Joins lines and notifications of devices to KVM, of which the first one has window number `first`; last of all.
+pub(crate) fn wire(vm: &VmFd, first: usize, slots: &[Arc<DeviceSlot>]) -> Result<(), MachineError> {
+    for (slot, index) in slots.iter().zip(first..) {
         vm.register_irqfd(slot.interrupt().line(), irq(index)).map_err(kvm_failed("take an irqfd"))?;
     }
-    for (index, slot) in slots.iter().enumerate() {
+    for (slot, index) in slots.iter().zip(first..) {
         let address = IoEventAddress::Mmio(mmio_address(index) + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY));
         for (kick, queue) in slot.kicks().iter().zip(0u32..) {
             vm.register_ioevent(kick, &address, queue).map_err(kvm_failed("take an ioeventfd"))?;

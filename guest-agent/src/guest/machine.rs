@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use bulkhead_agent_protocol::ConfigureRequest;
+use bulkhead_agent_protocol::{AddDiskResponse, ConfigureRequest};
 use tokio::time::timeout;
 
-use super::{filesystems, power};
+use super::{disks, filesystems, power};
 use crate::error_chain;
 use crate::reaper::Reaper;
 use crate::service::{ConfigureFailure, Machine};
@@ -93,6 +93,14 @@ impl Machine for GuestMachine {
         if let Err(error) = std::fs::write("/proc/sys/vm/drop_caches", "2") {
             log::warn!("files of a container stay cached: {error}");
         }
+    }
+
+    async fn add_disk(&self, slot: u32) -> Result<AddDiskResponse, String> {
+        disks::add(slot, &self.reaper).await.map_err(|error| error_chain(&error))
+    }
+
+    async fn remove_disk(&self, slot: u32) -> Result<(), String> {
+        disks::remove(slot, &self.reaper).await.map_err(|error| error_chain(&error))
     }
 
     async fn power_off(&self) {

@@ -1,5 +1,6 @@
 //! The agent as process 1 of the guest.
 
+mod disks;
 mod filesystems;
 mod machine;
 mod power;

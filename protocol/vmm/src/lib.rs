@@ -13,8 +13,8 @@ mod message;
 
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_PACKET, Packet};
 pub use config::{
-    BlockConfig, ConfigError, FdIndex, FsConfig, GuestStream, MAX_VCPUS, MIN_MEMORY_MIB, MemorySource,
-    PAGES_WRITTEN, PrepareConfig, RestoreConfig, VmConfig, VsockConfig,
+    AttachDisk, BlockConfig, ConfigError, DISK_SLOTS, FdIndex, FsConfig, GuestStream, MAX_VCPUS,
+    MIN_MEMORY_MIB, MemorySource, PAGES_WRITTEN, PrepareConfig, RestoreConfig, VmConfig, VsockConfig,
 };
 pub use message::{Event, ExitReason, FromVmm, Refusal, RefusalKind, Request};
 

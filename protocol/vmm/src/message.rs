@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{PrepareConfig, RestoreConfig, VmConfig};
+use crate::config::{AttachDisk, PrepareConfig, RestoreConfig, VmConfig};
 
 /// What the shim asks of the VMM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +29,14 @@ pub enum Request {
     ConnectVsock {
         /// The guest's port.
         port: u32,
+    },
+    /// Put a disk into a free slot (the packet's only descriptor, see [`crate::BlockConfig::file`]). The guest's kernel takes
+    /// it up when it is made to look there again.
+    AttachDisk(AttachDisk),
+    /// Take the disk out of a slot. Afterwards the VMM has closed it, whatever the guest makes of that.
+    DetachDisk {
+        /// Which one, from 0.
+        slot: u8,
     },
 }
 

@@ -1,6 +1,7 @@
-//! What the shim asks of the host's kernel: processes, cgroups, mounts.
+//! What the shim asks of the host's kernel: processes, cgroups, mounts, disks.
 
 pub mod cgroup;
+pub mod disk;
 pub mod mounts;
 pub mod process;
 pub mod spawn;

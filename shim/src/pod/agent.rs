@@ -12,6 +12,7 @@ use ttrpc::context::Context;
 
 use super::stream::GuardedStream;
 use crate::error::{Classify, Code, untrusted};
+use crate::spec::DeviceNumber;
 
 /// Most process ids taken from one answer.
 pub const MAX_PIDS: usize = 8192;
@@ -159,6 +160,19 @@ impl Agent {
     /// Makes the guest the pod's.
     pub async fn configure(&self, request: &api::ConfigureRequest) -> Result<(), AgentError> {
         self.call("Configure", SLOW, self.client.configure(Context::default(), request)).await.map(drop)
+    }
+
+    /// Has the guest take up the disk in a slot; gives its number there.
+    pub async fn add_disk(&self, slot: u8) -> Result<DeviceNumber, AgentError> {
+        let request = api::DiskRequest { slot: slot.into(), ..Default::default() };
+        let answer = self.call("AddDisk", SLOW, self.client.add_disk(Context::default(), &request)).await?;
+        Ok(DeviceNumber { major: answer.major, minor: answer.minor })
+    }
+
+    /// Has the guest let go of the disk in a slot.
+    pub async fn remove_disk(&self, slot: u8) -> Result<(), AgentError> {
+        let request = api::DiskRequest { slot: slot.into(), ..Default::default() };
+        self.call("RemoveDisk", SLOW, self.client.remove_disk(Context::default(), &request)).await.map(drop)
     }
 
     /// Sets a container up; gives its first process's id in the guest.

@@ -6,6 +6,7 @@
 
 pub mod agent;
 pub mod boot;
+pub mod disks;
 pub mod guest;
 pub mod machine;
 pub mod resources;
@@ -94,6 +95,7 @@ pub struct Pod {
     /// A template that there should be for the next pod like this.
     wanted: Option<Order>,
     next_stream: AtomicU64,
+    disk_slots: disks::Slots,
     resources: tokio::sync::Mutex<Resources>,
     /// Set by [`Pod::stop`]: from then on the end of the pod is no accident.
     stopping: watch::Sender<bool>,
@@ -173,6 +175,7 @@ impl Pod {
             is_up: AtomicBool::new(booted.greeting.is_some()),
             wanted: booted.wanted,
             next_stream: AtomicU64::new(1),
+            disk_slots: disks::Slots::default(),
             resources: tokio::sync::Mutex::new(resources),
             stopping: watch::Sender::new(false),
             death: watch::Sender::new(None),

@@ -18,6 +18,7 @@ use bulkhead_agent_protocol::SHARED_DIR;
 use nix::errno::Errno;
 use oci_spec::runtime::{Hooks, Linux, LinuxNamespaceType, LinuxResources, Process, RootBuilder, Spec};
 
+pub use devices::{DeviceNumber, DiskPlace, HostDisk};
 pub use mounts::HostMount;
 pub use namespaces::PodNamespaces;
 
@@ -78,7 +79,9 @@ pub enum SpecError {
     #[error("the specification has {0} hooks: hooks are not supported, they would run outside the pod")]
     Hooks(&'static str),
     /// A device of the host.
-    #[error("the container asks for the device {0:?} of the host: devices can't be passed into a pod")]
+    #[error(
+        "the container asks for the device {0:?} of the host: only block devices can be passed into a pod"
+    )]
     Device(PathBuf),
     /// Network interfaces of the host.
     #[error("linux.netDevices is not supported: interfaces of the host can't be moved into a pod")]
@@ -159,14 +162,39 @@ pub struct GuestProcess {
 /// A container's specification, translated.
 #[derive(Debug)]
 pub struct GuestSpec {
-    /// For the agent.
-    pub json: Vec<u8>,
+    spec: Spec,
+    /// Block devices of the host.
+    pub disks: Vec<HostDisk>,
     /// Bind mounts, in the order of their numbers in the shared tree.
     pub mounts: Vec<HostMount>,
     /// Whether the container has a PID namespace of its own: its first process is then the last to end.
     pub own_pid_namespace: bool,
     /// Size of the terminal to begin with.
     pub console_size: Option<ConsoleSize>,
+}
+
+impl GuestSpec {
+    /// For the agent. `places` are those of [`GuestSpec::disks`].
+    pub fn to_json(&self, places: &[DiskPlace]) -> Result<Vec<u8>, SpecError> {
+        const WHAT: &str = "the specification";
+        if places.is_empty() {
+            return serialize(WHAT, &self.spec);
+        }
+        let mut spec = self.spec.clone();
+        if let Some(linux) = spec.linux_mut() {
+            devices::place(linux.devices_mut().as_deref_mut().unwrap_or_default(), places);
+            if let Some(resources) = linux.resources_mut() {
+                place_rules(resources, places);
+            }
+        }
+        serialize(WHAT, &spec)
+    }
+}
+
+fn place_rules(resources: &mut LinuxResources, places: &[DiskPlace]) {
+    if let Some(rules) = resources.devices_mut() {
+        devices::place_rules(rules, places);
+    }
 }
 
 /// Reads `config.json` of a bundle.
@@ -184,10 +212,11 @@ pub fn read_process(json: &[u8]) -> Result<GuestProcess, SpecError> {
     Ok(GuestProcess { json: serialize("the process specification", &process)?, console_size })
 }
 
-/// Reads and translates a `linux.resources` object for an update.
-pub fn read_resources(json: &[u8]) -> Result<Vec<u8>, SpecError> {
+/// Reads and translates a `linux.resources` object for an update of a container with disks at these places.
+pub fn read_resources(json: &[u8], places: &[DiskPlace]) -> Result<Vec<u8>, SpecError> {
     let mut resources: LinuxResources = parse("the resources object", json)?;
     drop_host_resources(&mut resources);
+    place_rules(&mut resources, places);
     serialize("the resources object", &resources)
 }
 
@@ -223,7 +252,7 @@ pub fn translate(mut spec: Spec, id: &str, pod: &PodNamespaces) -> Result<GuestS
         .iter()
         .flatten()
         .any(|namespace| namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_none());
-    devices::translate(linux)?;
+    let disks = devices::translate(linux)?;
     translate_linux(linux, id)?;
     if linux.seccomp().is_none() {
         linux.set_seccomp(default_seccomp);
@@ -240,8 +269,7 @@ pub fn translate(mut spec: Spec, id: &str, pod: &PodNamespaces) -> Result<GuestS
     // They are for the host's components, and none of the guest's business.
     spec.set_annotations(None);
 
-    let json = serialize("the specification", &spec)?;
-    Ok(GuestSpec { json, mounts: host_mounts, own_pid_namespace, console_size })
+    Ok(GuestSpec { spec, disks, mounts: host_mounts, own_pid_namespace, console_size })
 }
 
 fn refuse_hooks(hooks: Option<&Hooks>) -> Result<(), SpecError> {

@@ -46,7 +46,7 @@ fn added(object: &str, key: &str, value: Value) -> Value {
 fn translated_in(spec: Value, pod: &PodNamespaces) -> Result<(Value, GuestSpec), SpecError> {
     let spec = serde_json::from_value(spec).unwrap();
     let guest = translate(spec, "c1", pod)?;
-    Ok((serde_json::from_slice(&guest.json).unwrap(), guest))
+    Ok((serde_json::from_slice(&guest.to_json(&[]).unwrap()).unwrap(), guest))
 }
 
 fn translated(spec: Value) -> Result<(Value, GuestSpec), SpecError> {
@@ -202,7 +202,7 @@ fn devices_of_the_host_are_refused_or_left_out() {
     let fuse = json!([{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}]);
     assert!(refused(added("/linux", "devices", fuse.clone())).contains("/dev/fuse"));
     // Right name, wrong number.
-    let fake = json!([{"path": "/dev/null", "type": "b", "major": 8, "minor": 0}]);
+    let fake = json!([{"path": "/dev/null", "type": "c", "major": 1, "minor": 5}]);
     assert!(refused(added("/linux", "devices", fake)).contains("/dev/null"));
 
     let mut privileged = added("/linux", "devices", fuse);
@@ -217,12 +217,59 @@ fn devices_of_the_host_are_refused_or_left_out() {
 }
 
 #[test]
+fn block_devices_become_disks_of_the_guest() {
+    let number = |major, minor| DeviceNumber { major, minor };
+    let mut spec = added(
+        "/linux",
+        "devices",
+        json!([
+            {"path": "/dev/data", "type": "b", "major": 8, "minor": 16, "fileMode": 0o600},
+            {"path": "/dev/again", "type": "b", "major": 8, "minor": 16},
+            {"path": "/dev/archive", "type": "b", "major": 7, "minor": 1},
+        ]),
+    );
+    spec["linux"]["resources"]["devices"] = json!([
+        {"allow": false, "access": "rwm"},
+        {"allow": true, "type": "c", "major": 1, "minor": 3, "access": "rwm"},
+        {"allow": true, "type": "b", "major": 8, "minor": 16, "access": "rwm"},
+        {"allow": true, "type": "b", "major": 7, "access": "r"},
+    ]);
+    let guest = translated(spec.clone()).unwrap().1;
+    assert_eq!(
+        guest.disks,
+        [
+            HostDisk { number: number(8, 16), read_only: false },
+            HostDisk { number: number(7, 1), read_only: true }
+        ]
+    );
+
+    let places = [
+        DiskPlace { host: number(8, 16), guest: number(254, 16) },
+        DiskPlace { host: number(7, 1), guest: number(254, 32) },
+    ];
+    let placed: Value = serde_json::from_slice(&guest.to_json(&places).unwrap()).unwrap();
+    let nodes: Vec<_> =
+        placed["linux"]["devices"].as_array().unwrap().iter().map(|node| &node["minor"]).collect();
+    assert_eq!(nodes, [16, 16, 32]);
+    let rules = json!([
+        {"allow": false, "access": "rwm"},
+        {"allow": true, "type": "c", "major": 1, "minor": 3, "access": "rwm"},
+        {"allow": true, "type": "b", "major": 254, "minor": 16, "access": "rwm"},
+        {"allow": true, "type": "b", "major": 254, "minor": 32, "access": "r"},
+    ]);
+    assert_eq!(placed["linux"]["resources"]["devices"], rules);
+    let update = serde_json::to_vec(&spec["linux"]["resources"]).unwrap();
+    let update: Value = serde_json::from_slice(&read_resources(&update, &places).unwrap()).unwrap();
+    assert_eq!(update["devices"], rules);
+}
+
+#[test]
 fn sizes_are_limited() {
     let many: Vec<_> = (0..=MAX_MOUNTS).map(|_| json!({"destination": "/p", "type": "proc"})).collect();
     assert!(refused(with("/mounts", Value::Array(many))).contains("513 mounts"));
     let large = vec![b' '; MAX_SPEC + 1];
     assert!(matches!(read_process(&large), Err(SpecError::TooLarge { .. })));
-    assert!(matches!(read_resources(b"{"), Err(SpecError::Parse { .. })));
+    assert!(matches!(read_resources(b"{", &[]), Err(SpecError::Parse { .. })));
 }
 
 #[test]
@@ -234,7 +281,7 @@ fn processes_and_resources_lose_what_is_the_hosts() {
     assert_eq!(guest.get("apparmorProfile"), None);
     assert_eq!(read.console_size, Some(ConsoleSize { columns: 80, rows: 24 }));
     let resources =
-        read_resources(br#"{"memory": {"limit": 5}, "cpu": {"cpus": "0"}, "network": {}}"#).unwrap();
+        read_resources(br#"{"memory": {"limit": 5}, "cpu": {"cpus": "0"}, "network": {}}"#, &[]).unwrap();
     let resources: Value = serde_json::from_slice(&resources).unwrap();
     assert_eq!(resources, json!({"memory": {"limit": 5}, "cpu": {}}));
 }

@@ -13,6 +13,7 @@ use super::stdio::{ProcessIo, Stdio};
 use crate::events::{Event, Publisher, timestamp};
 use crate::pod::Pod;
 use crate::pod::agent::{AgentError, Exit};
+use crate::pod::disks::AttachedDisk;
 use crate::pod::state::ExitRecord;
 
 /// What a process is reported to have ended with when its pod died under it: killed.
@@ -118,6 +119,8 @@ pub struct Container {
     pub init: Arc<Process>,
     /// Whether the end of the first process is the end of all.
     pub own_pid_namespace: bool,
+    /// The block devices that it was given.
+    pub disks: Vec<AttachedDisk>,
     /// Whether it is frozen.
     pub paused: AtomicBool,
     execs: Mutex<BTreeMap<String, Arc<Process>>>,
@@ -131,6 +134,7 @@ impl Container {
         pod: Arc<Pod>,
         init: Arc<Process>,
         own_pid_namespace: bool,
+        disks: Vec<AttachedDisk>,
     ) -> Container {
         Container {
             id: id.to_owned(),
@@ -138,6 +142,7 @@ impl Container {
             pod,
             init,
             own_pid_namespace,
+            disks,
             paused: AtomicBool::new(false),
             execs: Mutex::default(),
         }

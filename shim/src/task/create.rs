@@ -17,9 +17,11 @@ use crate::config::Config;
 use crate::error::ApiError;
 use crate::events::Event;
 use crate::host::cgroup;
+use crate::host::disk::OpenDisk;
 use crate::id;
 use crate::options::RuntimeOptions;
 use crate::pod::agent::AgentError;
+use crate::pod::disks::AttachedDisk;
 use crate::pod::timeline::now_us;
 use crate::pod::{DEATH_LIMIT, Pod, PodSpec, state};
 use crate::spec::sandbox::Role;
@@ -99,6 +101,7 @@ impl Shim {
             terminal: request.terminal,
         };
         let host_stdio = HostStdio::open(&stdio)?;
+        let disks = guest.disks.iter().map(OpenDisk::open).collect::<Result<Vec<_>, _>>()?;
         let files = Files::prepare(&request.rootfs, &guest.mounts, &spec, &bundle).await?;
 
         let is_new = existing.is_none();
@@ -115,8 +118,8 @@ impl Shim {
         let own_pid_namespace = guest.own_pid_namespace;
         let order =
             Order { id: &request.id, is_new, hostname: spec.hostname().clone().unwrap_or_default(), guest };
-        match order.carry_out(&pod, files, host_stdio).await {
-            Ok((guest_pid, io)) => {
+        match order.carry_out(&pod, files, disks, host_stdio).await {
+            Ok(Made { guest_pid, io, disks }) => {
                 if is_new {
                     if let Some(order) = pod.template_wanted() {
                         background::start(order);
@@ -126,7 +129,7 @@ impl Shim {
                     tokio::spawn(self.clone().pass_events(pod.clone()));
                 }
                 let init = Arc::new(Process::new("", stdio, pod.host_pid(), io));
-                Ok(Arc::new(Container::new(&request.id, bundle, pod, init, own_pid_namespace)))
+                Ok(Arc::new(Container::new(&request.id, bundle, pod, init, own_pid_namespace, disks)))
             }
             Err(error) => {
                 if is_new {
@@ -151,14 +154,23 @@ struct Order<'a> {
     guest: GuestSpec,
 }
 
+/// What has been set up.
+struct Made {
+    /// The first process's id in the guest.
+    guest_pid: u32,
+    io: ProcessIo,
+    disks: Vec<AttachedDisk>,
+}
+
 impl Order<'_> {
-    /// Sets the container up; gives its first process's id in the guest, and its streams.
+    /// Sets the container up.
     async fn carry_out(
         self,
         pod: &Pod,
         files: Files,
+        disks: Vec<OpenDisk>,
         host_stdio: HostStdio,
-    ) -> Result<(u32, ProcessIo), ApiError> {
+    ) -> Result<Made, ApiError> {
         let attach = async { files.attach(pod.tree(), self.id).await.map_err(ApiError::from) };
         if self.is_new {
             // The guest boots meanwhile.
@@ -167,17 +179,40 @@ impl Order<'_> {
         } else {
             attach.await?;
         }
+        let attached = pod.attach_disks(&disks).await?;
+        // The VMM has its own by now.
+        drop(disks);
+        match self.make(pod, &attached, host_stdio).await {
+            Ok((guest_pid, io)) => {
+                pod.timeline().stamp("container");
+                Ok(Made { guest_pid, io, disks: attached })
+            }
+            Err(error) => {
+                // A new pod ends with its only container, and its disks with it.
+                if !self.is_new {
+                    pod.detach_disks(&attached).await;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn make(
+        &self,
+        pod: &Pod,
+        disks: &[AttachedDisk],
+        host_stdio: HostStdio,
+    ) -> Result<(u32, ProcessIo), ApiError> {
+        let places: Vec<_> = disks.iter().map(|disk| disk.place).collect();
         let (streams, io) = host_stdio.connect(pod, self.guest.console_size).await?;
         let message = api::CreateContainerRequest {
             container_id: self.id.to_owned(),
-            spec: self.guest.json,
+            spec: self.guest.to_json(&places)?,
             stdio: protobuf::MessageField::some(streams),
             ..Default::default()
         };
         let answer = pod.agent().create_container(&message).await;
-        let guest_pid = explain(pod, answer).await?;
-        pod.timeline().stamp("container");
-        Ok((guest_pid, io))
+        Ok((explain(pod, answer).await?, io))
     }
 }
 

@@ -136,7 +136,8 @@ impl Task for TaskService {
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let container = self.shim.container(&request.id)?;
         container.pod.check_alive()?;
-        let resources = spec::read_resources(&request.resources.value).map_err(ApiError::from)?;
+        let places: Vec<_> = container.disks.iter().map(|disk| disk.place).collect();
+        let resources = spec::read_resources(&request.resources.value, &places).map_err(ApiError::from)?;
         complete(async move {
             explain(&container.pod, container.pod.agent().update(&request.id, resources).await).await
         })
@@ -378,6 +379,9 @@ async fn delete(shim: &Arc<Shim>, id: &str, exec_id: &str) -> Result<DeleteRespo
         // Held by one caller only: whoever takes it out of the list reports it.
         let removed = shim.containers().remove(id);
         if removed.is_some() {
+            if container.pod.death().is_none() {
+                container.pod.detach_disks(&container.disks).await;
+            }
             rootfs::remove(container.pod.tree(), id).await;
             shim.publisher.publish(Event::Delete(TaskDelete {
                 container_id: id.into(),

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use super::Recipe;
 
 /// Changes whenever the shim starts machines in another way, or templates look different on disk.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 
 /// A SHA-256 digest in hexadecimal.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

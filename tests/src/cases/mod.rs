@@ -23,6 +23,7 @@ pub mod bad_input;
 pub mod control;
 pub mod ctr;
 pub mod death;
+pub mod disks;
 pub mod exec;
 pub mod io;
 pub mod lifecycle;
@@ -139,6 +140,7 @@ pub fn all() -> Vec<Case> {
         io::CASES,
         oci::CASES,
         rootfs::CASES,
+        disks::CASES,
         control::CASES,
         ctr::CASES,
         bad_input::CASES,

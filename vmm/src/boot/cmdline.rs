@@ -28,13 +28,14 @@ pub enum CommandLineError {
     Character(usize),
 }
 
-/// The whole command line for a guest with the given number of devices and the shim's parameters.
-pub fn command_line(devices: usize, parameters: &str) -> Result<String, CommandLineError> {
+/// The whole command line for a guest with the given numbers of devices and of slots for disks behind them, and with the
+/// shim's parameters.
+pub fn command_line(devices: usize, disk_slots: usize, parameters: &str) -> Result<String, CommandLineError> {
     if let Some(position) = parameters.bytes().position(|byte| !(b' '..=b'~').contains(&byte)) {
         return Err(CommandLineError::Character(position));
     }
-    let mut line = format!("{BASE} bulkhead.power_port={POWER_PORT:#x}");
-    for index in 0..devices {
+    let mut line = format!("{BASE} bulkhead.power_port={POWER_PORT:#x} bulkhead.disk_slots={devices}");
+    for index in 0..devices + disk_slots {
         // Writing to a string can't fail.
         let _ = write!(
             line,
@@ -66,24 +67,24 @@ mod tests {
 
     #[test]
     fn devices_and_parameters_follow_the_base() {
-        let line = command_line(2, "root=/dev/vda quiet").unwrap();
+        let line = command_line(1, 1, "root=/dev/vda quiet").unwrap();
         assert!(line.starts_with("console=hvc0 "));
         assert!(line.ends_with(
-            " bulkhead.power_port=0x604 virtio_mmio.device=4K@0xd0000000:9 \
+            " bulkhead.power_port=0x604 bulkhead.disk_slots=1 virtio_mmio.device=4K@0xd0000000:9 \
              virtio_mmio.device=4K@0xd0001000:10 root=/dev/vda quiet"
         ));
     }
 
     #[test]
     fn what_the_kernel_would_cut_is_refused() {
-        let room = CMDLINE_SIZE - 1 - command_line(0, "").unwrap().len() - 1;
-        assert_eq!(command_line(0, &"x".repeat(room)).unwrap().len(), CMDLINE_SIZE - 1);
-        assert_eq!(command_line(0, &"x".repeat(room + 1)), Err(CommandLineError::TooLong(CMDLINE_SIZE)));
+        let room = CMDLINE_SIZE - 1 - command_line(0, 0, "").unwrap().len() - 1;
+        assert_eq!(command_line(0, 0, &"x".repeat(room)).unwrap().len(), CMDLINE_SIZE - 1);
+        assert_eq!(command_line(0, 0, &"x".repeat(room + 1)), Err(CommandLineError::TooLong(CMDLINE_SIZE)));
     }
 
     #[test]
     fn control_characters_are_refused() {
-        assert_eq!(command_line(0, "a\nb"), Err(CommandLineError::Character(1)));
-        assert_eq!(command_line(0, "é"), Err(CommandLineError::Character(0)));
+        assert_eq!(command_line(0, 0, "a\nb"), Err(CommandLineError::Character(1)));
+        assert_eq!(command_line(0, 0, "é"), Err(CommandLineError::Character(0)));
     }
 }

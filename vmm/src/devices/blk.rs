@@ -29,7 +29,8 @@ const SIZE_MAX: u32 = 128 * 1024;
 /// Bytes of one request.
 const REQUEST_MAX: usize = SEG_MAX as usize * SIZE_MAX as usize;
 
-const SECTOR: u64 = 512;
+/// Bytes of a sector, the unit of all positions whatever the size of a logical block is.
+pub const SECTOR: u64 = 512;
 /// Sectors of one range to discard or zero: 4 MiB, since zeroes may have to be written out.
 const RANGE_SECTORS: u32 = 8192;
 /// Ranges of one request.
@@ -70,6 +71,8 @@ pub struct Block {
     read_only: bool,
     /// Size, fixed when the device is made.
     sectors: u64,
+    /// Bytes of a logical block.
+    block_size: u32,
     id: [u8; ID_SIZE],
     /// A write must be on stable storage before it is answered: the driver doesn't flush.
     write_through: bool,
@@ -77,15 +80,17 @@ pub struct Block {
 }
 
 impl Block {
-    /// A device over `disk`, whose contents are raw. `serial` is cut to 20 bytes.
-    pub fn new(disk: OwnedFd, read_only: bool, serial: &str) -> io::Result<Self> {
+    /// A device over `disk`, whose contents are raw. `serial` is cut to 20 bytes; `block_size` is the size of a logical
+    /// block in bytes, a power of two from [`SECTOR`] on.
+    pub fn new(disk: OwnedFd, read_only: bool, serial: &str, block_size: u32) -> io::Result<Self> {
         let mut disk = File::from(disk);
-        let sectors = disk.seek(SeekFrom::End(0))? / SECTOR;
+        let blocks = disk.seek(SeekFrom::End(0))? / u64::from(block_size);
+        let sectors = blocks * (u64::from(block_size) / SECTOR);
         let mut id = [0; ID_SIZE];
         for (to, from) in id.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
-        Ok(Block { disk, read_only, sectors, id, write_through: false, warned: false })
+        Ok(Block { disk, read_only, sectors, block_size, id, write_through: false, warned: false })
     }
 
     fn config(&self) -> Vec<u8> {
@@ -95,7 +100,7 @@ impl Block {
         put(0, &self.sectors.to_le_bytes());
         put(8, &SIZE_MAX.to_le_bytes());
         put(12, &SEG_MAX.to_le_bytes());
-        put(20, &(SECTOR as u32).to_le_bytes());
+        put(20, &self.block_size.to_le_bytes());
         // Discard: sectors, ranges, alignment. Write zeroes: sectors, ranges, may unmap.
         put(36, &RANGE_SECTORS.to_le_bytes());
         put(40, &RANGES.to_le_bytes());
@@ -334,7 +339,7 @@ mod tests {
         for sector in 0..SECTORS {
             file.as_file().write_all_at(&[sector as u8; SECTOR as usize], sector * SECTOR).unwrap();
         }
-        let block = Block::new(file.as_file().try_clone().unwrap().into(), read_only, "serial").unwrap();
+        let block = Block::new(file.as_file().try_clone().unwrap().into(), read_only, "serial", 512).unwrap();
         (TestDriver::activated(Box::new(block), 0), file)
     }
 
@@ -370,6 +375,15 @@ mod tests {
         }
         driver.write_bytes(DATA, &bytes);
         bytes.len() as u32
+    }
+
+    #[test]
+    fn a_disk_ends_with_its_last_whole_block() {
+        let file = TempFile::new().unwrap();
+        file.as_file().set_len(3 * 4096 + 512).unwrap();
+        let block = Block::new(file.as_file().try_clone().unwrap().into(), false, "", 4096).unwrap();
+        let config = block.config();
+        assert_eq!((&config[..8], &config[20..24]), (&24u64.to_le_bytes()[..], &4096u32.to_le_bytes()[..]));
     }
 
     #[test]

@@ -32,6 +32,9 @@ const MAGIC: u32 = 0x7472_6976;
 /// "blkh", little-endian: ours.
 const VENDOR: u32 = 0x686b_6c62;
 
+/// The version of the register layout.
+const VERSION: u32 = 2;
+
 const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
 const DRIVER: u32 = VIRTIO_CONFIG_S_DRIVER;
 const FEATURES_OK: u32 = VIRTIO_CONFIG_S_FEATURES_OK;
@@ -58,6 +61,19 @@ pub struct TransportState {
     pub queue_sel: u32,
     /// Each queue's registers.
     pub queues: Vec<QueueRegisters>,
+}
+
+/// A read at `offset` of a window without a device: drivers leave alone what has device id 0 (section 4.2.2).
+pub fn read_placeholder(offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
+        *data = match u32::try_from(offset) {
+            Ok(VIRTIO_MMIO_MAGIC_VALUE) => MAGIC,
+            Ok(VIRTIO_MMIO_VERSION) => VERSION,
+            _ => 0,
+        }
+        .to_le_bytes();
+    }
 }
 
 /// One device's registers. Called by vCPU threads, under a lock.
@@ -189,7 +205,7 @@ impl MmioTransport {
         let selected = self.state.queue_sel as usize;
         match offset {
             VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
-            VIRTIO_MMIO_VERSION => 2,
+            VIRTIO_MMIO_VERSION => VERSION,
             VIRTIO_MMIO_DEVICE_ID => self.info.kind.id(),
             VIRTIO_MMIO_VENDOR_ID => VENDOR,
             VIRTIO_MMIO_DEVICE_FEATURES => half(self.offered_features(), self.state.device_features_sel),

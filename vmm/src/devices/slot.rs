@@ -84,6 +84,12 @@ impl DeviceSlot {
         self.wake_worker();
     }
 
+    /// Makes it as new, for another device. Neither register face nor worker of the last one may be left.
+    pub fn clear(&self) {
+        *self.lock() = SlotState::default();
+        self.interrupt.clear();
+    }
+
     fn wake_worker(&self) {
         // The only failure is a full counter: then the worker is about to wake anyway.
         let _ = self.wake.write(1);

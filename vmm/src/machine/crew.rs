@@ -38,7 +38,6 @@ impl ExitReporter {
 pub(super) struct Crew {
     vcpus: Vec<VcpuThread>,
     devices: DeviceLoop,
-    workers: Sender<Vec<DeviceWorker>>,
     stop: Arc<AtomicBool>,
     gate: Arc<Barrier>,
     exits: Receiver<ExitReason>,
@@ -69,10 +68,8 @@ impl Crew {
         let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host_failed("an eventfd"))?;
         let reporter = ExitReporter { reasons, event: Arc::new(event) };
 
-        let (workers, waiting) = channel();
         let device_reporter = reporter.clone();
         let devices = DeviceLoop::start(
-            waiting,
             || Filter::VmmDevice.install().map_err(|error| chain_of(&error)),
             move |detail| device_reporter.report(ExitReason::Internal { detail }),
         )?;
@@ -81,7 +78,7 @@ impl Crew {
             .map(|_| start_vcpu(reporter.clone(), gate.clone()))
             .collect::<Result<_, MachineError>>()?;
         let stop = Arc::new(AtomicBool::new(false));
-        Ok(Crew { vcpus, devices, workers, stop, gate, exits, exit_event: reporter.event })
+        Ok(Crew { vcpus, devices, stop, gate, exits, exit_event: reporter.event })
     }
 
     /// How many vCPUs there are threads for.
@@ -97,8 +94,7 @@ impl Crew {
 
     /// Gives the threads their work: as many vCPUs as there are threads.
     pub fn post(self, vcpus: Vec<Vcpu>, workers: Vec<DeviceWorker>) -> Posted {
-        // A thread that has ended has reported why.
-        let _ = self.workers.send(workers);
+        self.devices.run(workers);
         let threads = self.vcpus.into_iter().zip(vcpus).map(|(thread, vcpu)| {
             let _ = thread.vcpu.send(vcpu);
             thread.thread
