@@ -7,6 +7,7 @@ mod working_set;
 
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,7 +21,7 @@ use crate::pod::machine::{Control, Jailed, MachineError, identity_args, socket_p
 use crate::pod::tail::Tail;
 use crate::pod::{PodError, from_owned};
 use crate::template::store::Draft;
-use crate::template::{Key, Order, Recipe, StoreError};
+use crate::template::{Key, Order, Recipe, StoreError, Template};
 
 /// From the start of the VMM until its machine is saved.
 const MACHINE_LIMIT: Duration = Duration::from_secs(60);
@@ -114,24 +115,36 @@ pub fn build(order: &Order, options: Options) -> Result<Built, BuildError> {
     std::thread::sleep(options.delay);
     let started = Instant::now();
     let inputs = store.inputs(&order.recipe, &lock)?;
-    if !options.again && store.has(&inputs.key()) {
-        return Ok(Built { key: inputs.key(), took: None });
-    }
-    let files = Files::open(&order.recipe)?;
-    let draft = store.draft(order.recipe.size.memory_mib, &lock)?;
+    let prepare = |step| move |source| BuildError::Prepare { step, source };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|source| BuildError::Prepare { step: "start a runtime", source })?;
-    let greeting = runtime.block_on(save_guest(&order.recipe, &files, &draft))?;
-    let memory = draft.memory_inode()?;
-    let key = store.publish(draft, inputs, (greeting.kernel, greeting.version), order.limit, &lock)?;
+        .map_err(prepare("start a runtime"))?;
+    let there = if options.again { None } else { store.sound(&inputs.key()) };
+    let (key, memory) = match there {
+        Some(Template { key, working_set: Some(_), .. }) => return Ok(Built { key, took: None }),
+        // Its maker was killed before the end.
+        Some(Template { key, memory, .. }) => {
+            (key, memory.metadata().map_err(prepare("look at its memory"))?.ino())
+        }
+        None => {
+            let files = Files::open(&order.recipe)?;
+            let draft = store.draft(order.recipe.size.memory_mib, &lock)?;
+            let greeting = runtime.block_on(save_guest(&order.recipe, &files, &draft))?;
+            let memory = draft.memory_inode()?;
+            let guest = (greeting.kernel, greeting.version);
+            (store.publish(draft, inputs, guest, order.limit, &lock)?, memory)
+        }
+    };
     let place = store.scratch(&lock);
-    let list = runtime
-        .block_on(rehearsal::rehearse(order.config(), memory, &place))
-        .map_err(|source| BuildError::Rehearsal { key: key.clone(), source })?;
-    store.add_working_set(&key, &list, &lock)?;
-    Ok(Built { key, took: Some(started.elapsed()) })
+    let rehearsed = runtime.block_on(rehearsal::rehearse(order.config(), memory, &place));
+    // Without a list there is an empty one, so that pods don't ask for it again and again.
+    let list = rehearsed.as_deref().unwrap_or_default();
+    store.add_working_set(&key, list, &lock)?;
+    match rehearsed {
+        Ok(_) => Ok(Built { key, took: Some(started.elapsed()) }),
+        Err(source) => Err(BuildError::Rehearsal { key, source }),
+    }
 }
 
 /// Boots a guest in the draft's memory and saves it; its VMM is gone when this returns.

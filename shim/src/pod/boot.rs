@@ -161,7 +161,7 @@ pub(super) async fn boot(
         return Ok(running.with(tree, wanted));
     };
     match vmm.restore(prepared, ends, &template, timeline).await {
-        Ok(running) => Ok(running.with(tree, None)),
+        Ok(running) => Ok(running.with(tree, wanted)),
         Err(error) => {
             give_up(&store, &template, error, resources).await;
             let running = vmm.boot(vmm.prepare(Start::Cold, resources)?, ends, timeline).await?;
@@ -187,7 +187,11 @@ fn name_refused(error: PodError, recipe: &Recipe) -> PodError {
 /// The template for a pod, or else the order for one. Nothing that is wrong here fails the pod.
 fn look_up(store: Store, order: &Order) -> (Option<(Store, Template)>, Option<Order>) {
     match store.find(&order.recipe) {
-        Ok(Found::Usable(template)) => (Some((store, template)), None),
+        Ok(Found::Usable(template)) => {
+            // Its maker was killed before the end, which is still to be made.
+            let wanted = template.working_set.is_none().then(|| order.clone());
+            (Some((store, template)), wanted)
+        }
         Ok(Found::Missing) => (None, Some(order.clone())),
         Ok(Found::Damaged(reason)) => {
             log::warn!("the pod boots, because its template was damaged and has been removed: {reason}");

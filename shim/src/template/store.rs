@@ -375,9 +375,12 @@ impl Store {
         Ok(Inputs::new(recipe, files))
     }
 
-    /// Whether there is a sound template of this name.
-    pub fn has(&self, key: &Key) -> bool {
-        self.open(key).is_ok() && !self.path(key).join(REFUSED).exists()
+    /// The template of this name, if there is one that pods can start from.
+    pub fn sound(&self, key: &Key) -> Option<Template> {
+        if self.path(key).join(REFUSED).exists() {
+            return None;
+        }
+        self.open(key).map(|(template, _)| template).ok()
     }
 
     /// Begins a template with `memory_mib` MiB of guest memory.

@@ -23,7 +23,7 @@ use std::thread::{self, JoinHandle};
 use bulkhead_seccomp::Filter;
 use bulkhead_vmm_protocol::{AttachDisk, ExitReason, PrepareConfig, VmConfig};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use log::error;
+use log::{error, warn};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, BootError};
@@ -33,12 +33,11 @@ use crate::device_loop::DeviceLoop;
 use crate::devices::VirtioDevice;
 use crate::devices::mmio::MmioTransport;
 use crate::devices::slot::DeviceSlot;
-use crate::devices::worker::DeviceWorker;
+use crate::devices::worker::{DeviceWorker, chain_of};
 use crate::ioapic::IoApic;
 use crate::layout::DISK_SLOTS;
 use crate::memory::{GuestRam, Memory, SharedRam, map_ram};
 use crate::resources::{Handles, Preparation, Resources};
-use crate::template::TemplateError;
 use crate::vcpu::{self, Vcpu};
 use crate::vm::{self, KvmRouter};
 use crate::working_set;
@@ -90,11 +89,11 @@ fn create_vm_and_populate(kvm: &Kvm, ram: &GuestRam, working_set: &mut File) -> 
         let creating = thread::Builder::new()
             .spawn_scoped(scope, || vm::create_vm(kvm))
             .map_err(host_failed("a thread to create the machine"))?;
-        let populated = working_set::populate(ram, working_set).map_err(TemplateError::from);
-        let created =
-            creating.join().map_err(|_| MachineError::NoKvm("the thread that creates the machine died"))?;
-        populated?;
-        created
+        // Only how fast the guest starts depends on it.
+        if let Err(error) = working_set::populate(ram, working_set) {
+            warn!("the template's working set is of no use, make it again: {}", chain_of(&error));
+        }
+        creating.join().map_err(|_| MachineError::NoKvm("the thread that creates the machine died"))?
     })
 }
 

@@ -101,6 +101,9 @@ pub fn killed_maker(environment: &mut Environment) -> Outcome<String> {
         pod.finish()?;
     }
     templates.run_pod(environment, &[], "restored", None)?;
+    // That pod has what the second one left out made, and its half-made files removed.
+    templates.expect(1)?;
+    ensure!(templates.default().join("working-set").exists(), "the template has no working set");
     Ok(evidence.join("; "))
 }
 
