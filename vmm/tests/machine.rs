@@ -9,9 +9,9 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use bulkhead_vmm_protocol::{ExitReason, FromVmm, RefusalKind, Request};
+use bulkhead_vmm_protocol::{AttachDisk, ExitReason, FromVmm, RefusalKind, Request};
 use common::guest::{Code, DATA, Driver, LOAD, MMIO, WINDOW};
-use common::process::{Boot, Vmm, kvm_or_skip};
+use common::process::{Boot, Vmm, file_with, kvm_or_skip};
 
 /// Windows: console, entropy, vsock, a file system if there is one, disks.
 const CONSOLE: u64 = 0;
@@ -162,6 +162,71 @@ fn a_disk_is_read_and_written() {
     let mut sector = [0; 512];
     file.read_exact_at(&mut sector, 0).unwrap();
     assert_eq!(sector, [0xbb; 512]);
+}
+
+#[test]
+fn disks_come_and_go_in_a_running_machine() {
+    if !kvm_or_skip("disks_come_and_go_in_a_running_machine") {
+        return;
+    }
+    // The second slot, behind no other disks.
+    let (slot, disk) = (1, Driver::new(DISK + 1));
+    let (_, available, used) = disk.rings(0);
+    let device_id = disk.window + 8;
+    let mut code = Code::new();
+    for _ in 0..2 {
+        code = code.wait32(device_id, 0).wait32(device_id, 2);
+        code = code.store16(available + 2, 0).store16(used + 2, 0);
+        code = disk.initialise(code, 2, 1).expect32(disk.window + 0x114, 4096);
+        // Write 0x11 to the first byte of sector 3.
+        code = code
+            .store32(DATA, 1)
+            .store64(DATA + 8, 3)
+            .store32(DATA + 0x100, 0xee)
+            .store32(DATA + 0x1000, 0x11);
+        code = disk.descriptor(code, 0, 0, DATA, 16, 1);
+        code = disk.descriptor(code, 0, 1, DATA + 0x1000, 512, 1);
+        code = disk.descriptor(code, 0, 2, DATA + 0x100, 1, 2);
+        code = disk.kick(code, 0, 1);
+        code = disk.wait(code, 0, 1).expect8(DATA + 0x100, 0);
+    }
+    let (mut vmm, reply) =
+        Boot::new(&code.wait32(device_id, 0).wait32(device_id, 2).power_off().kernel()).start();
+    reply.unwrap();
+
+    let disk = |slot| AttachDisk { slot, read_only: false, serial: "test".into(), block_size: 4096 };
+    let detach = |vmm: &mut Vmm, slot| {
+        vmm.control.send(&Request::DetachDisk { slot }, &[]).unwrap();
+        vmm.reply()
+    };
+    for _ in 0..2 {
+        let file = File::from(file_with(&[0; 4096]));
+        let attach = |vmm: &mut Vmm, slot| {
+            vmm.control.send(&Request::AttachDisk(disk(slot)), &[file.as_fd()]).unwrap();
+            vmm.reply()
+        };
+        attach(&mut vmm, slot).unwrap();
+        for wrong in [slot, 8, 255] {
+            assert_eq!(attach(&mut vmm, wrong).unwrap_err().kind, RefusalKind::InvalidRequest, "{wrong}");
+        }
+        let start = Instant::now();
+        let mut byte = [0];
+        while byte != [0x11] {
+            assert!(start.elapsed() < Duration::from_secs(20), "the guest wrote nothing");
+            file.read_exact_at(&mut byte, 3 * 512).unwrap();
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        detach(&mut vmm, slot).unwrap();
+        for wrong in [slot, 0, 8] {
+            assert_eq!(detach(&mut vmm, wrong).unwrap_err().kind, RefusalKind::InvalidRequest, "{wrong}");
+        }
+    }
+    vmm.control.send(&Request::AttachDisk(disk(slot)), &[]).unwrap();
+    assert_eq!(vmm.reply().unwrap_err().kind, RefusalKind::InvalidRequest, "without a descriptor");
+    let file = file_with(&[0; 4096]);
+    vmm.control.send(&Request::AttachDisk(disk(slot)), &[file.as_fd()]).unwrap();
+    vmm.reply().unwrap();
+    assert_eq!(vmm.wait_for_end().0, ExitReason::PowerOff);
 }
 
 #[test]
