@@ -16,7 +16,7 @@ use bulkhead_agent::reaper::Reaper;
 use bulkhead_agent::service::{ConfigureFailure, Machine, Service};
 use bulkhead_agent::stdio::Streams;
 use bulkhead_agent::{guest, logging, server, sys};
-use bulkhead_agent_protocol::{AddDiskResponse, ConfigureRequest};
+use bulkhead_agent_protocol::{AddDiskRequest, AddDiskResponse, ConfigureRequest};
 
 fn main() -> ExitCode {
     if std::process::id() == 1 {
@@ -111,7 +111,7 @@ impl Machine for ForeignMachine {
 
     fn forget_files(&self) {}
 
-    async fn add_disk(&self, _: u32) -> Result<AddDiskResponse, String> {
+    async fn add_disk(&self, _: &AddDiskRequest) -> Result<AddDiskResponse, String> {
         Err("this machine is not the agent's".to_owned())
     }
 

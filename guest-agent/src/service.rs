@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use async_trait::async_trait;
 use bulkhead_agent_protocol::{
-    AddDiskResponse, Agent, AgentEvent, ConfigureRequest, ContainerRequest, CreateContainerRequest,
-    CreateExecRequest, CreateProcessResponse, DiskRequest, Empty, PidsResponse, ProcessRequest,
-    ReadyResponse, ResizePtyRequest, SignalRequest, StatsResponse, UpdateRequest, WaitResponse,
+    AddDiskRequest, AddDiskResponse, Agent, AgentEvent, ConfigureRequest, ContainerRequest,
+    CreateContainerRequest, CreateExecRequest, CreateProcessResponse, DiskRequest, Empty, PidsResponse,
+    ProcessRequest, ReadyResponse, ResizePtyRequest, SignalRequest, StatsResponse, UpdateRequest,
+    WaitResponse,
 };
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, get_status};
@@ -34,11 +35,11 @@ pub trait Machine: Send + Sync {
     /// Forgets what is cached of the files of a container that is gone, so that the host can let go of them.
     fn forget_files(&self);
 
-    /// Takes up the disk in a slot.
+    /// Takes up the disk in a slot, and mounts it if that is asked for.
     ///
     /// # Errors
     /// A message for the operator.
-    async fn add_disk(&self, slot: u32) -> Result<AddDiskResponse, String>;
+    async fn add_disk(&self, request: &AddDiskRequest) -> Result<AddDiskResponse, String>;
 
     /// Lets go of the disk in a slot.
     ///
@@ -126,9 +127,9 @@ impl<M: Machine + 'static> Agent for Service<M> {
         Ok(Empty::new())
     }
 
-    async fn add_disk(&self, _: &TtrpcContext, request: DiskRequest) -> ttrpc::Result<AddDiskResponse> {
+    async fn add_disk(&self, _: &TtrpcContext, request: AddDiskRequest) -> ttrpc::Result<AddDiskResponse> {
         let machine = self.machine.clone();
-        complete(async move { Ok(machine.add_disk(request.slot).await) })
+        complete(async move { Ok(machine.add_disk(&request).await) })
             .await?
             .map_err(|message| rpc_error(Code::INTERNAL, message))
     }

@@ -3,6 +3,7 @@
 #
 #   NAME.tar     an OCI layout with one uncompressed layer, for `ctr image import`; the same bytes from every build
 #   NAME/rootfs  the same root file system as a directory
+#   NAME/rootfs.ext4, NAME/scratch.ext4  the same on a disk, and a disk with an empty file system (of busybox only)
 #
 #   busybox   the applets as hard links (sh, echo, true, ...), no user, default command sh       bulkhead.test/busybox:1
 #   custom    busybox with user 1000:1000, an extra group, a working directory and variables     bulkhead.test/custom:1
@@ -61,6 +62,8 @@ done
 printf 'root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/home:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n' >"$r/etc/passwd"
 printf 'root:x:0:\nuser:x:1000:\nextra:x:2000:user\nnogroup:x:65534:\n' >"$r/etc/group"
 image busybox '"Cmd":["/bin/sh"],"Env":["PATH=/bin"]'
+mkfs.ext4 -q -m 0 -d "$r" "$out/busybox/rootfs.ext4" 16M
+mkfs.ext4 -q -m 0 "$out/busybox/scratch.ext4" 16M
 
 mkdir "$r/work"
 echo "from the image" >"$r/work/file"

@@ -26,7 +26,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 pub const CTR_LIMIT: Duration = Duration::from_secs(30);
 
 /// What containers through `ctr` need none of; without it containerd starts faster.
-const DISABLED: [&str; 10] = [
+const DISABLED: [&str; 9] = [
     "io.containerd.cri.v1.images",
     "io.containerd.cri.v1.runtime",
     "io.containerd.grpc.v1.cri",
@@ -34,7 +34,6 @@ const DISABLED: [&str; 10] = [
     "io.containerd.internal.v1.opt",
     "io.containerd.internal.v1.tracing",
     "io.containerd.tracing.processor.v1.otlp",
-    "io.containerd.snapshotter.v1.blockfile",
     "io.containerd.snapshotter.v1.devmapper",
     "io.containerd.snapshotter.v1.zfs",
 ];
@@ -62,8 +61,11 @@ impl PrivateContainerd {
         let config = format!(
             "version = 3\nroot = \"{path}/root\"\nstate = \"{path}/state\"\ntemp = \"{path}/temp\"\ndisabled_plugins = [{}]\n\
              [grpc]\naddress = \"{path}/containerd.sock\"\n[ttrpc]\naddress = \"{path}/containerd.sock.ttrpc\"\n\
-             [debug]\nlevel = \"info\"\n",
-            disabled.join(", ")
+             [debug]\nlevel = \"info\"\n\
+             [plugins.'io.containerd.snapshotter.v1.blockfile']\nroot_path = \"{path}/blockfile\"\n\
+             scratch_file = \"{}\"\nfs_type = \"ext4\"\nmount_options = [\"loop\"]\n",
+            disabled.join(", "),
+            layout.rootfs("busybox").with_file_name("scratch.ext4").display(),
         );
         let file = directory.path().join("config.toml");
         fs::write(&file, config).explain(|| format!("write {}", file.display()))?;
@@ -91,8 +93,17 @@ impl PrivateContainerd {
     /// # Errors
     /// When `ctr` fails.
     pub fn import(&self, image: &str) -> Outcome<String> {
+        self.import_for(image, "overlayfs")
+    }
+
+    /// Imports one of our test images, or just unpacks it, for a snapshotter.
+    ///
+    /// # Errors
+    /// When `ctr` fails.
+    pub fn import_for(&self, image: &str, snapshotter: &str) -> Outcome<String> {
         let archive = self.layout.image(image).display().to_string();
-        self.ctr(&["image", "import", &archive])?.success("ctr image import")?;
+        self.ctr(&["image", "import", "--snapshotter", snapshotter, &archive])?
+            .success("ctr image import")?;
         Ok(format!("bulkhead.test/{image}:1"))
     }
 

@@ -1,14 +1,18 @@
 //! Disks that the host gives to the running guest.
 //!
 //! The machine has a window for each slot, which was found empty when the kernel booted and so has no driver. Once there
-//! is a disk in it, the driver is bound by hand; before the disk goes it is unbound.
+//! is a disk in it, the driver is bound by hand; before the disk goes it is unbound. What may take as long as the disk
+//! does is done in a process of its own, which may get stuck without the agent.
 
+use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bulkhead_agent_protocol::AddDiskResponse;
+use bulkhead_agent_protocol::{AddDiskRequest, AddDiskResponse, DISKS_DIR};
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tokio::time::timeout;
 
 use crate::reaper::Reaper;
@@ -20,7 +24,7 @@ const PARAMETER: &str = "bulkhead.disk_slots=";
 const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
 const DEVICES: &str = "/sys/bus/platform/devices";
 
-/// How long the kernel may take: it reads the disk's partition table.
+/// How long the kernel may take: it reads the disk's partition table, replays a journal, or writes back what is left.
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// A disk that can't be taken up or let go.
@@ -39,19 +43,82 @@ pub enum DiskError {
     NoDevice { slot: u32 },
 }
 
-/// Has the kernel take up the disk in a slot.
-pub async fn add(slot: u32, reaper: &Reaper) -> Result<AddDiskResponse, DiskError> {
-    let window = window(slot)?;
+/// Has the kernel take up the disk in a slot, and mounts the file system on it if that is asked for.
+pub async fn add(request: &AddDiskRequest, reaper: &Reaper) -> Result<AddDiskResponse, DiskError> {
+    let added = take_up(request, reaper).await;
+    if added.is_err() {
+        // The slot is for the next disk then.
+        let _ = remove(request.slot, reaper).await;
+    }
+    added
+}
+
+async fn take_up(request: &AddDiskRequest, reaper: &Reaper) -> Result<AddDiskResponse, DiskError> {
+    let (slot, window) = (request.slot, window(request.slot)?);
     tell_driver("bind", "take up", slot, &window, reaper).await?;
-    let (major, minor) = numbers(&Path::new(DEVICES).join(window))
+    let device = block_device(&Path::new(DEVICES).join(window))
         .map_err(|source| DiskError::System { slot, source })?
         .ok_or(DiskError::NoDevice { slot })?;
-    Ok(AddDiskResponse { major, minor, ..Default::default() })
+    if !request.file_system.is_empty() {
+        mount_on(&device, request, reaper).await?;
+    }
+    Ok(AddDiskResponse { major: device.major, minor: device.minor, ..Default::default() })
 }
 
 /// Has the kernel let go of the disk in a slot.
 pub async fn remove(slot: u32, reaper: &Reaper) -> Result<(), DiskError> {
+    let target = mount_point(slot);
+    if target.exists() {
+        in_a_process("unmount", slot, reaper, || match umount2(&target, MntFlags::empty()) {
+            // It never was mounted.
+            Err(Errno::EINVAL) => Ok(()),
+            // Whoever still uses it has lost the disk.
+            Err(Errno::EBUSY) => Ok(umount2(&target, MntFlags::MNT_DETACH)?),
+            result => Ok(result?),
+        })
+        .await?;
+        fs::remove_dir(&target).map_err(|source| DiskError::System { slot, source })?;
+    }
     tell_driver("unbind", "let go of", slot, &window(slot)?, reaper).await
+}
+
+fn mount_point(slot: u32) -> PathBuf {
+    Path::new(DISKS_DIR).join(slot.to_string())
+}
+
+async fn mount_on(device: &BlockDevice, request: &AddDiskRequest, reaper: &Reaper) -> Result<(), DiskError> {
+    let AddDiskRequest { slot, file_system, options, .. } = request;
+    let target = mount_point(*slot);
+    fs::create_dir_all(&target).map_err(|source| DiskError::System { slot: *slot, source })?;
+    let (flags, data) = flags_and_data(options);
+    let source = Path::new("/dev").join(&device.name);
+    in_a_process("mount", *slot, reaper, || {
+        Ok(mount(Some(&source), &target, Some(file_system.as_str()), flags, Some(data.as_str()))?)
+    })
+    .await
+}
+
+/// Options of a mount that are flags to the kernel, and the others. Device nodes on a container's disk mean nothing here.
+fn flags_and_data(options: &[String]) -> (MsFlags, String) {
+    let mut flags = MsFlags::MS_NODEV;
+    let mut data = Vec::new();
+    for option in options {
+        match option.as_str() {
+            "ro" => flags |= MsFlags::MS_RDONLY,
+            "nosuid" => flags |= MsFlags::MS_NOSUID,
+            "noexec" => flags |= MsFlags::MS_NOEXEC,
+            "sync" => flags |= MsFlags::MS_SYNCHRONOUS,
+            "dirsync" => flags |= MsFlags::MS_DIRSYNC,
+            "noatime" => flags |= MsFlags::MS_NOATIME,
+            "nodiratime" => flags |= MsFlags::MS_NODIRATIME,
+            "strictatime" => flags |= MsFlags::MS_STRICTATIME,
+            "lazytime" => flags |= MsFlags::MS_LAZYTIME,
+            // The kernel's defaults, and what the host would have needed.
+            "" | "rw" | "defaults" | "relatime" | "suid" | "exec" | "dev" | "nodev" | "async" | "loop" => {}
+            other => data.push(other),
+        }
+    }
+    (flags, data.join(","))
 }
 
 /// The name of a slot's platform device.
@@ -67,8 +134,7 @@ fn window_on(command_line: &str, slot: u32) -> Option<String> {
     Some(format!("virtio-mmio.{}", first.checked_add(slot)?))
 }
 
-/// Writes a device's name to one of the driver's files, in a process of its own: the write ends when the kernel has
-/// spoken with the disk, and a disk that does not answer must not keep the agent.
+/// Writes a device's name to one of the driver's files; the write ends when the kernel has spoken with the disk.
 async fn tell_driver(
     file: &str,
     what: &'static str,
@@ -76,11 +142,23 @@ async fn tell_driver(
     window: &str,
     reaper: &Reaper,
 ) -> Result<(), DiskError> {
-    let system = |source| DiskError::System { slot, source };
-    let mut file = OpenOptions::new().write(true).open(Path::new(DRIVER).join(file)).map_err(system)?;
+    let path = Path::new(DRIVER).join(file);
+    let file = OpenOptions::new().write(true).open(path);
+    let mut file = file.map_err(|source| DiskError::System { slot, source })?;
+    in_a_process(what, slot, reaper, || file.write_all(window.as_bytes())).await
+}
+
+/// Does something in a process of its own, which is given up when it takes too long.
+async fn in_a_process(
+    what: &'static str,
+    slot: u32,
+    reaper: &Reaper,
+    action: impl FnOnce() -> io::Result<()>,
+) -> Result<(), DiskError> {
     // SAFETY: the agent runs on one thread.
-    let pid = match unsafe { clone_process(CloneOptions::default()) }.map_err(system)? {
-        0 => match file.write_all(window.as_bytes()) {
+    let cloned = unsafe { clone_process(CloneOptions::default()) };
+    let pid = match cloned.map_err(|source| DiskError::System { slot, source })? {
+        0 => match action() {
             Ok(()) => exit_now(0),
             Err(error) => exit_now(error.raw_os_error().unwrap_or(libc::EIO)),
         },
@@ -96,15 +174,22 @@ async fn tell_driver(
     }
 }
 
-/// The numbers of the block device of a window: `virtioN/block/NAME/dev` below it.
-fn numbers(window: &Path) -> io::Result<Option<(u32, u32)>> {
+/// What the kernel made of a disk.
+#[derive(Debug, PartialEq, Eq)]
+struct BlockDevice {
+    name: OsString,
+    major: u32,
+    minor: u32,
+}
+
+/// The block device of a window: `virtioN/block/NAME/dev` below it.
+fn block_device(window: &Path) -> io::Result<Option<BlockDevice>> {
     let Some(virtio) = entry(window, |name| name.starts_with("virtio"))? else { return Ok(None) };
     let Some(disk) = entry(&virtio.join("block"), |_| true)? else { return Ok(None) };
     let text = fs::read_to_string(disk.join("dev"))?;
-    Ok(text
-        .trim()
-        .split_once(':')
-        .and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?))))
+    let numbers = text.trim().split_once(':').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+    let name = disk.file_name().map(ToOwned::to_owned);
+    Ok(numbers.zip(name).map(|((major, minor), name)| BlockDevice { name, major, minor }))
 }
 
 /// The first entry of a directory whose name fits.
@@ -131,14 +216,22 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_found_below_the_window() {
+    fn a_block_device_is_found_below_its_window() {
         let window = std::env::temp_dir().join(format!("bulkhead-disks-{}", std::process::id()));
         let disk = window.join("virtio5/block/vdb");
         fs::create_dir_all(&disk).unwrap();
         fs::create_dir_all(window.join("power")).unwrap();
         fs::write(disk.join("dev"), "254:16\n").unwrap();
-        let found = numbers(&window);
+        let found = block_device(&window);
         fs::remove_dir_all(&window).unwrap();
-        assert_eq!(found.unwrap(), Some((254, 16)));
+        assert_eq!(found.unwrap(), Some(BlockDevice { name: "vdb".into(), major: 254, minor: 16 }));
+    }
+
+    #[test]
+    fn options_are_flags_or_data() {
+        let options = ["rw", "loop", "noatime", "data=ordered", "discard"].map(str::to_owned);
+        let (flags, data) = flags_and_data(&options);
+        assert_eq!(flags, MsFlags::MS_NODEV | MsFlags::MS_NOATIME);
+        assert_eq!(data, "data=ordered,discard");
     }
 }

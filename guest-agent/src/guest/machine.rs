@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use bulkhead_agent_protocol::{AddDiskResponse, ConfigureRequest};
+use bulkhead_agent_protocol::{AddDiskRequest, AddDiskResponse, ConfigureRequest};
 use tokio::time::timeout;
 
 use super::{disks, filesystems, power};
@@ -95,8 +95,8 @@ impl Machine for GuestMachine {
         }
     }
 
-    async fn add_disk(&self, slot: u32) -> Result<AddDiskResponse, String> {
-        disks::add(slot, &self.reaper).await.map_err(|error| error_chain(&error))
+    async fn add_disk(&self, request: &AddDiskRequest) -> Result<AddDiskResponse, String> {
+        disks::add(request, &self.reaper).await.map_err(|error| error_chain(&error))
     }
 
     async fn remove_disk(&self, slot: u32) -> Result<(), String> {

@@ -10,6 +10,9 @@ pub const STDIO_PORT: u32 = 1025;
 /// Where the pod's shared tree is mounted in the guest.
 pub const SHARED_DIR: &str = "/run/bulkhead/shared";
 
+/// Where file systems on disks are mounted in the guest, each in a directory with the number of its slot.
+pub const DISKS_DIR: &str = "/run/bulkhead/disks";
+
 mod agent {
     #![allow(warnings, clippy::all, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     include!(concat!(env!("OUT_DIR"), "/agent.rs"));

@@ -1,4 +1,4 @@
-//! Block devices of the host, opened for a guest.
+//! Block devices of the host and images of disks, opened for a guest.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -35,6 +35,9 @@ pub enum DiskError {
         /// What it should be.
         number: DeviceNumber,
     },
+    /// Neither a device nor an image.
+    #[error("{0} is neither a block device nor a file")]
+    Kind(PathBuf),
     /// No guest can use its blocks.
     #[error("{path} has logical blocks of {size} bytes: 512 to 4096 are possible")]
     BlockSize {
@@ -58,13 +61,13 @@ impl Classify for DiskError {
     }
 }
 
-/// An open block device.
+/// An open block device, or an open image of a disk.
 #[derive(Debug)]
 pub struct OpenDisk {
-    /// The device.
+    /// The device or image.
     pub file: File,
-    /// Which one.
-    pub number: DeviceNumber,
+    /// Where it was found.
+    pub path: PathBuf,
     /// Whether it is open for reading only.
     pub read_only: bool,
     /// Size of a logical block, bytes.
@@ -72,14 +75,24 @@ pub struct OpenDisk {
 }
 
 impl OpenDisk {
-    /// Opens what a container asks for.
-    ///
-    /// For writing it is claimed: nobody else may mount it or claim it until it is closed. A file system that the host
-    /// has mounted while a guest writes to its disk would give the guest the host's kernel.
+    /// Opens the block device that a container asks for.
     pub fn open(disk: &HostDisk) -> Result<OpenDisk, DiskError> {
-        let HostDisk { number, read_only } = *disk;
+        let number = disk.number;
         let path = node(number).ok_or(DiskError::Unknown(number))?;
+        let disk = OpenDisk::open_path(path, disk.read_only)?;
+        match disk.file.metadata() {
+            Ok(metadata) if metadata.rdev() == libc::makedev(number.major, number.minor) => Ok(disk),
+            _ => Err(DiskError::Other { path: disk.path, number }),
+        }
+    }
+
+    /// Opens a block device or an image.
+    ///
+    /// A device is claimed for writing: nobody else may mount it or claim it until it is closed. A file system that the
+    /// host has mounted while a guest writes to its disk would give the guest the host's kernel.
+    pub fn open_path(path: PathBuf, read_only: bool) -> Result<OpenDisk, DiskError> {
         let failed = |source| DiskError::Open { path: path.clone(), source };
+        // Without a meaning for files that exist.
         let claim = if read_only { 0 } else { libc::O_EXCL };
         let file = OpenOptions::new()
             .read(true)
@@ -87,17 +100,16 @@ impl OpenDisk {
             .custom_flags(claim | libc::O_NONBLOCK)
             .open(&path)
             .map_err(failed)?;
-        let metadata = file.metadata().map_err(failed)?;
-        if !metadata.file_type().is_block_device()
-            || metadata.rdev() != libc::makedev(number.major, number.minor)
-        {
-            return Err(DiskError::Other { path, number });
+        let kind = file.metadata().map_err(failed)?.file_type();
+        let block_size = match (kind.is_block_device(), kind.is_file()) {
+            (true, _) => logical_block_size(&file).map_err(failed)?,
+            (_, true) => *BLOCK_SIZES.start(),
+            _ => return Err(DiskError::Kind(path)),
+        };
+        if !BLOCK_SIZES.contains(&block_size) {
+            return Err(DiskError::BlockSize { path, size: block_size });
         }
-        let size = logical_block_size(&file).map_err(failed)?;
-        if !BLOCK_SIZES.contains(&size) {
-            return Err(DiskError::BlockSize { path, size });
-        }
-        Ok(OpenDisk { file, number, read_only, block_size: size })
+        Ok(OpenDisk { file, path, read_only, block_size })
     }
 }
 
@@ -125,6 +137,17 @@ mod tests {
         let number = DeviceNumber { major: 4095, minor: 7 };
         let error = OpenDisk::open(&HostDisk { number, read_only: true }).unwrap_err();
         assert_eq!(error.to_string(), "this host has no block device 4095:7");
+    }
+
+    #[test]
+    fn an_image_is_opened_and_other_files_are_refused() {
+        let path = std::env::temp_dir().join(format!("bulkhead-disk-{}", std::process::id()));
+        std::fs::write(&path, [0; 4096]).unwrap();
+        let disk = OpenDisk::open_path(path.clone(), false).unwrap();
+        std::fs::remove_file(path).unwrap();
+        assert_eq!((disk.read_only, disk.block_size), (false, 512));
+        let refused = OpenDisk::open_path("/dev/null".into(), true);
+        assert!(matches!(refused, Err(DiskError::Kind(_))), "{refused:?}");
     }
 
     #[test]

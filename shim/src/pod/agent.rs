@@ -10,6 +10,7 @@ use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 
+use super::disks::FileSystem;
 use super::stream::GuardedStream;
 use crate::error::{Classify, Code, untrusted};
 use crate::spec::DeviceNumber;
@@ -162,9 +163,17 @@ impl Agent {
         self.call("Configure", SLOW, self.client.configure(Context::default(), request)).await.map(drop)
     }
 
-    /// Has the guest take up the disk in a slot; gives its number there.
-    pub async fn add_disk(&self, slot: u8) -> Result<DeviceNumber, AgentError> {
-        let request = api::DiskRequest { slot: slot.into(), ..Default::default() };
+    /// Has the guest take up the disk in a slot and mount what is on it; gives its number there.
+    pub async fn add_disk(
+        &self,
+        slot: u8,
+        file_system: Option<&FileSystem>,
+    ) -> Result<DeviceNumber, AgentError> {
+        let mut request = api::AddDiskRequest { slot: slot.into(), ..Default::default() };
+        if let Some(FileSystem { kind, options }) = file_system {
+            request.file_system = kind.clone();
+            request.options = options.clone();
+        }
         let answer = self.call("AddDisk", SLOW, self.client.add_disk(Context::default(), &request)).await?;
         Ok(DeviceNumber { major: answer.major, minor: answer.minor })
     }

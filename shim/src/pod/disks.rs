@@ -1,37 +1,40 @@
-//! Disks of a running pod: from the host's block device to the guest's.
+//! Disks of a running pod: from the host's block device or image to the guest's block device, and what is mounted from it.
 
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bulkhead_vmm_protocol::{AttachDisk, DISK_SLOTS, Request};
+
+use bulkhead_agent_protocol::DISKS_DIR;
 
 use super::Pod;
 use super::agent::AgentError;
 use super::machine::MachineError;
 use crate::error::{Classify, Code, chain};
 use crate::host::disk::OpenDisk;
-use crate::spec::{DeviceNumber, DiskPlace};
+use crate::spec::DeviceNumber;
 
 /// Why a pod does not get a disk.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
     /// It has as many as it can have.
-    #[error("the pod has {DISK_SLOTS} block devices already, which is as many as it can have")]
+    #[error("the pod has {DISK_SLOTS} disks already, which is as many as it can have")]
     NoSlot,
     /// The VMM does not take it.
-    #[error("can't put the block device {}:{} into the pod", .number.major, .number.minor)]
+    #[error("can't put {path} into the pod")]
     Machine {
         /// Which one.
-        number: DeviceNumber,
+        path: PathBuf,
         /// Why not.
         #[source]
         source: MachineError,
     },
     /// The guest does not take it.
-    #[error("the guest does not take the block device {}:{}", .number.major, .number.minor)]
+    #[error("the guest does not take {path}")]
     Guest {
         /// Which one.
-        number: DeviceNumber,
+        path: PathBuf,
         /// Why not.
         #[source]
         source: AgentError,
@@ -48,12 +51,30 @@ impl Classify for AttachError {
     }
 }
 
+/// A file system on a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileSystem {
+    /// Its type.
+    pub kind: String,
+    /// How it is to be mounted, in the words of mount(8).
+    pub options: Vec<String>,
+}
+
 /// A disk in a pod.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AttachedDisk {
     slot: u8,
-    /// Its numbers.
-    pub place: DiskPlace,
+    /// Where it was found on the host.
+    path: PathBuf,
+    /// Its number in the guest.
+    pub number: DeviceNumber,
+}
+
+impl AttachedDisk {
+    /// Where the file system on it is mounted in the guest, if that was asked for.
+    pub fn mount_point(&self) -> PathBuf {
+        PathBuf::from(format!("{DISKS_DIR}/{}", self.slot))
+    }
 }
 
 /// Which slots are taken.
@@ -78,52 +99,38 @@ impl Slots {
 }
 
 impl Pod {
-    /// Gives the guest disks, all or none.
-    pub async fn attach_disks(&self, disks: &[OpenDisk]) -> Result<Vec<AttachedDisk>, AttachError> {
-        let mut attached = Vec::with_capacity(disks.len());
-        for disk in disks {
-            match self.attach_disk(disk).await {
-                Ok(disk) => attached.push(disk),
-                Err(error) => {
-                    self.detach_disks(&attached).await;
-                    return Err(error);
-                }
-            }
-        }
-        Ok(attached)
-    }
-
-    async fn attach_disk(&self, disk: &OpenDisk) -> Result<AttachedDisk, AttachError> {
-        let number = disk.number;
+    /// Gives the guest a disk, and has it mount the file system on it if there is one to be mounted.
+    pub async fn attach_disk(
+        &self,
+        disk: &OpenDisk,
+        file_system: Option<&FileSystem>,
+    ) -> Result<AttachedDisk, AttachError> {
+        let path = disk.path.clone();
         let slot = self.disk_slots.take().ok_or(AttachError::NoSlot)?;
         let request = Request::AttachDisk(AttachDisk {
             slot,
             read_only: disk.read_only,
             block_size: disk.block_size,
-            serial: format!("{}:{}", number.major, number.minor),
+            serial: format!("slot{slot}"),
         });
         if let Err(source) = self.control.request("AttachDisk", &request, &[disk.file.as_fd()]).await {
             self.disk_slots.give_back(slot);
-            return Err(AttachError::Machine { number, source });
+            return Err(AttachError::Machine { path, source });
         }
-        match self.agent.add_disk(slot).await {
-            Ok(guest) => Ok(AttachedDisk { slot, place: DiskPlace { host: number, guest } }),
+        match self.agent.add_disk(slot, file_system).await {
+            Ok(number) => Ok(AttachedDisk { slot, path, number }),
             Err(source) => {
                 self.take_out(slot).await;
-                Err(AttachError::Guest { number, source })
+                Err(AttachError::Guest { path, source })
             }
         }
     }
 
     /// Takes disks away from the guest; what fails is logged, since the pod's end will do it in any case.
     pub async fn detach_disks(&self, disks: &[AttachedDisk]) {
-        for AttachedDisk { slot, place } in disks {
+        for AttachedDisk { slot, path, .. } in disks {
             if let Err(error) = self.agent.remove_disk(*slot).await {
-                let DeviceNumber { major, minor } = place.host;
-                log::warn!(
-                    "the guest does not let go of the block device {major}:{minor}: {}",
-                    chain(&error)
-                );
+                log::warn!("the guest does not let go of {}: {}", path.display(), chain(&error));
             }
             self.take_out(*slot).await;
         }

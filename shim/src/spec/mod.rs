@@ -174,13 +174,17 @@ pub struct GuestSpec {
 }
 
 impl GuestSpec {
-    /// For the agent. `places` are those of [`GuestSpec::disks`].
-    pub fn to_json(&self, places: &[DiskPlace]) -> Result<Vec<u8>, SpecError> {
+    /// For the agent. `places` are those of [`GuestSpec::disks`]; `root` is where the root file system is in the guest, if
+    /// not in the shared tree.
+    pub fn to_json(&self, places: &[DiskPlace], root: Option<PathBuf>) -> Result<Vec<u8>, SpecError> {
         const WHAT: &str = "the specification";
-        if places.is_empty() {
+        if places.is_empty() && root.is_none() {
             return serialize(WHAT, &self.spec);
         }
         let mut spec = self.spec.clone();
+        if let (Some(path), Some(root)) = (root, spec.root_mut()) {
+            root.set_path(path);
+        }
         if let Some(linux) = spec.linux_mut() {
             devices::place(linux.devices_mut().as_deref_mut().unwrap_or_default(), places);
             if let Some(resources) = linux.resources_mut() {

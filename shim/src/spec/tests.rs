@@ -46,7 +46,7 @@ fn added(object: &str, key: &str, value: Value) -> Value {
 fn translated_in(spec: Value, pod: &PodNamespaces) -> Result<(Value, GuestSpec), SpecError> {
     let spec = serde_json::from_value(spec).unwrap();
     let guest = translate(spec, "c1", pod)?;
-    Ok((serde_json::from_slice(&guest.to_json(&[]).unwrap()).unwrap(), guest))
+    Ok((serde_json::from_slice(&guest.to_json(&[], None).unwrap()).unwrap(), guest))
 }
 
 fn translated(spec: Value) -> Result<(Value, GuestSpec), SpecError> {
@@ -247,7 +247,9 @@ fn block_devices_become_disks_of_the_guest() {
         DiskPlace { host: number(8, 16), guest: number(254, 16) },
         DiskPlace { host: number(7, 1), guest: number(254, 32) },
     ];
-    let placed: Value = serde_json::from_slice(&guest.to_json(&places).unwrap()).unwrap();
+    let root = Some("/run/bulkhead/disks/2".into());
+    let placed: Value = serde_json::from_slice(&guest.to_json(&places, root).unwrap()).unwrap();
+    assert_eq!(placed["root"], json!({"path": "/run/bulkhead/disks/2", "readonly": true}));
     let nodes: Vec<_> =
         placed["linux"]["devices"].as_array().unwrap().iter().map(|node| &node["minor"]).collect();
     assert_eq!(nodes, [16, 16, 32]);

@@ -9,11 +9,11 @@ use std::time::Duration;
 use containerd_shim_protos::events::task::TaskExit;
 use tokio::sync::watch;
 
+use super::disks::ContainerDisks;
 use super::stdio::{ProcessIo, Stdio};
 use crate::events::{Event, Publisher, timestamp};
 use crate::pod::Pod;
 use crate::pod::agent::{AgentError, Exit};
-use crate::pod::disks::AttachedDisk;
 use crate::pod::state::ExitRecord;
 
 /// What a process is reported to have ended with when its pod died under it: killed.
@@ -119,8 +119,8 @@ pub struct Container {
     pub init: Arc<Process>,
     /// Whether the end of the first process is the end of all.
     pub own_pid_namespace: bool,
-    /// The block devices that it was given.
-    pub disks: Vec<AttachedDisk>,
+    /// The disks that the pod has for it.
+    pub disks: ContainerDisks,
     /// Whether it is frozen.
     pub paused: AtomicBool,
     execs: Mutex<BTreeMap<String, Arc<Process>>>,
@@ -134,7 +134,7 @@ impl Container {
         pod: Arc<Pod>,
         init: Arc<Process>,
         own_pid_namespace: bool,
-        disks: Vec<AttachedDisk>,
+        disks: ContainerDisks,
     ) -> Container {
         Container {
             id: id.to_owned(),

@@ -9,6 +9,7 @@ use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use oci_spec::runtime::Spec;
 
 use super::container::{Container, Process};
+use super::disks::{ContainerDisks, OpenDisks, RootDisk};
 use super::rootfs::{self, Files};
 use super::shim::{Shim, Slot};
 use super::stdio::{HostStdio, ProcessIo, Stdio};
@@ -17,11 +18,9 @@ use crate::config::Config;
 use crate::error::ApiError;
 use crate::events::Event;
 use crate::host::cgroup;
-use crate::host::disk::OpenDisk;
 use crate::id;
 use crate::options::RuntimeOptions;
 use crate::pod::agent::AgentError;
-use crate::pod::disks::AttachedDisk;
 use crate::pod::timeline::now_us;
 use crate::pod::{DEATH_LIMIT, Pod, PodSpec, state};
 use crate::spec::sandbox::Role;
@@ -101,8 +100,9 @@ impl Shim {
             terminal: request.terminal,
         };
         let host_stdio = HostStdio::open(&stdio)?;
-        let disks = guest.disks.iter().map(OpenDisk::open).collect::<Result<Vec<_>, _>>()?;
-        let files = Files::prepare(&request.rootfs, &guest.mounts, &spec, &bundle).await?;
+        let disks = OpenDisks::open(RootDisk::open(&request.rootfs)?, &guest.disks)?;
+        let shared_root = if disks.has_root() { None } else { Some(request.rootfs.as_slice()) };
+        let files = Files::prepare(shared_root, &guest.mounts, &spec, &bundle).await?;
 
         let is_new = existing.is_none();
         let pod = match existing {
@@ -135,8 +135,6 @@ impl Shim {
                 if is_new {
                     pod.stop().await;
                 } else {
-                    // The agent may have got further than its answer.
-                    let _ = pod.agent().delete(&request.id, "").await;
                     rootfs::remove(pod.tree(), &request.id).await;
                 }
                 Err(error)
@@ -159,7 +157,7 @@ struct Made {
     /// The first process's id in the guest.
     guest_pid: u32,
     io: ProcessIo,
-    disks: Vec<AttachedDisk>,
+    disks: ContainerDisks,
 }
 
 impl Order<'_> {
@@ -168,7 +166,7 @@ impl Order<'_> {
         self,
         pod: &Pod,
         files: Files,
-        disks: Vec<OpenDisk>,
+        disks: OpenDisks,
         host_stdio: HostStdio,
     ) -> Result<Made, ApiError> {
         let attach = async { files.attach(pod.tree(), self.id).await.map_err(ApiError::from) };
@@ -179,18 +177,18 @@ impl Order<'_> {
         } else {
             attach.await?;
         }
-        let attached = pod.attach_disks(&disks).await?;
-        // The VMM has its own by now.
-        drop(disks);
-        match self.make(pod, &attached, host_stdio).await {
+        let disks = disks.attach(pod).await?;
+        match self.make(pod, &disks, host_stdio).await {
             Ok((guest_pid, io)) => {
                 pod.timeline().stamp("container");
-                Ok(Made { guest_pid, io, disks: attached })
+                Ok(Made { guest_pid, io, disks })
             }
             Err(error) => {
                 // A new pod ends with its only container, and its disks with it.
                 if !self.is_new {
-                    pod.detach_disks(&attached).await;
+                    // The agent may have got further than its answer.
+                    let _ = pod.agent().delete(self.id, "").await;
+                    pod.detach_disks(&disks.attached).await;
                 }
                 Err(error)
             }
@@ -200,14 +198,13 @@ impl Order<'_> {
     async fn make(
         &self,
         pod: &Pod,
-        disks: &[AttachedDisk],
+        disks: &ContainerDisks,
         host_stdio: HostStdio,
     ) -> Result<(u32, ProcessIo), ApiError> {
-        let places: Vec<_> = disks.iter().map(|disk| disk.place).collect();
         let (streams, io) = host_stdio.connect(pod, self.guest.console_size).await?;
         let message = api::CreateContainerRequest {
             container_id: self.id.to_owned(),
-            spec: self.guest.to_json(&places)?,
+            spec: self.guest.to_json(&disks.places, disks.root.clone())?,
             stdio: protobuf::MessageField::some(streams),
             ..Default::default()
         };

@@ -2,6 +2,7 @@
 
 pub mod container;
 pub mod create;
+pub mod disks;
 pub mod rootfs;
 pub mod service;
 pub mod shim;

@@ -57,29 +57,23 @@ impl Classify for RootfsError {
 /// A container's mounts, attached nowhere yet.
 #[derive(Debug)]
 pub struct Files {
-    rootfs: DetachedTree,
+    /// `None` if it is on a disk.
+    rootfs: Option<DetachedTree>,
     volumes: Vec<(DetachedTree, PointKind)>,
 }
 
 impl Files {
-    /// Mounts the root file system as containerd asks for it (or takes the bundle's), and the volumes.
+    /// Mounts the root file system as containerd asks for it (or takes the bundle's), unless it is on a disk, and the volumes.
     pub async fn prepare(
-        rootfs: &[Mount],
+        rootfs: Option<&[Mount]>,
         volumes: &[HostMount],
         spec: &Spec,
         bundle: &Path,
     ) -> Result<Files, ApiError> {
-        let rootfs = if rootfs.is_empty() {
-            let path = spec::bundle_rootfs(spec, bundle)?;
-            check_directory(&path)?;
-            DetachedTree::bind(&path, true).map_err(RootfsError::Mount)?
-        } else {
-            let scratch = bundle.join("rootfs");
-            fs::create_dir_all(&scratch)
-                .map_err(|source| RootfsError::Scratch { path: scratch.clone(), source })?;
-            assemble(rootfs.iter().map(request).collect(), scratch).await.map_err(RootfsError::Mount)?
+        let rootfs = match rootfs {
+            Some(mounts) => Some(mount_root(mounts, spec, bundle).await?),
+            None => None,
         };
-        rootfs.restrict(Propagation::Private).map_err(RootfsError::Mount)?;
         let volumes = volumes.iter().map(bind).collect::<Result<_, _>>().map_err(RootfsError::Volume)?;
         Ok(Files { rootfs, volumes })
     }
@@ -87,12 +81,29 @@ impl Files {
     /// Attaches everything where the translated specification says it is.
     pub async fn attach(self, tree: &SharedTree, id: &str) -> Result<(), RootfsError> {
         let directory = Path::new(id);
-        tree.attach(self.rootfs, &directory.join("rootfs"), PointKind::Directory).await?;
+        if let Some(rootfs) = self.rootfs {
+            tree.attach(rootfs, &directory.join("rootfs"), PointKind::Directory).await?;
+        }
         for (number, (volume, kind)) in self.volumes.into_iter().enumerate() {
             tree.attach(volume, &directory.join("mounts").join(number.to_string()), kind).await?;
         }
         Ok(())
     }
+}
+
+async fn mount_root(mounts: &[Mount], spec: &Spec, bundle: &Path) -> Result<DetachedTree, ApiError> {
+    let rootfs = if mounts.is_empty() {
+        let path = spec::bundle_rootfs(spec, bundle)?;
+        check_directory(&path)?;
+        DetachedTree::bind(&path, true).map_err(RootfsError::Mount)?
+    } else {
+        let scratch = bundle.join("rootfs");
+        fs::create_dir_all(&scratch)
+            .map_err(|source| RootfsError::Scratch { path: scratch.clone(), source })?;
+        assemble(mounts.iter().map(request).collect(), scratch).await.map_err(RootfsError::Mount)?
+    };
+    rootfs.restrict(Propagation::Private).map_err(RootfsError::Mount)?;
+    Ok(rootfs)
 }
 
 /// Detaches a container's files; what fails is logged, since the pod's end will do it in any case.

@@ -136,8 +136,8 @@ impl Task for TaskService {
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let container = self.shim.container(&request.id)?;
         container.pod.check_alive()?;
-        let places: Vec<_> = container.disks.iter().map(|disk| disk.place).collect();
-        let resources = spec::read_resources(&request.resources.value, &places).map_err(ApiError::from)?;
+        let resources = spec::read_resources(&request.resources.value, &container.disks.places)
+            .map_err(ApiError::from)?;
         complete(async move {
             explain(&container.pod, container.pod.agent().update(&request.id, resources).await).await
         })
@@ -380,7 +380,7 @@ async fn delete(shim: &Arc<Shim>, id: &str, exec_id: &str) -> Result<DeleteRespo
         let removed = shim.containers().remove(id);
         if removed.is_some() {
             if container.pod.death().is_none() {
-                container.pod.detach_disks(&container.disks).await;
+                container.pod.detach_disks(&container.disks.attached).await;
             }
             rootfs::remove(container.pod.tree(), id).await;
             shim.publisher.publish(Event::Delete(TaskDelete {

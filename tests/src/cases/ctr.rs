@@ -15,6 +15,7 @@ pub const CASES: &[Case] = &[
     Case::new("cold-ctr-run", run).on(Fixture::Containerd).cold(),
     Case::new("ctr-detached-exec-kill-delete", detached).on(Fixture::Containerd),
     Case::new("ctr-bind-mount-and-limits", mount_and_limits).on(Fixture::Containerd),
+    Case::new("ctr-root-file-system-on-a-disk", disk_root).on(Fixture::Containerd),
     Case::new("ctr-two-pods-at-once", two_pods).on(Fixture::Containerd),
     Case::new("ctr-containerd-restarts", containerd_restarts).on(Fixture::Containerd),
 ];
@@ -47,6 +48,36 @@ fn run(environment: &mut Environment) -> Outcome<String> {
         })?;
     }
     Ok(format!("streams and exit code carried, {:.3} s", output.elapsed.as_secs_f64()))
+}
+
+fn disk_root(environment: &mut Environment) -> Outcome<String> {
+    const SNAPSHOTTER: &str = "blockfile";
+    let (id, runtime) = (environment.id("disk"), environment.runtime.name());
+    let ours = environment.runtime == Runtime::Bulkhead;
+    let containerd = environment.containerd()?;
+    containerd.import_for("busybox", SNAPSHOTTER)?;
+    let script = "grep ' / ' /proc/mounts | cut -d' ' -f1-3; echo kept >/kept; cat /kept";
+    let arguments = [
+        "run",
+        "--rm",
+        "--snapshotter",
+        SNAPSHOTTER,
+        "--runtime",
+        runtime,
+        IMAGE,
+        &id,
+        "/bin/sh",
+        "-c",
+        script,
+    ];
+    let output = containerd.ctr(&arguments)?;
+    let (elapsed, said) = (output.elapsed, output.success("ctr run")?.stdout);
+    let device = if ours { "/dev/vd" } else { "/dev/loop" };
+    ensure!(
+        said.starts_with(device) && said.ends_with("/ ext4\nkept\n"),
+        "root file system and its file: {said:?}"
+    );
+    Ok(format!("root is {} in {:.3} s", said.lines().next().unwrap_or_default(), elapsed.as_secs_f64()))
 }
 
 fn detached(environment: &mut Environment) -> Outcome<String> {

@@ -1,8 +1,10 @@
 //! Block devices of the node in pods.
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
+use containerd_shim_protos::api::Mount;
 use nix::libc::O_EXCL;
 use serde_json::{Value, json};
 
@@ -23,6 +25,9 @@ pub const CASES: &[Case] = &[
     Case::new("disk-in-use-is-refused", in_use).bulkhead_only(),
     Case::new("disk-unknown-is-refused", unknown),
     Case::new("disks-come-and-go-in-a-pod", come_and_go).bulkhead_only(),
+    Case::new("disk-root-file-system", root_file_system).bulkhead_only(),
+    Case::new("cold-disk-root-file-system", root_file_system).cold(),
+    Case::new("disk-root-file-system-damaged", damaged_root).bulkhead_only(),
 ];
 
 fn volume(environment: &Environment) -> Outcome<Volume> {
@@ -130,6 +135,74 @@ fn unknown(environment: &mut Environment) -> Outcome<String> {
     spec["linux"]["devices"] = json!([{ "path": "/dev/x", "type": "b", "major": 4095, "minor": 7 }]);
     let error = refused(environment, &id, &spec)?;
     ensure!(error.contains("no block device 4095:7"), "the error: {error}");
+    Ok(error)
+}
+
+/// Mounts of a root file system in an image, as the snapshotter `blockfile` gives them.
+fn image_mounts(image: &Path, options: &[&str]) -> Vec<Mount> {
+    vec![Mount {
+        type_: "ext4".into(),
+        source: image.display().to_string(),
+        options: options.iter().map(|option| (*option).to_owned()).collect(),
+        ..Mount::default()
+    }]
+}
+
+fn root_file_system(environment: &mut Environment) -> Outcome<String> {
+    let image = environment.host()?.path().join(environment.id("root"));
+    let source = environment.layout.rootfs("busybox").with_extension("ext4");
+    fs::copy(&source, &image).explain(|| format!("copy {}", source.display()))?;
+    let volume = volume(environment)?;
+    let run = |options: &[&str], script: &str| -> Outcome<String> {
+        let id = environment.id("root");
+        let mut spec = bundle::spec(&id, bundle::shell(script));
+        volume.add_to(&mut spec, "/dev/data", "rwm");
+        let shared = environment.host()?.path().to_owned();
+        spec["mounts"].as_array_mut().explain(|| "mounts".into())?.push(bundle::bind(
+            &shared,
+            "/mnt",
+            &["rbind", "ro"],
+        ));
+        let host = environment.host()?;
+        let mut bundle = host.bundle(&id, &spec)?;
+        bundle.rootfs = image_mounts(&image, options);
+        let ended = environment.run_bundle(bundle)?;
+        ended.success()
+    };
+    let script = format!(
+        "grep ' / ' /proc/mounts | cut -d' ' -f3; echo kept >/kept; mkdir /dir; ln -s kept /dir/link; ls /mnt | grep -c bundles; {}",
+        read("/dev/data")
+    );
+    let first = run(&["rw", "loop"], &script)?;
+    ensure_eq!(first, "ext4\n1\n0000000000000009\n", "root, volume and disk of the first container");
+    let second = run(
+        &["ro", "loop"],
+        "cat /kept; readlink /dir/link; touch /kept 2>&1; grep -c ' / .* ro,' /proc/mounts",
+    )?;
+    ensure_eq!(
+        second,
+        "kept\nkept\ntouch: /kept: Read-only file system\n1\n",
+        "what the second container found"
+    );
+    fs::remove_file(&image).explain(|| format!("remove {}", image.display()))?;
+    Ok("ext4 in an image is the guest's root beside shared volumes and disks; what one container wrote the next one read".into())
+}
+
+fn damaged_root(environment: &mut Environment) -> Outcome<String> {
+    let image = environment.host()?.path().join(environment.id("root"));
+    fs::write(&image, vec![0x5a; 1 << 20]).explain(|| format!("write {}", image.display()))?;
+    let id = environment.id("root");
+    let host = environment.host()?;
+    let mut bundle = host.bundle(&id, &bundle::spec(&id, bundle::process(&["true"])))?;
+    bundle.rootfs = image_mounts(&image, &["rw", "loop"]);
+    let shim = host.start(&bundle)?;
+    let stdio = shim.stdio("init", Streams::default())?;
+    let created = shim.create(&stdio, CreateOptions::default());
+    let Err(error) = created else { fail!("a root file system of nonsense was mounted") };
+    Container { bundle, shim, stdio }.release()?;
+    fs::remove_file(&image).explain(|| format!("remove {}", image.display()))?;
+    let error = error.to_string();
+    ensure!(error.contains("does not mount the disk") && error.contains("root-"), "the error: {error}");
     Ok(error)
 }
 

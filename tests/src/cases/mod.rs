@@ -317,9 +317,11 @@ impl Environment {
     /// # Errors
     /// What the shim refuses.
     pub fn created(&self, id: &str, spec: &Value, streams: Streams) -> Outcome<Container> {
-        let host = self.host()?;
-        let bundle = host.bundle(id, spec)?;
-        let shim = host.start(&bundle)?;
+        self.created_from(self.host()?.bundle(id, spec)?, streams)
+    }
+
+    fn created_from(&self, bundle: Bundle, streams: Streams) -> Outcome<Container> {
+        let shim = self.host()?.start(&bundle)?;
         let stdio = shim.stdio("init", streams)?;
         let config = self.config()?;
         shim.create(&stdio, CreateOptions { config: config.as_deref(), ..CreateOptions::default() })?;
@@ -334,7 +336,15 @@ impl Environment {
     /// # Errors
     /// What the shim refuses, and an end later than [`CALL_LIMIT`].
     pub fn run_to_end(&self, id: &str, spec: &Value) -> Outcome<Ended> {
-        let container = self.created(id, spec, Streams::default())?;
+        self.run_bundle(self.host()?.bundle(id, spec)?)
+    }
+
+    /// Runs the container of a bundle to its end and releases it.
+    ///
+    /// # Errors
+    /// As [`run_to_end`](Self::run_to_end).
+    pub fn run_bundle(&self, bundle: Bundle) -> Outcome<Ended> {
+        let container = self.created_from(bundle, Streams::default())?;
         container.shim.start("")?;
         let exit = container.shim.wait("", CALL_LIMIT)?;
         let (stdout, stderr) =
