@@ -102,7 +102,7 @@ impl PrivateContainerd {
     /// When `ctr` fails.
     pub fn import_for(&self, image: &str, snapshotter: &str) -> Outcome<String> {
         let archive = self.layout.image(image).display().to_string();
-        self.ctr(&["image", "import", "--snapshotter", snapshotter, &archive])?
+        self.ctr(&["image", "import", "--local", "--snapshotter", snapshotter, &archive])?
             .success("ctr image import")?;
         Ok(format!("bulkhead.test/{image}:1"))
     }
