@@ -46,6 +46,10 @@ cp "$release/bulkhead-bench-workload" "$guest/workload"
 "$mkfs" --quiet -T0 --all-root "$payload/share/bulkhead/bench-guest.erofs" "$guest" >/dev/null || fail "mkfs.erofs failed"
 rm -rf "$guest"
 
+# What containerd's blockfile snapshotter begins with: an empty file system.
+mkfs=$(PATH=$PATH:/usr/sbin:/sbin command -v mkfs.ext4) || fail "mkfs.ext4 is missing; run tests/install-packages.sh"
+"$mkfs" -q -m 0 "$payload/share/bulkhead/bench-scratch.ext4" 64M >/dev/null || fail "mkfs.ext4 failed"
+
 # mkfs.erofs for containerd's erofs snapshotter, of the nested host's own Debian release, with the libraries that it has not.
 if [[ $kind != hardware ]]; then
     erofs=(erofs-utils libdeflate0 liblz4-1 liblzma5 libpcre2-8-0 libselinux1 libuuid1 libxxhash0 libzstd1 zlib1g libgcc-s1)

@@ -107,6 +107,12 @@ fn value_of(text: &str, name: &str) -> Option<u64> {
         .and_then(|number| number.parse().ok())
 }
 
+/// Where a part is that was installed beside us, as `PREFIX/PLACE`.
+pub fn installed(place: &str) -> PathBuf {
+    let own = std::env::current_exe().unwrap_or_default();
+    own.parent().and_then(Path::parent).unwrap_or(Path::new("/")).join(place)
+}
+
 /// Where a program is, by the PATH.
 pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;

@@ -21,7 +21,7 @@ use crate::proto;
 use crate::runtime::Runtime;
 use crate::workload::files;
 
-/// The snapshotter that all pods' root file systems come from.
+/// The snapshotter that pods' root file systems come from, unless a row is about another one.
 pub const SNAPSHOTTER: &str = "overlayfs";
 /// How long a workload may be silent.
 const OUTPUT_LIMIT: Duration = Duration::from_secs(120);
@@ -73,6 +73,7 @@ pub struct Pods {
     client: Client,
     /// Where the FIFOs are.
     directory: PathBuf,
+    snapshotter: &'static str,
     /// The committed snapshot of the image.
     snapshot: String,
 }
@@ -103,7 +104,13 @@ pub struct Pod {
 impl Pods {
     /// Pods out of the committed `snapshot`, with their FIFOs in `directory`.
     pub fn new(client: Client, directory: PathBuf, snapshot: String) -> Self {
-        Self { client, directory, snapshot }
+        Self { client, directory, snapshotter: SNAPSHOTTER, snapshot }
+    }
+
+    /// The same out of a committed snapshot of another snapshotter.
+    #[must_use]
+    pub fn on(&self, snapshotter: &'static str, snapshot: String) -> Self {
+        Self { snapshotter, snapshot, ..self.clone() }
     }
 
     /// Starts a pod and waits for the first byte of its output.
@@ -178,7 +185,7 @@ impl Pod {
         let client = &self.pods.client;
         let (from, started) = (monotonic(), Instant::now());
         let mounts = client
-            .prepare_snapshot(SNAPSHOTTER, &self.id, &self.pods.snapshot)
+            .prepare_snapshot(self.pods.snapshotter, &self.id, &self.pods.snapshot)
             .await
             .map_err(at("prepare the snapshot"))?;
         let container = proto::Container {
@@ -186,7 +193,7 @@ impl Pod {
             image: image::NAME.to_owned(),
             runtime: MessageField::some(runtime.record()),
             spec: MessageField::some(spec),
-            snapshotter: SNAPSHOTTER.to_owned(),
+            snapshotter: self.pods.snapshotter.to_owned(),
             snapshot_key: self.id.clone(),
             ..Default::default()
         };
@@ -263,7 +270,8 @@ impl Pod {
         let client = &self.pods.client;
         let task = client.delete_task(&self.id).await.map_err(at("delete the task"));
         let container = client.delete_container(&self.id).await.map_err(at("delete the container"));
-        let snapshot = client.remove_snapshot(SNAPSHOTTER, &self.id).await.map_err(at("remove the snapshot"));
+        let snapshot =
+            client.remove_snapshot(self.pods.snapshotter, &self.id).await.map_err(at("remove the snapshot"));
         let fifo = std::fs::remove_file(&self.fifo)
             .map_err(|source| PodError::Fifo { path: self.fifo.clone(), source });
         task.and(container).and(snapshot).and(fifo)

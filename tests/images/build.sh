@@ -62,8 +62,9 @@ done
 printf 'root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/home:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n' >"$r/etc/passwd"
 printf 'root:x:0:\nuser:x:1000:\nextra:x:2000:user\nnogroup:x:65534:\n' >"$r/etc/group"
 image busybox '"Cmd":["/bin/sh"],"Env":["PATH=/bin"]'
-mkfs.ext4 -q -m 0 -d "$r" "$out/busybox/rootfs.ext4" 16M
-mkfs.ext4 -q -m 0 "$out/busybox/scratch.ext4" 16M
+mkfs=$(PATH=$PATH:/usr/sbin:/sbin command -v mkfs.ext4) || { echo "images: mkfs.ext4 is missing; run tests/install-packages.sh" >&2; exit 1; }
+"$mkfs" -q -m 0 -d "$r" "$out/busybox/rootfs.ext4" 16M >/dev/null
+"$mkfs" -q -m 0 "$out/busybox/scratch.ext4" 16M >/dev/null
 
 mkdir "$r/work"
 echo "from the image" >"$r/work/file"

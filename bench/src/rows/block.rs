@@ -42,7 +42,7 @@ async fn one(bench: &mut Bench<'_>, runtime: &Runtime, volume: &Volume) -> Resul
         device: Some(BlockDevice { path: volume.path(), major: LOOP_MAJOR, minor: volume.number }),
     };
     let output = bench.pods.run(runtime, &container).await?;
-    inside::add_samples(bench, runtime, "block", &output)
+    inside::add_samples(bench, runtime, "block", &output, |row| row.to_owned())
 }
 
 /// A loop device over a file that is fully allocated. Dropping it detaches and removes them.

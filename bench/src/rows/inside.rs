@@ -2,41 +2,70 @@
 
 use super::Bench;
 use crate::containerd::spec::Container;
-use crate::pod::PodError;
+use crate::pod::{PodError, Pods};
 use crate::report::Better;
 use crate::runtime::Runtime;
 use crate::workload::files;
 
+/// The snapshotter whose root file systems are disks, and the workload that is run on them.
+const DISK_SNAPSHOTTER: &str = "blockfile";
+const ROOTFS: &str = "rootfs";
+const ROOTFS_BLOCK: &str = "rootfs-block";
+
 /// Runs `workload NAME` once under each runtime and takes over the samples that it prints.
 pub async fn measure(bench: &mut Bench<'_>, name: &str) {
+    run_workload(bench, bench.pods.clone(), name, |row| row.to_owned()).await;
+}
+
+/// The same for the workload `rootfs` on root file systems that are disks.
+pub async fn measure_on_disks(bench: &mut Bench<'_>) {
+    let snapshot = bench.image.snapshot();
+    if let Err(error) = bench.image.unpack(&bench.client, DISK_SNAPSHOTTER, snapshot).await {
+        bench.progress(&format!("SKIPPED {ROOTFS_BLOCK}: cannot unpack with {DISK_SNAPSHOTTER}: {error}"));
+        bench.results.skip(ROOTFS_BLOCK, "all", format!("cannot unpack with {DISK_SNAPSHOTTER}: {error}"));
+        return;
+    }
+    let pods = bench.pods.on(DISK_SNAPSHOTTER, snapshot.to_owned());
+    run_workload(bench, pods, ROOTFS, |row| row.replacen(ROOTFS, ROOTFS_BLOCK, 1)).await;
+}
+
+async fn run_workload(bench: &mut Bench<'_>, pods: Pods, name: &str, row_of: fn(&str) -> String) {
+    let group = row_of(name);
     for runtime in bench.runtimes.clone() {
-        if let Err(error) = one(bench, &runtime, name).await {
-            bench.fail(name, runtime.kind.name(), &error);
+        if let Err(error) = one(bench, &pods, &runtime, name, row_of).await {
+            bench.fail(&group, runtime.kind.name(), &error);
         }
-        bench.progress(&format!("{name}: {} done", runtime.kind.name()));
+        bench.progress(&format!("{group}: {} done", runtime.kind.name()));
     }
 }
 
-async fn one(bench: &mut Bench<'_>, runtime: &Runtime, name: &str) -> Result<(), PodError> {
+async fn one(
+    bench: &mut Bench<'_>,
+    pods: &Pods,
+    runtime: &Runtime,
+    name: &str,
+    row_of: fn(&str) -> String,
+) -> Result<(), PodError> {
     let container =
         Container { args: vec![files::PROGRAM.to_owned(), name.to_owned()], ..Default::default() };
-    let output = bench.pods.run(runtime, &container).await?;
-    add_samples(bench, runtime, name, &output)
+    let output = pods.run(runtime, &container).await?;
+    add_samples(bench, runtime, name, &output, row_of)
 }
 
-/// Adds the lines `ROW UNIT NUMBER` of a workload's output.
+/// Adds the lines `ROW UNIT NUMBER` of a workload's output, to the rows that `row_of` makes of these.
 pub fn add_samples(
     bench: &mut Bench<'_>,
     runtime: &Runtime,
     name: &str,
     output: &str,
+    row_of: fn(&str) -> String,
 ) -> Result<(), PodError> {
     for line in output.lines() {
         let Some((row, unit, value)) = sample(line) else {
             return Err(PodError::Output(format!("the line {line:?} of the workload {name}")));
         };
         let better = if unit.ends_with("/s") { Better::Higher } else { Better::Lower };
-        bench.results.add(row, runtime.kind.name(), unit, better, value);
+        bench.results.add(&row_of(row), runtime.kind.name(), unit, better, value);
     }
     Ok(())
 }

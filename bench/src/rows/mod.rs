@@ -19,12 +19,13 @@ use crate::report::{Better, Row, Skipped};
 use crate::runtime::{self, Runtime};
 
 /// Groups of rows, in the order in which they are measured.
-pub const GROUPS: [Group; 9] = [
+pub const GROUPS: [Group; 10] = [
     Group::Start,
     Group::Memory,
     Group::Vmm,
     Group::Syscalls,
     Group::Rootfs,
+    Group::RootfsBlock,
     Group::Block,
     Group::Setup,
     Group::Burst20,
@@ -44,6 +45,8 @@ pub enum Group {
     Syscalls,
     /// The root file system inside the workload.
     Rootfs,
+    /// The same when it is on a disk.
+    RootfsBlock,
     /// A block volume inside the workload.
     Block,
     /// Making root file systems.
@@ -63,6 +66,7 @@ impl Group {
             Self::Vmm => "vmm",
             Self::Syscalls => "syscalls",
             Self::Rootfs => "rootfs",
+            Self::RootfsBlock => "rootfs-block",
             Self::Block => "block",
             Self::Setup => "setup",
             Self::Burst20 => "burst-20",
@@ -80,6 +84,7 @@ impl Group {
             Self::Vmm => "the VMM alone beside QEMU's microvm machine: time to init, memory",
             Self::Syscalls => "getppid, fork and exec, page fault, context switch inside the workload",
             Self::Rootfs => "walk, unpack, small files, sequential read and write inside the workload",
+            Self::RootfsBlock => "the same with root file systems on disks",
             Self::Block => "4 KiB random reads and writes of a block volume inside the workload",
             Self::Setup => "first and repeated set-up of a root file system by containerd's snapshotters",
             Self::Burst20 => "20 pods at once: pods a second, slowest start, failures",
@@ -98,6 +103,7 @@ impl Group {
             Self::Start => start::measure(bench).await,
             Self::Memory => memory::measure(bench).await,
             Self::Syscalls | Self::Rootfs => inside::measure(bench, self.name()).await,
+            Self::RootfsBlock => inside::measure_on_disks(bench).await,
             Self::Vmm => vmm::measure(bench).await,
             Self::Block => block::measure(bench).await,
             Self::Setup => setup::measure(bench).await,

@@ -151,9 +151,7 @@ fn wait_for_init(console: &mut PipeReader) -> Result<(), VmmError> {
 
 /// A part that was installed beside us, as `PREFIX/PLACE`.
 fn installed(place: &str) -> Result<PathBuf, VmmError> {
-    let own = std::env::current_exe().map_err(|source| VmmError::Io { step: "find this program", source })?;
-    let prefix = own.parent().and_then(Path::parent).unwrap_or(Path::new("/"));
-    let path = prefix.join(place);
+    let path = node::installed(place);
     if path.is_file() { Ok(path) } else { Err(VmmError::Missing(path)) }
 }
 
