@@ -59,8 +59,25 @@ impl Agent for FakeAgent {
         _: &TtrpcContext,
         request: api::CreateContainerRequest,
     ) -> ttrpc::Result<api::CreateProcessResponse> {
+        let spec: serde_json::Value = serde_json::from_slice(&request.spec).unwrap();
+        self.0.call("Root", spec["root"]["path"].as_str().unwrap_or_default().to_owned()).await?;
         self.0.call("CreateContainer", request.container_id).await?;
         Ok(api::CreateProcessResponse { pid: 42, ..Default::default() })
+    }
+
+    async fn add_disk(
+        &self,
+        _: &TtrpcContext,
+        request: api::AddDiskRequest,
+    ) -> ttrpc::Result<api::AddDiskResponse> {
+        let what = format!("{} {} {}", request.slot, request.file_system, request.options.join(","));
+        self.0.call("AddDisk", what).await?;
+        Ok(api::AddDiskResponse { major: 254, minor: 16, ..Default::default() })
+    }
+
+    async fn remove_disk(&self, _: &TtrpcContext, request: api::DiskRequest) -> ttrpc::Result<api::Empty> {
+        self.0.call("RemoveDisk", request.slot.to_string()).await?;
+        Ok(api::Empty::new())
     }
 
     async fn create_exec(
@@ -171,10 +188,18 @@ impl Guest {
         });
 
         let streams: Arc<Mutex<Vec<OwnedFd>>> = Arc::default();
-        let (serving, connected) = (vmm.clone(), streams.clone());
+        let (serving, connected, asked) = (vmm.clone(), streams.clone(), script.clone());
         std::thread::spawn(move || {
-            while let Ok(Packet { message: Request::ConnectVsock { .. }, mut fds }) = serving.receive() {
-                connected.lock().unwrap().append(&mut fds);
+            let note = |name, what: String| asked.calls.lock().unwrap().push((name, what));
+            while let Ok(Packet { message, mut fds }) = serving.receive() {
+                match message {
+                    Request::ConnectVsock { .. } => connected.lock().unwrap().append(&mut fds),
+                    Request::AttachDisk(disk) => {
+                        note("AttachDisk", format!("{} {} {}", disk.slot, disk.read_only, fds.len()));
+                    }
+                    Request::DetachDisk { slot } => note("DetachDisk", slot.to_string()),
+                    _ => return,
+                }
                 serving.send(&FromVmm::Reply(Ok(())), &[]).unwrap();
             }
         });
@@ -192,6 +217,12 @@ impl Guest {
     pub fn calls(&self, name: &str) -> Vec<String> {
         let calls = self.script.calls.lock().unwrap();
         calls.iter().filter(|(called, _)| *called == name).map(|(_, what)| what.clone()).collect()
+    }
+
+    /// The names of the calls among these, in the order in which they came.
+    pub fn order(&self, names: &[&str]) -> Vec<&'static str> {
+        let calls = self.script.calls.lock().unwrap();
+        calls.iter().map(|(called, _)| *called).filter(|called| names.contains(called)).collect()
     }
 
     /// Answers calls of this name later.

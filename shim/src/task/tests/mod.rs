@@ -16,6 +16,7 @@ use containerd_shim_protos::api::{
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use containerd_shim_protos::shim::events::ForwardRequest;
 use containerd_shim_protos::shim_async::{Client, Events, TaskClient, create_events};
+use containerd_shim_protos::types::mount::Mount;
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde_json::json;
@@ -90,6 +91,11 @@ impl Stage {
 
     /// Creates a container of the pod; its standard output goes to a FIFO in its bundle.
     async fn create(&self, id: &str) {
+        self.create_on(id, Vec::new()).await.unwrap();
+    }
+
+    /// The same with mounts for the root file system.
+    async fn create_on(&self, id: &str, rootfs: Vec<Mount>) -> ttrpc::Result<()> {
         let bundle = self.directory.join(id);
         fs::create_dir_all(bundle.join("rootfs")).unwrap();
         fs::write(bundle.join("rootfs/file"), "x").unwrap();
@@ -106,9 +112,22 @@ impl Stage {
             id: id.into(),
             stdout: bundle.join("out").display().to_string(),
             bundle: bundle.display().to_string(),
+            rootfs,
             ..Default::default()
         };
-        self.client.create(ctx(), &request).await.unwrap();
+        self.client.create(ctx(), &request).await.map(drop)
+    }
+
+    /// Mounts that make an image in the stage's directory a root file system.
+    fn image(&self) -> Vec<Mount> {
+        let image = self.directory.join("image");
+        fs::write(&image, [0; 4096]).unwrap();
+        vec![Mount {
+            type_: "ext4".into(),
+            source: image.display().to_string(),
+            options: vec!["rw".into(), "loop".into()],
+            ..Default::default()
+        }]
     }
 
     async fn start(&self, id: &str, exec: &str) -> ttrpc::Result<()> {
@@ -199,6 +218,39 @@ async fn the_events_of_a_container_come_in_order() {
     );
     assert_eq!(stage.guest.calls("Delete"), ["c e", "c "]);
     assert!(!stage.directory.join("pod").exists(), "the pod goes with its last container");
+}
+
+#[tokio::test]
+async fn a_root_file_system_on_a_disk_comes_and_goes_with_its_container() {
+    let stage = Stage::new("disk").await;
+    stage.create("shared").await;
+    stage.create_on("c", stage.image()).await.unwrap();
+    assert_eq!(stage.guest.calls("AttachDisk"), ["0 false 1"]);
+    assert_eq!(stage.guest.calls("AddDisk"), ["0 ext4 rw,loop"]);
+    assert_eq!(stage.guest.calls("Root"), ["/run/bulkhead/shared/shared/rootfs", "/run/bulkhead/disks/0"]);
+    assert_eq!(stage.delete("c", "").await.unwrap(), 137);
+    assert_eq!(
+        (stage.guest.calls("RemoveDisk"), stage.guest.calls("DetachDisk")),
+        (vec!["0".into()], vec!["0".into()])
+    );
+    let order = stage.guest.order(&["Delete", "RemoveDisk", "DetachDisk"]);
+    assert_eq!(order, ["Delete", "RemoveDisk", "DetachDisk"]);
+}
+
+#[tokio::test]
+async fn a_disk_that_the_guest_refuses_is_taken_back() {
+    let stage = Stage::new("refused").await;
+    stage.create("shared").await;
+    stage.guest.refuse("AddDisk", Code::INTERNAL, "no ext4 there");
+    let (_, message) = refusal(stage.create_on("c", stage.image()).await);
+    assert!(message.contains("image: no ext4 there"), "{message}");
+    assert_eq!(stage.guest.calls("DetachDisk"), ["0"]);
+    assert_eq!(stage.guest.calls("CreateContainer"), ["shared"]);
+    // Its slot is free again, also when it is the container that fails.
+    stage.guest.refuse("CreateContainer", Code::INVALID_ARGUMENT, "not that");
+    stage.create_on("d", stage.image()).await.unwrap_err();
+    assert_eq!(stage.guest.calls("AttachDisk"), ["0 false 1", "0 false 1"]);
+    assert_eq!(stage.guest.calls("DetachDisk"), ["0", "0"]);
 }
 
 #[tokio::test]
