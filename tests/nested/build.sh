@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# build.sh: make the nested KVM host under target/nested/, once.
+# build.sh: make the nested KVM host under target/nested/ (or another directory, see machine.sh), once.
 #
-# A Debian 12 kernel and a small root disk (containerd and ctr of Debian sid, runc and crun of 13, busybox) boot in QEMU's software
+# A Debian kernel and a small root disk (containerd and ctr of Debian sid, runc and crun of 13, busybox) boot in QEMU's software
 # CPU, which emulates AMD's SVM, up to "ready": modules loaded, /dev/kvm there, everything in the page cache. That state is
 # saved (memory: ram.img, the rest: state) and run.sh starts from it. Rebuilt only when something that goes in has changed.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
-cache=$root/target/nested
+. "$here/machine.sh"
+cache=$root/target/$nested_directory
 debs=$root/target/debs
 boot_limit=900 # seconds of wall time; a loaded machine needs about 90
 
@@ -56,19 +57,21 @@ ln -sfn /usr/lib "$cache/lib"
 "$here/fix-qemu.sh" "$cache/bin/qemu-system-x86_64"
 
 fetch() { "$root/guest-image/fetch-debs.sh" "$@"; }
-fetch bookworm "$debs/bookworm" "${bookworm[@]}" linux-image-cloud-amd64
+fetch bookworm "$debs/bookworm" "${bookworm[@]}"
 fetch trixie "$debs/trixie" "${trixie[@]}"
 fetch sid "$debs/sid" "${sid[@]}"
 deb() { compgen -G "$debs/$1/$2_*.deb" | sort -V | tail -n1; }
-image=$(dpkg-deb -f "$(deb bookworm linux-image-cloud-amd64)" Depends | sed 's/ .*//')
-fetch bookworm "$debs/bookworm" "$image"
+fetch "$nested_kernel" "$debs/$nested_kernel" linux-image-cloud-amd64
+image=$(dpkg-deb -f "$(deb "$nested_kernel" linux-image-cloud-amd64)" Depends | sed 's/ .*//')
+fetch "$nested_kernel" "$debs/$nested_kernel" "$image"
 kernel=${image#linux-image-}
 
 echo "nested: kernel $kernel and the root disk"
 for package in "${bookworm[@]}"; do dpkg-deb -x "$(deb bookworm "$package")" "$work/unpacked"; done
 for package in "${trixie[@]}"; do dpkg-deb -x "$(deb trixie "$package")" "$work/unpacked"; done
 for package in "${sid[@]}"; do dpkg-deb -x "$(deb sid "$package")" "$work/unpacked"; done
-dpkg-deb -x "$(deb bookworm "$image")" "$work/kernel"
+dpkg-deb -x "$(deb "$nested_kernel" "$image")" "$work/kernel"
+[[ -e $work/kernel/lib ]] || ln -s usr/lib "$work/kernel/lib" # where Debian 13 has its modules
 cp "$work/kernel/boot/vmlinuz-$kernel" "$cache/vmlinuz"
 depmod -b "$work/kernel" "$kernel"
 # module_files NAME...: the files of these modules and of those they need, in load order.
@@ -121,13 +124,12 @@ module_files "${boot_modules[@]}" | while read -r file; do cp "$file" "$i/" && b
 find "$i" -name '*.ko' -exec strip --strip-debug {} +
 (cd "$i" && find . | cpio -o -H newc --quiet) >"$cache/initrd.img"
 
-. "$here/machine.sh"
 truncate -s "$nested_payload_bytes" "$work/payload.img"
 truncate -s "$nested_results_bytes" "$work/results.img"
 truncate -s "$nested_memory" "$cache/ram.img"
 nested_machine on "$work" "$cache"
 mkfifo "$work/monitor"
-echo "nested: first boot (limit $boot_limit s; console: target/nested/build.log)"
+echo "nested: first boot (limit $boot_limit s; console: target/$nested_directory/build.log)"
 "${machine[@]}" -chardev "file,id=go,path=$work/go" -chardev "file,id=out,path=$work/out" \
     -chardev "file,id=status,path=$work/status" <"$work/monitor" >"$work/monitor.log" 2>&1 8>&- &
 qemu_pid=$!

@@ -4,6 +4,18 @@
 # -icount shift=0,sleep=off: one instruction is one virtual nanosecond and idle time costs nothing, which makes virtual
 # time repeatable. ioeventfd=off: a queue's kick is served within the instruction that made it, for the same reason.
 
+# NESTED_KERNEL is the Debian release whose kernel the host runs: bookworm (6.1) unless it says trixie (6.12). Each has a host
+# of its own.
+nested_kernel=${NESTED_KERNEL:-bookworm}
+case $nested_kernel in
+bookworm) nested_directory=nested ;;
+trixie) nested_directory=nested-trixie ;;
+*)
+    echo "nested: NESTED_KERNEL is '$nested_kernel': bookworm and trixie are possible" >&2
+    exit 125
+    ;;
+esac
+
 nested_memory=4096M
 nested_payload_bytes=$((1 << 30))
 nested_results_bytes=$((256 << 20))

@@ -10,7 +10,8 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-cache=$(cd "$here/../.." && pwd)/target/nested
+. "$here/machine.sh"
+cache=$(cd "$here/../.." && pwd)/target/$nested_directory
 wall_limit=1800 virtual_limit=600 results=
 
 fail() {
@@ -33,7 +34,6 @@ shift
 [[ -x $payload/run ]] || fail "$payload/run is not there or not executable"
 "$here/build.sh" || exit 125
 PATH=$PATH:/usr/sbin:/sbin
-. "$here/machine.sh"
 
 begun=$EPOCHREALTIME
 work=$(mktemp -d "$cache/run.XXXXXX")

@@ -172,10 +172,11 @@ fn disks_come_and_go_in_a_running_machine() {
     // The second slot, behind no other disks.
     let (slot, disk) = (1, Driver::new(DISK + 1));
     let (_, available, used) = disk.rings(0);
-    let device_id = disk.window + 8;
-    let mut code = Code::new();
+    // Neither a free slot nor a new disk has been told anything, and the old disk has.
+    let new_disk = |code: Code| code.wait32(disk.window + 0x70, 0).wait32(disk.window + 8, 2);
+    let mut code = Code::new().expect32(disk.window + 8, 0);
     for _ in 0..2 {
-        code = code.wait32(device_id, 0).wait32(device_id, 2);
+        code = new_disk(code);
         code = code.store16(available + 2, 0).store16(used + 2, 0);
         code = disk.initialise(code, 2, 1).expect32(disk.window + 0x114, 4096);
         // Write 0x11 to the first byte of sector 3.
@@ -190,8 +191,7 @@ fn disks_come_and_go_in_a_running_machine() {
         code = disk.kick(code, 0, 1);
         code = disk.wait(code, 0, 1).expect8(DATA + 0x100, 0);
     }
-    let (mut vmm, reply) =
-        Boot::new(&code.wait32(device_id, 0).wait32(device_id, 2).power_off().kernel()).start();
+    let (mut vmm, reply) = Boot::new(&new_disk(code).power_off().kernel()).start();
     reply.unwrap();
 
     let disk = |slot| AttachDisk { slot, read_only: false, serial: "test".into(), block_size: 4096 };

@@ -92,8 +92,9 @@ impl OpenDisk {
     /// host has mounted while a guest writes to its disk would give the guest the host's kernel.
     pub fn open_path(path: PathBuf, read_only: bool) -> Result<OpenDisk, DiskError> {
         let failed = |source| DiskError::Open { path: path.clone(), source };
-        // Without a meaning for files that exist.
-        let claim = if read_only { 0 } else { libc::O_EXCL };
+        // On anything but a device the flag has no defined meaning.
+        let is_device = fs::metadata(&path).map_err(failed)?.file_type().is_block_device();
+        let claim = if is_device && !read_only { libc::O_EXCL } else { 0 };
         let file = OpenOptions::new()
             .read(true)
             .write(!read_only)
