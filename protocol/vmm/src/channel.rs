@@ -114,6 +114,7 @@ impl Channel {
     pub fn receive<M: DeserializeOwned>(&self) -> Result<Packet<M>, ChannelError> {
         let mut bytes = vec![0; MAX_PACKET];
         let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
+        let mut reset = false;
         let (length, fds, truncated) = loop {
             let mut slices = [IoSliceMut::new(&mut bytes)];
             let received = recvmsg::<()>(
@@ -130,6 +131,8 @@ impl Channel {
                 }
                 Err(Errno::EINTR) => continue,
                 Err(Errno::EAGAIN) => return Err(ChannelError::TimedOut),
+                // Told once by an end that closed without having read everything; what it had sent is still to be read.
+                Err(Errno::ECONNRESET) if !reset => reset = true,
                 Err(Errno::ECONNRESET) => return Err(ChannelError::Closed),
                 Err(errno) => return Err(ChannelError::Receive(errno)),
             }
@@ -218,6 +221,17 @@ mod tests {
             shim.send(&FromVmm::Event(Event::Exited(ExitReason::Reset)), &[]),
             Err(ChannelError::Closed)
         ));
+    }
+
+    #[test]
+    fn last_words_are_heard_though_the_other_end_did_not_listen() {
+        let (shim, vmm) = Channel::pair().unwrap();
+        shim.send(&Request::ConnectVsock { port: 1 }, &[]).unwrap();
+        let event = FromVmm::Event(Event::Exited(ExitReason::Panic));
+        vmm.send(&event, &[]).unwrap();
+        drop(vmm);
+        assert_eq!(shim.receive::<FromVmm>().unwrap().message, event);
+        assert!(matches!(shim.receive::<FromVmm>(), Err(ChannelError::Closed)));
     }
 
     #[test]
