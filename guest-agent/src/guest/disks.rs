@@ -24,8 +24,11 @@ const PARAMETER: &str = "bulkhead.disk_slots=";
 const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
 const DEVICES: &str = "/sys/bus/platform/devices";
 
-/// How long the kernel may take: it reads the disk's partition table, replays a journal, or writes back what is left.
+/// How long the kernel may take to speak with a disk: it reads the partition table and may have to replay a journal.
 const LIMIT: Duration = Duration::from_secs(10);
+
+/// How long it may take to write back what it has for one.
+const WRITE_BACK_LIMIT: Duration = Duration::from_secs(60);
 
 /// A disk that can't be taken up or let go.
 #[derive(Debug, thiserror::Error)]
@@ -37,8 +40,8 @@ pub enum DiskError {
     System { slot: u32, source: io::Error },
     #[error("the kernel does not {what} the disk in slot {slot}")]
     Refused { what: &'static str, slot: u32, source: io::Error },
-    #[error("the kernel did not {what} the disk in slot {slot} within {} seconds", LIMIT.as_secs())]
-    TimedOut { what: &'static str, slot: u32 },
+    #[error("the kernel did not {what} the disk in slot {slot} within {} seconds", .limit.as_secs())]
+    TimedOut { what: &'static str, slot: u32, limit: Duration },
     #[error("there is no block device for slot {slot}")]
     NoDevice { slot: u32 },
 }
@@ -55,7 +58,7 @@ pub async fn add(request: &AddDiskRequest, reaper: &Reaper) -> Result<AddDiskRes
 
 async fn take_up(request: &AddDiskRequest, reaper: &Reaper) -> Result<AddDiskResponse, DiskError> {
     let (slot, window) = (request.slot, window(request.slot)?);
-    tell_driver("bind", "take up", slot, &window, reaper).await?;
+    tell_driver("bind", "take up", slot, &window, LIMIT, reaper).await?;
     let device = block_device(&Path::new(DEVICES).join(window))
         .map_err(|source| DiskError::System { slot, source })?
         .ok_or(DiskError::NoDevice { slot })?;
@@ -69,17 +72,19 @@ async fn take_up(request: &AddDiskRequest, reaper: &Reaper) -> Result<AddDiskRes
 pub async fn remove(slot: u32, reaper: &Reaper) -> Result<(), DiskError> {
     let target = mount_point(slot);
     if target.exists() {
-        in_a_process("unmount", slot, reaper, || match umount2(&target, MntFlags::empty()) {
-            // It never was mounted.
-            Err(Errno::EINVAL) => Ok(()),
-            // Whoever still uses it has lost the disk.
-            Err(Errno::EBUSY) => Ok(umount2(&target, MntFlags::MNT_DETACH)?),
-            result => Ok(result?),
+        in_a_process("unmount", slot, WRITE_BACK_LIMIT, reaper, || {
+            match umount2(&target, MntFlags::empty()) {
+                // It never was mounted.
+                Err(Errno::EINVAL) => Ok(()),
+                // Whoever still uses it has lost the disk.
+                Err(Errno::EBUSY) => Ok(umount2(&target, MntFlags::MNT_DETACH)?),
+                result => Ok(result?),
+            }
         })
         .await?;
         fs::remove_dir(&target).map_err(|source| DiskError::System { slot, source })?;
     }
-    tell_driver("unbind", "let go of", slot, &window(slot)?, reaper).await
+    tell_driver("unbind", "let go of", slot, &window(slot)?, WRITE_BACK_LIMIT, reaper).await
 }
 
 fn mount_point(slot: u32) -> PathBuf {
@@ -92,7 +97,7 @@ async fn mount_on(device: &BlockDevice, request: &AddDiskRequest, reaper: &Reape
     fs::create_dir_all(&target).map_err(|source| DiskError::System { slot: *slot, source })?;
     let (flags, data) = flags_and_data(options);
     let source = Path::new("/dev").join(&device.name);
-    in_a_process("mount", *slot, reaper, || {
+    in_a_process("mount", *slot, LIMIT, reaper, || {
         Ok(mount(Some(&source), &target, Some(file_system.as_str()), flags, Some(data.as_str()))?)
     })
     .await
@@ -140,18 +145,20 @@ async fn tell_driver(
     what: &'static str,
     slot: u32,
     window: &str,
+    limit: Duration,
     reaper: &Reaper,
 ) -> Result<(), DiskError> {
     let path = Path::new(DRIVER).join(file);
     let file = OpenOptions::new().write(true).open(path);
     let mut file = file.map_err(|source| DiskError::System { slot, source })?;
-    in_a_process(what, slot, reaper, || file.write_all(window.as_bytes())).await
+    in_a_process(what, slot, limit, reaper, || file.write_all(window.as_bytes())).await
 }
 
 /// Does something in a process of its own, which is given up when it takes too long.
 async fn in_a_process(
     what: &'static str,
     slot: u32,
+    limit: Duration,
     reaper: &Reaper,
     action: impl FnOnce() -> io::Result<()>,
 ) -> Result<(), DiskError> {
@@ -164,13 +171,13 @@ async fn in_a_process(
         },
         pid => pid,
     };
-    match timeout(LIMIT, reaper.expect(pid)).await {
+    match timeout(limit, reaper.expect(pid)).await {
         Ok(Ok(exit)) if exit.status == 0 => Ok(()),
         Ok(exit) => {
             let errno = exit.ok().and_then(|exit| i32::try_from(exit.status).ok()).unwrap_or(libc::EIO);
             Err(DiskError::Refused { what, slot, source: io::Error::from_raw_os_error(errno) })
         }
-        Err(_) => Err(DiskError::TimedOut { what, slot }),
+        Err(_) => Err(DiskError::TimedOut { what, slot, limit }),
     }
 }
 

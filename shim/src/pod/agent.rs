@@ -178,10 +178,10 @@ impl Agent {
         Ok(DeviceNumber { major: answer.major, minor: answer.minor })
     }
 
-    /// Has the guest let go of the disk in a slot.
-    pub async fn remove_disk(&self, slot: u8) -> Result<(), AgentError> {
+    /// Has the guest let go of the disk in a slot, which it may have to write to first.
+    pub async fn remove_disk(&self, slot: u8, limit: Duration) -> Result<(), AgentError> {
         let request = api::DiskRequest { slot: slot.into(), ..Default::default() };
-        self.call("RemoveDisk", SLOW, self.client.remove_disk(Context::default(), &request)).await.map(drop)
+        self.call("RemoveDisk", limit, self.client.remove_disk(Context::default(), &request)).await.map(drop)
     }
 
     /// Sets a container up; gives its first process's id in the guest.

@@ -3,10 +3,11 @@
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-
-use bulkhead_vmm_protocol::{AttachDisk, DISK_SLOTS, Request};
+use std::time::Duration;
 
 use bulkhead_agent_protocol::DISKS_DIR;
+use bulkhead_vmm_protocol::{AttachDisk, DISK_SLOTS, Request};
+use tokio::time::Instant;
 
 use super::Pod;
 use super::agent::AgentError;
@@ -14,6 +15,9 @@ use super::machine::MachineError;
 use crate::error::{Classify, Code, chain};
 use crate::host::disk::OpenDisk;
 use crate::spec::DeviceNumber;
+
+/// How long the guest may take to write back what it has for all disks of a container.
+const DETACH_LIMIT: Duration = Duration::from_secs(90);
 
 /// Why a pod does not get a disk.
 #[derive(Debug, thiserror::Error)]
@@ -128,8 +132,10 @@ impl Pod {
 
     /// Takes disks away from the guest; what fails is logged, since the pod's end will do it in any case.
     pub async fn detach_disks(&self, disks: &[AttachedDisk]) {
+        let deadline = Instant::now() + DETACH_LIMIT;
         for AttachedDisk { slot, path, .. } in disks {
-            if let Err(error) = self.agent.remove_disk(*slot).await {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if let Err(error) = self.agent.remove_disk(*slot, left).await {
                 log::warn!("the guest does not let go of {}: {}", path.display(), chain(&error));
             }
             self.take_out(*slot).await;
