@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::devices::worker::DeviceWorker;
 
-/// Stack of the device and vCPU threads, in bytes.
+/// Stack of every thread but the first, in bytes: too small for the host to back it with a huge page, which it would keep.
 pub const THREAD_STACK: usize = 128 * 1024;
 
 /// Events taken from the kernel in one go.

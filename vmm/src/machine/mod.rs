@@ -29,7 +29,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::{self, BootError};
 use crate::bus::Bus;
 use crate::cpu::{self, CpuidTemplate};
-use crate::device_loop::DeviceLoop;
+use crate::device_loop::{DeviceLoop, THREAD_STACK};
 use crate::devices::VirtioDevice;
 use crate::devices::mmio::MmioTransport;
 use crate::devices::slot::DeviceSlot;
@@ -87,6 +87,7 @@ impl Prepared {
 fn create_vm_and_populate(kvm: &Kvm, ram: &GuestRam, working_set: &mut File) -> Result<VmFd, MachineError> {
     thread::scope(|scope| {
         let creating = thread::Builder::new()
+            .stack_size(THREAD_STACK)
             .spawn_scoped(scope, || vm::create_vm(kvm))
             .map_err(host_failed("a thread to create the machine"))?;
         // Only how fast the guest starts depends on it.
