@@ -7,7 +7,6 @@ mod working_set;
 
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -115,28 +114,26 @@ pub fn build(order: &Order, options: Options) -> Result<Built, BuildError> {
     std::thread::sleep(options.delay);
     let started = Instant::now();
     let inputs = store.inputs(&order.recipe, &lock)?;
-    let prepare = |step| move |source| BuildError::Prepare { step, source };
+    let there = if options.again { None } else { store.sound(&inputs.key()) };
+    if let Some(Template { key, working_set: Some(_), .. }) = there {
+        return Ok(Built { key, took: None });
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(prepare("start a runtime"))?;
-    let there = if options.again { None } else { store.sound(&inputs.key()) };
-    let (key, memory) = match there {
-        Some(Template { key, working_set: Some(_), .. }) => return Ok(Built { key, took: None }),
+        .map_err(|source| BuildError::Prepare { step: "start a runtime", source })?;
+    let key = match there {
         // Its maker was killed before the end.
-        Some(Template { key, memory, .. }) => {
-            (key, memory.metadata().map_err(prepare("look at its memory"))?.ino())
-        }
+        Some(Template { key, .. }) => key,
         None => {
             let files = Files::open(&order.recipe)?;
             let draft = store.draft(order.recipe.size.memory_mib, &lock)?;
             let greeting = runtime.block_on(save_guest(&order.recipe, &files, &draft))?;
-            let memory = draft.memory_inode()?;
             let guest = (greeting.kernel, greeting.version);
-            (store.publish(draft, inputs, guest, order.limit, &lock)?, memory)
+            store.publish(draft, inputs, guest, order.limit, &lock)?
         }
     };
-    let place = store.scratch(&lock);
+    let (memory, place) = (store.memory_inode(&key)?, store.scratch(&lock));
     let rehearsed = runtime.block_on(rehearsal::rehearse(order.config(), memory, &place));
     // Without a list there is an empty one, so that pods don't ask for it again and again.
     let list = rehearsed.as_deref().unwrap_or_default();

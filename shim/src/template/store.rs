@@ -375,6 +375,12 @@ impl Store {
         Ok(Inputs::new(recipe, files))
     }
 
+    /// The inode number of a template's memory file.
+    pub fn memory_inode(&self, key: &Key) -> Result<u64, StoreError> {
+        let path = self.path(key).join(MEMORY);
+        fs::metadata(&path).map(|metadata| metadata.ino()).map_err(failed("look at", &path))
+    }
+
     /// The template of this name, if there is one that pods can start from.
     pub fn sound(&self, key: &Key) -> Option<Template> {
         if self.path(key).join(REFUSED).exists() {
@@ -516,14 +522,6 @@ impl Store {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         self.directory.join(format!("{prefix}{}-{number}", std::process::id()))
-    }
-}
-
-impl Draft {
-    /// The inode number of the memory file, which publishing does not change.
-    pub fn memory_inode(&self) -> Result<u64, StoreError> {
-        let metadata = self.memory.metadata();
-        metadata.map(|metadata| metadata.ino()).map_err(failed("look at", &self.path.join(MEMORY)))
     }
 }
 
