@@ -71,6 +71,10 @@ if [[ $kind == hardware ]]; then
     "$root/guest-image/fetch-debs.sh" sid "$root/target/debs/sid" containerd
     dpkg-deb -x "$(compgen -G "$root/target/debs/sid/containerd_*.deb" | sort -V | tail -n1)" "$payload/containerd"
     ln "$payload"/containerd/usr/bin/{containerd,ctr} "$payload/bin/"
+    # The CNI plugins as in the nested host, where they are part of its root disk.
+    "$root/guest-image/fetch-debs.sh" sid "$root/target/debs/sid" containernetworking-plugins
+    dpkg-deb -x "$(compgen -G "$root/target/debs/sid/containernetworking-plugins_*.deb" | sort -V | tail -n1)" "$payload/containerd"
+    ln -s containerd/usr/lib/cni "$payload/cni"
     "${sudo[@]}" "$payload/run" "$@"
     exit
 fi

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # build.sh: make the nested KVM host under target/nested/ (or another directory, see machine.sh), once.
 #
-# A Debian kernel and a small root disk (containerd and ctr of Debian sid, runc and crun of 13, busybox) boot in QEMU's software
-# CPU, which emulates AMD's SVM, up to "ready": modules loaded, /dev/kvm there, everything in the page cache. That state is
-# saved (memory: ram.img, the rest: state) and run.sh starts from it. Rebuilt only when something that goes in has changed.
+# A Debian kernel and a small root disk (containerd, ctr and CNI plugins of Debian sid, runc, crun and iptables of 13, busybox)
+# boot in QEMU's software CPU, which emulates AMD's SVM, up to "ready": modules loaded, /dev/kvm there, everything in the page
+# cache. That state is saved (memory: ram.img, the rest: state) and run.sh starts from it. Rebuilt only when something that
+# goes in has changed.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -14,11 +15,18 @@ debs=$root/target/debs
 boot_limit=900 # seconds of wall time; a loaded machine needs about 90
 
 modules=(irqbypass kvm kvm-amd tun fuse overlay erofs loop veth bridge virtio_console
-    sch_ingress cls_u32 cls_matchall act_mirred vsock unix_diag af_packet_diag)
+    sch_ingress cls_u32 cls_matchall cls_flower act_mirred act_gact vsock unix_diag af_packet_diag)
+# Loaded by the kernel itself when something asks for them, as on any node: connection tracking costs each packet.
+modules_at_hand=(macvlan ipvlan dummy ip{,6}table_nat ip{,6}table_filter xt_nat xt_MASQUERADE xt_addrtype xt_comment xt_conntrack xt_mark
+    xt_multiport xt_tcpudp)
 boot_modules=(virtio_pci virtio_blk)
 bookworm=(busybox-static)
-trixie=(runc crun libc6 libseccomp2 libcap2 libyajl2 libsystemd0) # bookworm's crun refuses containerd 2.1's specs
-sid=(containerd)
+trixie=(runc crun libc6 libseccomp2 libcap2 libyajl2 libsystemd0 # bookworm's crun refuses containerd 2.1's specs
+    iptables libxtables12 libip4tc2 libip6tc2)
+sid=(containerd containernetworking-plugins)
+cni=(bridge host-local ipvlan loopback macvlan portmap ptp static)
+# What the portmap plugin's rules consist of, as files of iptables.
+iptables=(libxt_{DNAT,MARK,MASQUERADE,NAT,SNAT,addrtype,comment,conntrack,mark,multiport,standard,tcp,udp}.so)
 
 fail() {
     echo "nested: $*" >&2
@@ -80,12 +88,17 @@ module_files() { for m in "$@"; do modprobe -d "$work/kernel" -S "$kernel" --sho
 r=$work/root
 mkdir -p "$r"/{dev,proc,sys,run,tmp,var,root,etc,payload,results,usr/{bin,sbin,lib/modules,lib64,local/bin,local/sbin}}
 for dir in bin sbin lib lib64; do ln -s "usr/$dir" "$r/$dir"; done
-for program in usr/bin/{containerd,containerd-shim-runc-v2,ctr,crun} usr/sbin/runc bin/busybox; do
+for program in usr/bin/{containerd,containerd-shim-runc-v2,ctr,crun} usr/sbin/{runc,xtables-legacy-multi} bin/busybox; do
     cp "$work/unpacked/$program" "$r/usr/bin/"
 done
+mkdir -p "$r/usr/lib/cni" "$r/usr/lib/x86_64-linux-gnu/xtables"
+for plugin in "${cni[@]}"; do cp "$work/unpacked/usr/lib/cni/$plugin" "$r/usr/lib/cni/"; done
+for extension in "${iptables[@]}"; do
+    cp -a "$work/unpacked/usr/lib/x86_64-linux-gnu/xtables/$extension" "$r/usr/lib/x86_64-linux-gnu/xtables/"
+done
+for name in ip{,6}tables{,-save,-restore}; do ln -s ../bin/xtables-legacy-multi "$r/usr/sbin/$name"; done
 "$r/usr/bin/busybox" --list | while read -r applet; do ln -s busybox "$r/usr/bin/$applet" 2>/dev/null || true; done
 for place in modprobe init; do ln -s ../bin/busybox "$r/usr/sbin/$place"; done
-mkdir -p "$r/usr/lib/x86_64-linux-gnu"
 # copy_libraries FILE: the libraries that FILE needs, and those that they need.
 copy_libraries() {
     local name file
@@ -97,9 +110,9 @@ copy_libraries() {
         copy_libraries "$file"
     done
 }
-for program in "$r"/usr/bin/{containerd,containerd-shim-runc-v2,ctr,crun,runc}; do copy_libraries "$program"; done
+for program in "$r"/usr/bin/{containerd,containerd-shim-runc-v2,ctr,crun,runc,xtables-legacy-multi}; do copy_libraries "$program"; done
 ln -s ../lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 "$r/usr/lib64/"
-module_files "${modules[@]}" | while read -r file; do
+module_files "${modules[@]}" "${modules_at_hand[@]}" | while read -r file; do
     install -D "$file" "$r/usr/lib/${file#"$work/kernel/lib/"}"
 done
 find "$r/usr/lib" -name '*.ko' -exec strip --strip-debug {} +
@@ -109,6 +122,7 @@ printf '%s\n' "${modules[@]}" >"$r/etc/nested-modules"
 printf 'root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n' >"$r/etc/passwd"
 printf 'root:x:0:\ntty:x:5:\nnogroup:x:65534:\n' >"$r/etc/group"
 printf '127.0.0.1 localhost nested-host\n' >"$r/etc/hosts"
+printf 'nameserver 192.0.2.53\nsearch bulkhead.test\n' >"$r/etc/resolv.conf" # pods get a copy; nobody answers there
 printf 'ID=debian\nVERSION_ID=12\nPRETTY_NAME="Nested KVM host (Debian 12 parts)"\n' >"$r/etc/os-release"
 install -m 755 "$here/init.sh" "$r/usr/sbin/nested-init"
 size=$(du -sm "$r" | cut -f1)
