@@ -15,7 +15,7 @@ debs=$root/target/debs
 boot_limit=900 # seconds of wall time; a loaded machine needs about 90
 
 modules=(irqbypass kvm kvm-amd tun fuse overlay erofs loop veth bridge virtio_console
-    sch_ingress cls_u32 cls_matchall cls_flower act_mirred act_gact vsock unix_diag af_packet_diag)
+    sch_ingress cls_bpf act_mirred vsock unix_diag af_packet_diag)
 # Loaded by the kernel itself when something asks for them, as on any node: connection tracking costs each packet.
 modules_at_hand=(macvlan ipvlan dummy ip{,6}table_nat ip{,6}table_filter xt_nat xt_MASQUERADE xt_addrtype xt_comment xt_conntrack xt_mark
     xt_multiport xt_tcpudp)
