@@ -1,6 +1,6 @@
 //! Making a container, and with the first one the pod.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bulkhead_agent_protocol as api;
@@ -108,11 +108,14 @@ impl Shim {
         let pod = match existing {
             Some(pod) => pod,
             None => {
-                let (config, cgroup) = pod_config(request, &spec, &role)?;
-                log::set_max_level(config.log_level.max(self.least_logged));
-                let directory = bundle.join(state::DIRECTORY);
+                let options = match request.options.as_ref() {
+                    Some(any) => RuntimeOptions::from_any(any)?,
+                    None => RuntimeOptions::default(),
+                };
                 let id = request.id.clone();
-                Pod::launch(&PodSpec { id, directory, config, cgroup, received_us }).await?
+                let bundle = &bundle;
+                self.launch(NewPod { id, bundle, spec: &spec, role: &role, options: &options, received_us })
+                    .await?
             }
         };
         let own_pid_namespace = guest.own_pid_namespace;
@@ -121,12 +124,9 @@ impl Shim {
         match order.carry_out(&pod, files, disks, host_stdio).await {
             Ok(Made { guest_pid, io, disks }) => {
                 if is_new {
-                    if let Some(order) = pod.template_wanted() {
-                        background::start(order);
-                    }
                     slot.pod = Some(pod.clone());
                     slot.first_process = own_pid_namespace.then_some(guest_pid);
-                    tokio::spawn(self.clone().pass_events(pod.clone()));
+                    self.watch_pod(&pod);
                 }
                 let init = Arc::new(Process::new("", stdio, pod.host_pid(), io));
                 Ok(Arc::new(Container::new(&request.id, bundle, pod, init, own_pid_namespace, disks)))
@@ -141,6 +141,39 @@ impl Shim {
             }
         }
     }
+
+    /// Starts a pod: the one way in which pods come to be, whichever API asks.
+    pub async fn launch(&self, new: NewPod<'_>) -> Result<Arc<Pod>, ApiError> {
+        let (config, cgroup) = pod_config(new.options, new.spec, new.role)?;
+        log::set_max_level(config.log_level.max(self.least_logged));
+        let directory = new.bundle.join(state::DIRECTORY);
+        let spec = PodSpec { id: new.id, directory, config, cgroup, received_us: new.received_us };
+        Ok(Pod::launch(&spec).await?)
+    }
+
+    /// Does what is to be done once a pod's guest is the pod's: what nobody waits for.
+    pub fn watch_pod(self: &Arc<Self>, pod: &Arc<Pod>) {
+        if let Some(order) = pod.template_wanted() {
+            background::start(order);
+        }
+        tokio::spawn(self.clone().pass_events(pod.clone()));
+    }
+}
+
+/// What a pod is made of.
+pub struct NewPod<'a> {
+    /// The id of the sandbox, or of the container that is a pod of its own.
+    pub id: String,
+    /// The bundle that keeps the pod's record.
+    pub bundle: &'a Path,
+    /// The specification of the sandbox or container.
+    pub spec: &'a Spec,
+    /// Which of the two it is.
+    pub role: &'a Role,
+    /// What the runtime's options ask for.
+    pub options: &'a RuntimeOptions,
+    /// When the request arrived, on the clock of [`now_us`].
+    pub received_us: u64,
 }
 
 /// What is to be set up in a pod.
@@ -247,15 +280,7 @@ fn pod_for(slot: &Slot, id: &str, role: &Role) -> Result<Option<Arc<Pod>>, ApiEr
 
 type PodCgroup = Option<(PathBuf, cgroup::Limits)>;
 
-fn pod_config(
-    request: &CreateTaskRequest,
-    spec: &Spec,
-    role: &Role,
-) -> Result<(Config, PodCgroup), ApiError> {
-    let options = match request.options.as_ref() {
-        Some(any) => RuntimeOptions::from_any(any)?,
-        None => RuntimeOptions::default(),
-    };
+fn pod_config(options: &RuntimeOptions, spec: &Spec, role: &Role) -> Result<(Config, PodCgroup), ApiError> {
     let annotations = spec.annotations().clone().unwrap_or_default();
     let config = Config::load(&options.config)?.with_annotations(&annotations)?;
     let cgroup = pod_cgroup(spec, role, &config)?;
