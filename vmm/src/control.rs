@@ -11,7 +11,7 @@ use bulkhead_vmm_protocol::{
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::devices::worker::chain_of;
-use crate::machine::{DiskError, Machine, MachineError, Prepared, RunningMachine};
+use crate::machine::{Machine, MachineError, Prepared, RunningMachine, SlotError};
 use crate::resources::{Handles, ResourceError};
 
 /// How long the shim may take to make room for a message.
@@ -104,7 +104,8 @@ fn boot(channel: &Channel) -> Result<Option<(RunningMachine, Handles)>, ControlE
         | Request::Save
         | Request::ConnectVsock { .. }
         | Request::AttachDisk(_)
-        | Request::DetachDisk { .. } => Err(invalid("nothing is booted yet")),
+        | Request::AttachNet(_)
+        | Request::DetachDevice { .. } => Err(invalid("nothing is booted yet")),
     };
     match result {
         Ok(running) => {
@@ -162,10 +163,15 @@ fn run(channel: &Channel, machine: &mut RunningMachine, handles: &Handles) -> Re
             },
             Request::ConnectVsock { port } => connect_vsock(handles, port, packet.fds),
             Request::AttachDisk(disk) => match <[OwnedFd; 1]>::try_from(packet.fds) {
-                Ok([file]) => machine.attach_disk(&disk, file).map_err(|error| disk_refused(&error)),
+                Ok([file]) => machine.attach_disk(&disk, file).map_err(|error| slot_refused(&error)),
                 Err(_) => Err(invalid("a disk needs one descriptor")),
             },
-            Request::DetachDisk { slot } => machine.detach_disk(slot).map_err(|error| disk_refused(&error)),
+            Request::AttachNet(net) => {
+                machine.attach_net(&net, &packet.fds).map_err(|error| slot_refused(&error))
+            }
+            Request::DetachDevice { slot } => {
+                machine.detach_device(slot).map_err(|error| slot_refused(&error))
+            }
         };
         reply(channel, result)?;
     }
@@ -181,13 +187,15 @@ fn connect_vsock(handles: &Handles, port: u32, fds: Vec<OwnedFd>) -> Result<(), 
     })
 }
 
-fn disk_refused(error: &DiskError) -> Refusal {
+fn slot_refused(error: &SlotError) -> Refusal {
     let kind = match error {
-        DiskError::Config(_) | DiskError::Taken(_) | DiskError::Empty(_) | DiskError::Template => {
-            RefusalKind::InvalidRequest
-        }
-        DiskError::Unusable { .. } => RefusalKind::Disk,
-        DiskError::Wire { .. } | DiskError::Stuck(_) => RefusalKind::Resources,
+        SlotError::Config(_)
+        | SlotError::Taken(_)
+        | SlotError::Empty(_)
+        | SlotError::NoNet
+        | SlotError::Template => RefusalKind::InvalidRequest,
+        SlotError::Disk { .. } => RefusalKind::Disk,
+        SlotError::Wire { .. } | SlotError::Stuck(_) => RefusalKind::Resources,
     };
     refusal_of(kind, error)
 }

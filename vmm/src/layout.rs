@@ -52,8 +52,8 @@ pub const RAM_ABOVE_4G: u64 = 1 << 32;
 pub const IRQ_PINS: u32 = 24;
 /// The first pin for devices; kernels look for parts of a PC that we don't have at the lower ones (8 is the clock).
 pub const FIRST_IRQ: u32 = 9;
-/// Windows for disks that come while the machine runs; they follow those of the devices that it starts with.
-pub const DISK_SLOTS: usize = bulkhead_vmm_protocol::DISK_SLOTS as usize;
+/// Windows for devices that come while the machine runs; they follow those of the devices that it starts with.
+pub const DEVICE_SLOTS: usize = bulkhead_vmm_protocol::DEVICE_SLOTS as usize;
 /// The most devices, those in slots included.
 pub const MAX_DEVICES: usize = (IRQ_PINS - FIRST_IRQ) as usize;
 

@@ -12,7 +12,7 @@ use crate::devices::console::Console;
 use crate::devices::fs::FileSystem;
 use crate::devices::rng::Rng;
 use crate::devices::vsock::{Vsock, VsockConnector};
-use crate::layout::{DISK_SLOTS, MAX_DEVICES};
+use crate::layout::{DEVICE_SLOTS, MAX_DEVICES};
 use crate::memory::Memory;
 
 /// What can't be used.
@@ -25,7 +25,7 @@ pub enum ResourceError {
     #[error("descriptor {0} is named twice")]
     NamedTwice(u8),
     /// More devices than interrupts.
-    #[error("{0} devices asked for: at most {max} are possible", max = MAX_DEVICES - DISK_SLOTS)]
+    #[error("{0} devices asked for: at most {max} are possible", max = MAX_DEVICES - DEVICE_SLOTS)]
     TooManyDevices(usize),
     /// A disk can't be used.
     #[error("disk {index} ({serial}) can't be used")]
@@ -130,7 +130,7 @@ impl Resources {
                 .map_err(|source| ResourceError::Disk { index, serial: disk.serial.clone(), source })?;
             devices.push(Box::new(block));
         }
-        if devices.len() > MAX_DEVICES - DISK_SLOTS {
+        if devices.len() > MAX_DEVICES - DEVICE_SLOTS {
             return Err(ResourceError::TooManyDevices(devices.len()));
         }
         Ok(Resources { start, devices, handles: Handles { vsock: connector } })

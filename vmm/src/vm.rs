@@ -8,12 +8,12 @@ use kvm_bindings::{
     KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_PMU_CAP_DISABLE,
     KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::cpu::CpuidTemplate;
-use crate::devices::slot::DeviceSlot;
+use crate::devices::slot::{DeviceSlot, Kicks};
 use crate::ioapic::{InterruptRouter, MsiRoute};
 use crate::layout::{FIRST_IRQ, IRQ_PINS, KVM_TSS, irq, mmio_address};
 use crate::machine::{MachineError, kvm_failed};
@@ -125,8 +125,16 @@ pub(crate) fn wire(vm: &VmFd, first: usize, slots: &[Arc<DeviceSlot>]) -> Result
     }
     for (slot, index) in slots.iter().zip(first..) {
         let address = IoEventAddress::Mmio(mmio_address(index) + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY));
-        for (kick, queue) in slot.kicks().iter().zip(0u32..) {
-            vm.register_ioevent(kick, &address, queue).map_err(kvm_failed("take an ioeventfd"))?;
+        match slot.kicks() {
+            Kicks::PerQueue(kicks) => {
+                for (kick, queue) in kicks.iter().zip(0u32..) {
+                    vm.register_ioevent(kick, &address, queue).map_err(kvm_failed("take an ioeventfd"))?;
+                }
+            }
+            // Whatever is written there.
+            Kicks::Shared(kick) => {
+                vm.register_ioevent(kick, &address, NoDatamatch).map_err(kvm_failed("take an ioeventfd"))?;
+            }
         }
     }
     Ok(())

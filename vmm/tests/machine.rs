@@ -196,7 +196,7 @@ fn disks_come_and_go_in_a_running_machine() {
 
     let disk = |slot| AttachDisk { slot, read_only: false, serial: "test".into(), block_size: 4096 };
     let detach = |vmm: &mut Vmm, slot| {
-        vmm.control.send(&Request::DetachDisk { slot }, &[]).unwrap();
+        vmm.control.send(&Request::DetachDevice { slot }, &[]).unwrap();
         vmm.reply()
     };
     for _ in 0..2 {
@@ -206,7 +206,7 @@ fn disks_come_and_go_in_a_running_machine() {
             vmm.reply()
         };
         attach(&mut vmm, slot).unwrap();
-        for wrong in [slot, 8, 255] {
+        for wrong in [slot, 10, 255] {
             assert_eq!(attach(&mut vmm, wrong).unwrap_err().kind, RefusalKind::InvalidRequest, "{wrong}");
         }
         let start = Instant::now();
@@ -217,7 +217,7 @@ fn disks_come_and_go_in_a_running_machine() {
             std::thread::sleep(Duration::from_millis(2));
         }
         detach(&mut vmm, slot).unwrap();
-        for wrong in [slot, 0, 8] {
+        for wrong in [slot, 0, 10] {
             assert_eq!(detach(&mut vmm, wrong).unwrap_err().kind, RefusalKind::InvalidRequest, "{wrong}");
         }
     }

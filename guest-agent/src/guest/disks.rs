@@ -19,7 +19,7 @@ use crate::reaper::Reaper;
 use crate::sys::process::{CloneOptions, clone_process, exit_now};
 
 /// Names the first slot's window, counted from 0, on the kernel's command line.
-const PARAMETER: &str = "bulkhead.disk_slots=";
+const PARAMETER: &str = "bulkhead.device_slots=";
 
 const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
 const DEVICES: &str = "/sys/bus/platform/devices";
@@ -34,7 +34,7 @@ const WRITE_BACK_LIMIT: Duration = Duration::from_secs(60);
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum DiskError {
-    #[error("there are no slots for disks: no {PARAMETER} on the kernel's command line")]
+    #[error("there are no slots for devices: no {PARAMETER} on the kernel's command line")]
     NoSlots,
     #[error("can't ask the kernel about slot {slot}")]
     System { slot: u32, source: io::Error },
@@ -216,7 +216,7 @@ mod tests {
 
     #[test]
     fn windows_are_counted_from_the_first() {
-        let line = "quiet bulkhead.disk_slots=5 virtio_mmio.device=4K@0xd0000000:9\n";
+        let line = "quiet bulkhead.device_slots=5 virtio_mmio.device=4K@0xd0000000:9\n";
         assert_eq!(window_on(line, 2).as_deref(), Some("virtio-mmio.7"));
         assert_eq!(window_on(line, u32::MAX), None);
         assert_eq!(window_on("quiet", 0), None);

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::attach::{DEVICE_SLOTS, MAX_QUEUE_PAIRS};
+
 /// The position of a file descriptor among those of the packet that names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -15,9 +17,6 @@ pub const MIN_MEMORY_MIB: u32 = 64;
 
 /// The most guest memory, in MiB: 1 TiB.
 const MAX_MEMORY_MIB: u32 = 1024 * 1024;
-
-/// How many disks a running machine can be given, beside those that it starts with.
-pub const DISK_SLOTS: u8 = 8;
 
 /// Marks pages that guests write to, in a working set's file.
 pub const PAGES_WRITTEN: u32 = 1 << 31;
@@ -99,20 +98,6 @@ pub struct BlockConfig {
     pub serial: String,
 }
 
-/// A disk for a running machine.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct AttachDisk {
-    /// Where it goes, from 0 and below [`DISK_SLOTS`].
-    pub slot: u8,
-    /// As in [`BlockConfig`].
-    pub read_only: bool,
-    /// As in [`BlockConfig`].
-    pub serial: String,
-    /// Size of a logical block in bytes: a power of two from 512 to 4096.
-    pub block_size: u32,
-}
-
 /// The virtio file system device (virtio 1.2, section 5.11).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -161,11 +146,31 @@ pub enum ConfigError {
     #[error("a disk's serial has {0} bytes: at most 20 are possible")]
     Serial(usize),
     /// There is no such slot.
-    #[error("there is no disk slot {0}: the last one is {last}", last = DISK_SLOTS - 1)]
+    #[error("there is no slot {0}: the last one is {last}", last = DEVICE_SLOTS - 1)]
     Slot(u8),
     /// A size of logical blocks that no guest knows.
     #[error("logical blocks of {0} bytes asked for: 512, 1024, 2048 and 4096 are possible")]
     BlockSize(u32),
+    /// Too few or too many queue pairs.
+    #[error("{0} queue pairs asked for: 1 to {MAX_QUEUE_PAIRS} are possible")]
+    QueuePairs(u8),
+    /// Not one descriptor for each queue pair.
+    #[error("an interface of {wanted} queue pairs came with {count} descriptors")]
+    TapQueues {
+        /// How many it needs.
+        wanted: u8,
+        /// How many came.
+        count: usize,
+    },
+    /// Packets so small that no guest can use them.
+    #[error("an interface with an MTU of {0} bytes asked for: at least 68 are needed")]
+    Mtu(u16),
+    /// No address of one interface.
+    #[error("{0:02x?} is no unicast Ethernet address")]
+    Mac([u8; 6]),
+    /// Segmentation of UDP without checksums.
+    #[error("UDP segmentation asked for without checksums and TCP segmentation")]
+    UsoAlone,
     /// A reserved context id.
     #[error("{0} is a reserved vsock context id: use 3 or more")]
     Cid(u32),
@@ -203,20 +208,7 @@ fn check_indices(mut fds: impl Iterator<Item = FdIndex>, fd_count: usize) -> Res
     }
 }
 
-impl AttachDisk {
-    /// Checks every limit.
-    pub fn validate(&self) -> Result<(), ConfigError> {
-        if self.slot >= DISK_SLOTS {
-            return Err(ConfigError::Slot(self.slot));
-        }
-        if !matches!(self.block_size, 512 | 1024 | 2048 | 4096) {
-            return Err(ConfigError::BlockSize(self.block_size));
-        }
-        check_serial(&self.serial)
-    }
-}
-
-fn check_serial(serial: &str) -> Result<(), ConfigError> {
+pub(crate) fn check_serial(serial: &str) -> Result<(), ConfigError> {
     if serial.len() > 20 { Err(ConfigError::Serial(serial.len())) } else { Ok(()) }
 }
 
@@ -297,18 +289,6 @@ mod tests {
         }
         let config = PrepareConfig { memory_mib: 1, ..preparation() };
         assert_eq!(config.validate(1), Err(ConfigError::Memory(1)));
-    }
-
-    #[test]
-    fn disks_that_cannot_be_attached_are_refused() {
-        let disk = AttachDisk { slot: 7, read_only: false, serial: String::new(), block_size: 4096 };
-        assert_eq!(disk.validate(), Ok(()));
-        assert_eq!(AttachDisk { slot: 8, ..disk.clone() }.validate(), Err(ConfigError::Slot(8)));
-        assert_eq!(
-            AttachDisk { block_size: 513, ..disk.clone() }.validate(),
-            Err(ConfigError::BlockSize(513))
-        );
-        assert_eq!(AttachDisk { serial: "x".repeat(21), ..disk }.validate(), Err(ConfigError::Serial(21)));
     }
 
     #[test]

@@ -7,14 +7,16 @@
 //! The shim sends a [`Request`] and gets exactly one [`FromVmm::Reply`] for it, in order. The VMM sends
 //! [`FromVmm::Event`] at any time. When either end closes, the other ends the virtual machine.
 
+mod attach;
 mod channel;
 mod config;
 mod message;
 
+pub use attach::{AttachDisk, AttachNet, DEVICE_SLOTS, MAX_QUEUE_PAIRS, NetOffloads};
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_PACKET, Packet};
 pub use config::{
-    AttachDisk, BlockConfig, ConfigError, DISK_SLOTS, FdIndex, FsConfig, GuestStream, MAX_VCPUS,
-    MIN_MEMORY_MIB, MemorySource, PAGES_WRITTEN, PrepareConfig, RestoreConfig, VmConfig, VsockConfig,
+    BlockConfig, ConfigError, FdIndex, FsConfig, GuestStream, MAX_VCPUS, MIN_MEMORY_MIB, MemorySource,
+    PAGES_WRITTEN, PrepareConfig, RestoreConfig, VmConfig, VsockConfig,
 };
 pub use message::{Event, ExitReason, FromVmm, Refusal, RefusalKind, Request};
 

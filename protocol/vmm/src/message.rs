@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{AttachDisk, PrepareConfig, RestoreConfig, VmConfig};
+use crate::attach::{AttachDisk, AttachNet};
+use crate::config::{PrepareConfig, RestoreConfig, VmConfig};
 
 /// What the shim asks of the VMM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,8 +34,11 @@ pub enum Request {
     /// Put a disk into a free slot (the packet's only descriptor, see [`crate::BlockConfig::file`]). The guest's kernel takes
     /// it up when it is made to look there again.
     AttachDisk(AttachDisk),
-    /// Take the disk out of a slot. Afterwards the VMM has closed it, whatever the guest makes of that.
-    DetachDisk {
+    /// Put a network interface into a free slot, as [`Request::AttachDisk`] does a disk. The packet's descriptors are the queues
+    /// of its tap.
+    AttachNet(AttachNet),
+    /// Take the device out of a slot. Afterwards the VMM has closed what was behind it, whatever the guest makes of that.
+    DetachDevice {
         /// Which one, from 0.
         slot: u8,
     },

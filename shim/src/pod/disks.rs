@@ -2,16 +2,16 @@
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bulkhead_agent_protocol::DISKS_DIR;
-use bulkhead_vmm_protocol::{AttachDisk, DISK_SLOTS, Request};
+use bulkhead_vmm_protocol::{AttachDisk, Request};
 use tokio::time::Instant;
 
 use super::Pod;
 use super::agent::AgentError;
 use super::machine::MachineError;
+use super::slots::MAX_DISKS;
 use crate::error::{Classify, Code, chain};
 use crate::host::disk::OpenDisk;
 use crate::spec::DeviceNumber;
@@ -23,7 +23,9 @@ const DETACH_LIMIT: Duration = Duration::from_secs(90);
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
     /// It has as many as it can have.
-    #[error("the pod has {DISK_SLOTS} disks already, which is as many as it can have")]
+    #[error(
+        "the pod has no slot left for a disk: it can have {MAX_DISKS}, less those that network interfaces took"
+    )]
     NoSlot,
     /// The VMM does not take it.
     #[error("can't put {path} into the pod")]
@@ -81,27 +83,6 @@ impl AttachedDisk {
     }
 }
 
-/// Which slots are taken.
-#[derive(Debug, Default)]
-pub(super) struct Slots(Mutex<[bool; DISK_SLOTS as usize]>);
-
-impl Slots {
-    fn take(&self) -> Option<u8> {
-        let mut taken = self.lock();
-        let slot = taken.iter().position(|taken| !taken)?;
-        taken[slot] = true;
-        u8::try_from(slot).ok()
-    }
-
-    fn give_back(&self, slot: u8) {
-        self.lock()[usize::from(slot)] = false;
-    }
-
-    fn lock(&self) -> MutexGuard<'_, [bool; DISK_SLOTS as usize]> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 impl Pod {
     /// Gives the guest a disk, and has it mount the file system on it if there is one to be mounted.
     pub async fn attach_disk(
@@ -110,7 +91,7 @@ impl Pod {
         file_system: Option<&FileSystem>,
     ) -> Result<AttachedDisk, AttachError> {
         let path = disk.path.clone();
-        let slot = self.disk_slots.take().ok_or(AttachError::NoSlot)?;
+        let slot = self.slots.take_for_disk().ok_or(AttachError::NoSlot)?;
         let request = Request::AttachDisk(AttachDisk {
             slot,
             read_only: disk.read_only,
@@ -118,7 +99,7 @@ impl Pod {
             serial: format!("slot{slot}"),
         });
         if let Err(source) = self.control.request("AttachDisk", &request, &[disk.file.as_fd()]).await {
-            self.disk_slots.give_back(slot);
+            self.slots.give_back(slot);
             return Err(AttachError::Machine { path, source });
         }
         match self.agent.add_disk(slot, file_system).await {
@@ -144,24 +125,9 @@ impl Pod {
 
     /// Has the VMM close the disk in a slot.
     async fn take_out(&self, slot: u8) {
-        match self.control.request("DetachDisk", &Request::DetachDisk { slot }, &[]).await {
-            Ok(()) => self.disk_slots.give_back(slot),
+        match self.control.request("DetachDevice", &Request::DetachDevice { slot }, &[]).await {
+            Ok(()) => self.slots.give_back(slot),
             Err(error) => log::error!("a block device stays in the pod for now: {}", chain(&error)),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn slots_are_bounded_and_used_again() {
-        let slots = Slots::default();
-        let all: Vec<u8> = (0..DISK_SLOTS).filter_map(|_| slots.take()).collect();
-        assert_eq!(all, Vec::from_iter(0..DISK_SLOTS));
-        assert_eq!(slots.take(), None);
-        slots.give_back(3);
-        assert_eq!(slots.take(), Some(3));
     }
 }

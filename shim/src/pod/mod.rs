@@ -10,6 +10,7 @@ pub mod disks;
 pub mod guest;
 pub mod machine;
 pub mod resources;
+pub mod slots;
 pub mod state;
 pub mod stream;
 pub mod tail;
@@ -95,7 +96,7 @@ pub struct Pod {
     /// A template that there should be for the next pod like this.
     wanted: Option<Order>,
     next_stream: AtomicU64,
-    disk_slots: disks::Slots,
+    slots: slots::Slots,
     resources: tokio::sync::Mutex<Resources>,
     /// Set by [`Pod::stop`]: from then on the end of the pod is no accident.
     stopping: watch::Sender<bool>,
@@ -175,7 +176,7 @@ impl Pod {
             is_up: AtomicBool::new(booted.greeting.is_some()),
             wanted: booted.wanted,
             next_stream: AtomicU64::new(1),
-            disk_slots: disks::Slots::default(),
+            slots: slots::Slots::default(),
             resources: tokio::sync::Mutex::new(resources),
             stopping: watch::Sender::new(false),
             death: watch::Sender::new(None),

@@ -28,14 +28,14 @@ pub enum CommandLineError {
     Character(usize),
 }
 
-/// The whole command line for a guest with the given numbers of devices and of slots for disks behind them, and with the
+/// The whole command line for a guest with the given numbers of devices and of slots for later ones behind them, and with the
 /// shim's parameters.
-pub fn command_line(devices: usize, disk_slots: usize, parameters: &str) -> Result<String, CommandLineError> {
+pub fn command_line(devices: usize, slots: usize, parameters: &str) -> Result<String, CommandLineError> {
     if let Some(position) = parameters.bytes().position(|byte| !(b' '..=b'~').contains(&byte)) {
         return Err(CommandLineError::Character(position));
     }
-    let mut line = format!("{BASE} bulkhead.power_port={POWER_PORT:#x} bulkhead.disk_slots={devices}");
-    for index in 0..devices + disk_slots {
+    let mut line = format!("{BASE} bulkhead.power_port={POWER_PORT:#x} bulkhead.device_slots={devices}");
+    for index in 0..devices + slots {
         // Writing to a string can't fail.
         let _ = write!(
             line,
@@ -70,7 +70,7 @@ mod tests {
         let line = command_line(1, 1, "root=/dev/vda quiet").unwrap();
         assert!(line.starts_with("console=hvc0 "));
         assert!(line.ends_with(
-            " bulkhead.power_port=0x604 bulkhead.disk_slots=1 virtio_mmio.device=4K@0xd0000000:9 \
+            " bulkhead.power_port=0x604 bulkhead.device_slots=1 virtio_mmio.device=4K@0xd0000000:9 \
              virtio_mmio.device=4K@0xd0001000:10 root=/dev/vda quiet"
         ));
     }

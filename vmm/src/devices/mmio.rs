@@ -237,7 +237,7 @@ impl MmioTransport {
             VIRTIO_MMIO_QUEUE_SEL => self.state.queue_sel = value,
             VIRTIO_MMIO_QUEUE_NOTIFY => {
                 // Usually an ioeventfd takes this; the upper half is only used with NOTIFICATION_DATA.
-                if let Some(kick) = self.slot.kicks.get(value as usize) {
+                if let Some(kick) = self.slot.kicks.of(value as usize) {
                     let _ = kick.write(1);
                 }
             }

@@ -12,9 +12,36 @@ pub struct DeviceSlot {
     state: Mutex<SlotState>,
     /// Wakes the worker after a change of the state.
     pub(super) wake: EventFd,
-    /// One per queue; the driver's notifications arrive here.
-    pub(super) kicks: Vec<EventFd>,
+    /// The driver's notifications arrive here.
+    pub(super) kicks: Kicks,
     pub(super) interrupt: Interrupt,
+}
+
+/// The eventfds of a device's notifications.
+#[derive(Debug)]
+pub enum Kicks {
+    /// One for each queue.
+    PerQueue(Vec<EventFd>),
+    /// One for all queues, however many the device has.
+    Shared(EventFd),
+}
+
+impl Kicks {
+    /// The one that notifies a queue.
+    pub(super) fn of(&self, queue: usize) -> Option<&EventFd> {
+        match self {
+            Kicks::PerQueue(kicks) => kicks.get(queue),
+            Kicks::Shared(kick) => Some(kick),
+        }
+    }
+
+    /// All of them.
+    pub(super) fn all(&self) -> &[EventFd] {
+        match self {
+            Kicks::PerQueue(kicks) => kicks,
+            Kicks::Shared(kick) => std::slice::from_ref(kick),
+        }
+    }
 }
 
 /// What happened to the device since the worker looked last.
@@ -33,13 +60,17 @@ pub(super) struct SlotState {
 impl DeviceSlot {
     /// A slot for a device of `queues` queues.
     pub fn new(queues: usize) -> std::io::Result<Arc<Self>> {
-        let eventfd = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
-        Ok(Arc::new(DeviceSlot {
-            state: Mutex::default(),
-            wake: eventfd()?,
-            kicks: (0..queues).map(|_| eventfd()).collect::<Result<_, _>>()?,
-            interrupt: Interrupt::new(eventfd()?),
-        }))
+        Self::with(Kicks::PerQueue((0..queues).map(|_| eventfd()).collect::<Result<_, _>>()?))
+    }
+
+    /// A slot for one device after the other, each with as many queues as it likes.
+    pub fn reusable() -> std::io::Result<Arc<Self>> {
+        Self::with(Kicks::Shared(eventfd()?))
+    }
+
+    fn with(kicks: Kicks) -> std::io::Result<Arc<Self>> {
+        let interrupt = Interrupt::new(eventfd()?);
+        Ok(Arc::new(DeviceSlot { state: Mutex::default(), wake: eventfd()?, kicks, interrupt }))
     }
 
     /// The device's interrupt, for the wiring of its line.
@@ -47,8 +78,8 @@ impl DeviceSlot {
         &self.interrupt
     }
 
-    /// The eventfds that notify each queue, for the wiring of ioeventfds.
-    pub fn kicks(&self) -> &[EventFd] {
+    /// The eventfds of notifications, for the wiring of ioeventfds.
+    pub fn kicks(&self) -> &Kicks {
         &self.kicks
     }
 
@@ -94,4 +125,8 @@ impl DeviceSlot {
         // The only failure is a full counter: then the worker is about to wake anyway.
         let _ = self.wake.write(1);
     }
+}
+
+fn eventfd() -> std::io::Result<EventFd> {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
 }

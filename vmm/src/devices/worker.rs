@@ -7,7 +7,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use log::{debug, error};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::slot::{DeviceSlot, SlotState};
+use super::slot::{DeviceSlot, Kicks, SlotState};
 use super::{BackendState, DeviceFault, DeviceKind, Progress, VirtioDevice};
 
 /// Event data at and above this value belong to the device.
@@ -114,10 +114,15 @@ impl DeviceWorker {
             (data, active) if data >= DEVICE_TOKENS => {
                 self.device.descriptor_ready(data - DEVICE_TOKENS, event.event_set(), active.as_mut(), events)
             }
-            (queue, Some(active)) => {
-                let queue = queue as usize;
-                let progress = self.device.queue_ready(queue, active, events)?;
-                self.requeue(queue, progress);
+            (kick, Some(active)) => {
+                let queues = match self.slot.kicks {
+                    Kicks::PerQueue(_) => kick as usize..kick as usize + 1,
+                    Kicks::Shared(_) => 0..active.queues.len(),
+                };
+                for queue in queues {
+                    let progress = self.device.queue_ready(queue, active, events)?;
+                    self.requeue(queue, progress);
+                }
                 Ok(())
             }
             (_, None) => Ok(()),
@@ -127,7 +132,7 @@ impl DeviceWorker {
     /// Asks for another turn of a queue, after those of the other devices.
     fn requeue(&self, queue: usize, progress: Progress) {
         if progress == Progress::More
-            && let Some(kick) = self.slot.kicks.get(queue)
+            && let Some(kick) = self.slot.kicks.of(queue)
         {
             let _ = kick.write(1);
         }
@@ -150,7 +155,7 @@ impl MutEventSubscriber for DeviceWorker {
         };
         let slot = self.slot.clone();
         let mut result = watch(ops, &slot.wake, WAKE);
-        for (kick, data) in slot.kicks.iter().zip(0..) {
+        for (kick, data) in slot.kicks.all().iter().zip(0..) {
             result = result.and_then(|()| watch(ops, kick, data));
         }
         let mut events = DeviceEvents::new(ops);
@@ -167,7 +172,7 @@ impl MutEventSubscriber for DeviceWorker {
         match event.data() {
             WAKE => drop(slot.wake.read()),
             data => {
-                if let Some(kick) = slot.kicks.get(data as usize) {
+                if let Some(kick) = slot.kicks.all().get(data as usize) {
                     drop(kick.read());
                 }
             }

@@ -7,10 +7,10 @@
 //! period of the host kernel, so memory and vCPUs come first and ioeventfds last.
 
 mod crew;
-mod disks;
 mod error;
 mod restore;
 mod save;
+mod slots;
 
 use std::fs::File;
 use std::io;
@@ -21,7 +21,7 @@ use std::sync::mpsc::Receiver;
 use std::thread::{self, JoinHandle};
 
 use bulkhead_seccomp::Filter;
-use bulkhead_vmm_protocol::{AttachDisk, ExitReason, PrepareConfig, VmConfig};
+use bulkhead_vmm_protocol::{AttachDisk, AttachNet, ExitReason, PrepareConfig, VmConfig};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use log::{error, warn};
 use vmm_sys_util::eventfd::EventFd;
@@ -35,7 +35,7 @@ use crate::devices::mmio::MmioTransport;
 use crate::devices::slot::DeviceSlot;
 use crate::devices::worker::{DeviceWorker, chain_of};
 use crate::ioapic::IoApic;
-use crate::layout::DISK_SLOTS;
+use crate::layout::DEVICE_SLOTS;
 use crate::memory::{GuestRam, Memory, SharedRam, map_ram};
 use crate::resources::{Handles, Preparation, Resources};
 use crate::vcpu::{self, Vcpu};
@@ -43,12 +43,12 @@ use crate::vm::{self, KvmRouter};
 use crate::working_set;
 
 use self::crew::{Crew, Posted};
-pub use self::disks::DiskError;
-use self::disks::Disks;
 pub use self::error::MachineError;
 use self::error::host_failed;
 pub(crate) use self::error::kvm_failed;
 use self::save::Saver;
+pub use self::slots::SlotError;
+use self::slots::Slots;
 
 /// A virtual machine without devices, and the threads that will run it.
 pub struct Prepared {
@@ -105,7 +105,7 @@ pub struct Machine {
     bus: Arc<Bus>,
     ram: SharedRam,
     workers: Vec<DeviceWorker>,
-    disks: Disks,
+    slots: Slots,
     saver: Option<Saver>,
 }
 
@@ -137,7 +137,7 @@ pub struct RunningMachine {
     vcpus: Vec<JoinHandle<Option<VcpuFd>>>,
     bus: Arc<Bus>,
     saver: Option<Saver>,
-    disks: Disks,
+    slots: Slots,
     devices: DeviceLoop,
     exits: Receiver<ExitReason>,
     exit_event: Arc<EventFd>,
@@ -153,9 +153,9 @@ impl Machine {
         let Prepared { kvm, vm, memory, memory_mib, ram, cpuid, vcpus, crew } = prepared;
         let Resources { start: mut kernel, devices, handles } = Resources::take(config, config.kernel, fds)?;
 
-        let command_line =
-            boot::command_line(devices.len(), DISK_SLOTS, &config.cmdline).map_err(BootError::CommandLine)?;
-        let windows = devices.len() + DISK_SLOTS;
+        let command_line = boot::command_line(devices.len(), DEVICE_SLOTS, &config.cmdline)
+            .map_err(BootError::CommandLine)?;
+        let windows = devices.len() + DEVICE_SLOTS;
         let entry = boot::load(&ram, &mut kernel, &command_line, crew.vcpus(), windows)?;
 
         let failed = |id| move |source| MachineError::Vcpu { id, source };
@@ -171,16 +171,16 @@ impl Machine {
         vm::wire(&vm, 0, &parts.slots)?;
         let router = KvmRouter { vm: vm.clone(), slots: parts.slots };
         let ioapic = IoApic::new(crew.vcpus(), Box::new(router));
-        let disks = Disks::new(vm.clone(), ram.clone(), parts.transports.len());
-        let bus = Arc::new(Bus::new(parts.transports, DISK_SLOTS, ioapic));
+        let slots = Slots::new(vm.clone(), ram.clone(), parts.transports.len());
+        let bus = Arc::new(Bus::new(parts.transports, DEVICE_SLOTS, ioapic));
         let saver = Saver::new(memory_mib, &memory, &kvm, vm, &cpuid)?;
-        Ok((Machine { vcpus, crew, bus, ram, workers: parts.workers, disks, saver }, handles))
+        Ok((Machine { vcpus, crew, bus, ram, workers: parts.workers, slots, saver }, handles))
     }
 
     /// Gives the threads their work and puts the calling one under the control thread's filter. The guest's first
     /// instruction runs after that.
     pub fn start(self) -> Result<RunningMachine, MachineError> {
-        let Machine { vcpus, crew, bus, ram, workers, disks, saver } = self;
+        let Machine { vcpus, crew, bus, ram, workers, slots, saver } = self;
         let stop = crew.stop_flag();
         let vcpu = |(fd, id)| Vcpu::new(id, fd, bus.clone(), ram.clone(), stop.clone());
         let posted = crew.post(vcpus.into_iter().zip(0..).map(vcpu).collect(), workers);
@@ -190,7 +190,7 @@ impl Machine {
             .map_err(|error| host_failed("the control thread's filter")(io::Error::other(error)))?;
         posted.open_gate();
         let Posted { vcpus, devices, exits, exit_event, stop, .. } = posted;
-        Ok(RunningMachine { stop, vcpus, bus, saver, disks, devices, exits, exit_event })
+        Ok(RunningMachine { stop, vcpus, bus, saver, slots, devices, exits, exit_event })
     }
 }
 
@@ -201,16 +201,24 @@ impl RunningMachine {
     }
 
     /// Puts a disk into a free slot; the guest finds it when it probes the slot's window.
-    pub fn attach_disk(&mut self, request: &AttachDisk, file: OwnedFd) -> Result<(), DiskError> {
-        if self.saver.is_some() {
-            return Err(DiskError::Template);
-        }
-        self.disks.attach(request, file, &self.bus, &self.devices)
+    pub fn attach_disk(&mut self, request: &AttachDisk, file: OwnedFd) -> Result<(), SlotError> {
+        self.refuse_for_template()?;
+        self.slots.attach_disk(request, file, &self.bus, &self.devices)
     }
 
-    /// Takes the disk out of a slot and closes it.
-    pub fn detach_disk(&mut self, slot: u8) -> Result<(), DiskError> {
-        self.disks.detach(slot, &self.bus, &self.devices)
+    /// Puts a network interface into a free slot, as a disk.
+    pub fn attach_net(&mut self, request: &AttachNet, queues: &[OwnedFd]) -> Result<(), SlotError> {
+        self.refuse_for_template()?;
+        self.slots.attach_net(request, queues)
+    }
+
+    /// Takes the device out of a slot and closes what is behind it.
+    pub fn detach_device(&mut self, slot: u8) -> Result<(), SlotError> {
+        self.slots.detach(slot, &self.bus, &self.devices)
+    }
+
+    fn refuse_for_template(&self) -> Result<(), SlotError> {
+        if self.saver.is_some() { Err(SlotError::Template) } else { Ok(()) }
     }
 
     /// Stops what is still running, lets the devices finish what the guest left behind, and says why the machine ended;

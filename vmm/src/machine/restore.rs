@@ -7,13 +7,13 @@ use bulkhead_vmm_protocol::RestoreConfig;
 use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::{VcpuFd, VmFd};
 
-use super::disks::Disks;
 use super::save::Saver;
+use super::slots::Slots;
 use super::{DeviceParts, Machine, MachineError, Prepared};
 use crate::bus::Bus;
 use crate::devices::{DeviceState, VirtioDevice};
 use crate::ioapic::IoApic;
-use crate::layout::DISK_SLOTS;
+use crate::layout::DEVICE_SLOTS;
 use crate::memory::Memory;
 use crate::resources::{Handles, Resources};
 use crate::template::{self, MachineState, TemplateError};
@@ -51,19 +51,19 @@ impl Machine {
         for (index, (transport, saved)) in parts.transports.iter_mut().zip(&state.devices).enumerate() {
             transport.restore(saved).map_err(|fault| device_failed(index, &fault))?;
         }
-        let slots = parts.slots;
-        let router = KvmRouter { vm: vm.clone(), slots: slots.clone() };
+        let wired = parts.slots;
+        let router = KvmRouter { vm: vm.clone(), slots: wired.clone() };
         // Routes before the lines that follow them.
         let ioapic = IoApic::restored(state.ioapic.clone(), Box::new(router));
-        vm::wire(&vm, 0, &slots)?;
+        vm::wire(&vm, 0, &wired)?;
         restore_vcpus(&vm, &vcpus, &state)?;
         // What was pending may or may not have reached a local APIC; once more does no harm.
-        slots.iter().for_each(|slot| slot.interrupt().raise_pending());
+        wired.iter().for_each(|slot| slot.interrupt().raise_pending());
 
-        let disks = Disks::new(vm.clone(), ram.clone(), parts.transports.len());
-        let bus = Arc::new(Bus::new(parts.transports, DISK_SLOTS, ioapic));
+        let slots = Slots::new(vm.clone(), ram.clone(), parts.transports.len());
+        let bus = Arc::new(Bus::new(parts.transports, DEVICE_SLOTS, ioapic));
         let saver = Saver::new(memory_mib, &memory, &kvm, vm, &cpuid)?;
-        Ok((Machine { vcpus, crew, bus, ram, workers: parts.workers, disks, saver }, handles))
+        Ok((Machine { vcpus, crew, bus, ram, workers: parts.workers, slots, saver }, handles))
     }
 }
 

@@ -197,7 +197,7 @@ impl Guest {
                     Request::AttachDisk(disk) => {
                         note("AttachDisk", format!("{} {} {}", disk.slot, disk.read_only, fds.len()));
                     }
-                    Request::DetachDisk { slot } => note("DetachDisk", slot.to_string()),
+                    Request::DetachDevice { slot } => note("DetachDevice", slot.to_string()),
                     _ => return,
                 }
                 serving.send(&FromVmm::Reply(Ok(())), &[]).unwrap();

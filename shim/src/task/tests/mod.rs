@@ -230,11 +230,11 @@ async fn a_root_file_system_on_a_disk_comes_and_goes_with_its_container() {
     assert_eq!(stage.guest.calls("Root"), ["/run/bulkhead/shared/shared/rootfs", "/run/bulkhead/disks/0"]);
     assert_eq!(stage.delete("c", "").await.unwrap(), 137);
     assert_eq!(
-        (stage.guest.calls("RemoveDisk"), stage.guest.calls("DetachDisk")),
+        (stage.guest.calls("RemoveDisk"), stage.guest.calls("DetachDevice")),
         (vec!["0".into()], vec!["0".into()])
     );
-    let order = stage.guest.order(&["Delete", "RemoveDisk", "DetachDisk"]);
-    assert_eq!(order, ["Delete", "RemoveDisk", "DetachDisk"]);
+    let order = stage.guest.order(&["Delete", "RemoveDisk", "DetachDevice"]);
+    assert_eq!(order, ["Delete", "RemoveDisk", "DetachDevice"]);
 }
 
 #[tokio::test]
@@ -244,13 +244,13 @@ async fn a_disk_that_the_guest_refuses_is_taken_back() {
     stage.guest.refuse("AddDisk", Code::INTERNAL, "no ext4 there");
     let (_, message) = refusal(stage.create_on("c", stage.image()).await);
     assert!(message.contains("image: no ext4 there"), "{message}");
-    assert_eq!(stage.guest.calls("DetachDisk"), ["0"]);
+    assert_eq!(stage.guest.calls("DetachDevice"), ["0"]);
     assert_eq!(stage.guest.calls("CreateContainer"), ["shared"]);
     // Its slot is free again, also when it is the container that fails.
     stage.guest.refuse("CreateContainer", Code::INVALID_ARGUMENT, "not that");
     stage.create_on("d", stage.image()).await.unwrap_err();
     assert_eq!(stage.guest.calls("AttachDisk"), ["0 false 1", "0 false 1"]);
-    assert_eq!(stage.guest.calls("DetachDisk"), ["0", "0"]);
+    assert_eq!(stage.guest.calls("DetachDevice"), ["0", "0"]);
 }
 
 #[tokio::test]

@@ -1,0 +1,59 @@
+//! The slots of a machine for devices that come while it runs: which are taken.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use bulkhead_vmm_protocol::DEVICE_SLOTS;
+
+/// How many disks a pod can have. The other slots are left to network interfaces, whose number is known when a pod starts:
+/// they may take what no disk has yet.
+pub const MAX_DISKS: u8 = 8;
+
+/// Which slots are taken.
+#[derive(Debug, Default)]
+pub struct Slots(Mutex<[bool; DEVICE_SLOTS as usize]>);
+
+impl Slots {
+    /// Takes a slot for a disk.
+    pub fn take_for_disk(&self) -> Option<u8> {
+        self.take(0..MAX_DISKS)
+    }
+
+    /// Takes a slot for a network interface, one that no disk can have if possible.
+    pub fn take_for_interface(&self) -> Option<u8> {
+        self.take((0..DEVICE_SLOTS).rev())
+    }
+
+    /// A slot is free again.
+    pub fn give_back(&self, slot: u8) {
+        self.lock()[usize::from(slot)] = false;
+    }
+
+    fn take(&self, mut candidates: impl Iterator<Item = u8>) -> Option<u8> {
+        let mut taken = self.lock();
+        let slot = candidates.find(|slot| !taken[usize::from(*slot)])?;
+        taken[usize::from(slot)] = true;
+        Some(slot)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, [bool; DEVICE_SLOTS as usize]> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_bounded_and_used_again() {
+        let slots = Slots::default();
+        let all: Vec<u8> = (0..MAX_DISKS).filter_map(|_| slots.take_for_disk()).collect();
+        assert_eq!(all, Vec::from_iter(0..MAX_DISKS));
+        assert_eq!(slots.take_for_disk(), None);
+        assert_eq!([(); 3].map(|()| slots.take_for_interface()), [Some(9), Some(8), None]);
+        slots.give_back(3);
+        assert_eq!(slots.take_for_disk(), Some(3));
+        slots.give_back(3);
+        assert_eq!(slots.take_for_interface(), Some(3));
+    }
+}
