@@ -16,7 +16,7 @@ use bulkhead_agent::reaper::Reaper;
 use bulkhead_agent::service::{ConfigureFailure, Machine, Service};
 use bulkhead_agent::stdio::Streams;
 use bulkhead_agent::{guest, logging, server, sys};
-use bulkhead_agent_protocol::{AddDiskRequest, AddDiskResponse, ConfigureRequest};
+use bulkhead_agent_protocol::{AddDiskRequest, AddDiskResponse, AddInterfaceRequest, ConfigureRequest};
 
 fn main() -> ExitCode {
     if std::process::id() == 1 {
@@ -117,6 +117,10 @@ impl Machine for ForeignMachine {
 
     async fn remove_disk(&self, _: u32) -> Result<(), String> {
         Ok(())
+    }
+
+    async fn add_interface(&self, _: &AddInterfaceRequest) -> Result<(), String> {
+        Err("this machine is not the agent's".to_owned())
     }
 
     async fn power_off(&self) {}

@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use async_trait::async_trait;
 use bulkhead_agent_protocol::{
-    AddDiskRequest, AddDiskResponse, Agent, AgentEvent, ConfigureRequest, ContainerRequest,
-    CreateContainerRequest, CreateExecRequest, CreateProcessResponse, DiskRequest, Empty, PidsResponse,
-    ProcessRequest, ReadyResponse, ResizePtyRequest, SignalRequest, StatsResponse, UpdateRequest,
-    WaitResponse,
+    AddDiskRequest, AddDiskResponse, AddInterfaceRequest, Agent, AgentEvent, ConfigureRequest,
+    ContainerRequest, CreateContainerRequest, CreateExecRequest, CreateProcessResponse, DiskRequest, Empty,
+    PidsResponse, ProcessRequest, ReadyResponse, ResizePtyRequest, SignalRequest, StatsResponse,
+    UpdateRequest, WaitResponse,
 };
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, get_status};
@@ -46,6 +46,12 @@ pub trait Machine: Send + Sync {
     /// # Errors
     /// A message for the operator.
     async fn remove_disk(&self, slot: u32) -> Result<(), String>;
+
+    /// Takes up the network interface in a slot, and makes it what it should be.
+    ///
+    /// # Errors
+    /// A message for the operator.
+    async fn add_interface(&self, request: &AddInterfaceRequest) -> Result<(), String>;
 
     /// Ends the machine; the processes are dead already. Does not return on a real one.
     async fn power_off(&self);
@@ -137,6 +143,14 @@ impl<M: Machine + 'static> Agent for Service<M> {
     async fn remove_disk(&self, _: &TtrpcContext, request: DiskRequest) -> ttrpc::Result<Empty> {
         let machine = self.machine.clone();
         complete(async move { Ok(machine.remove_disk(request.slot).await) })
+            .await?
+            .map(|()| Empty::new())
+            .map_err(|message| rpc_error(Code::INTERNAL, message))
+    }
+
+    async fn add_interface(&self, _: &TtrpcContext, request: AddInterfaceRequest) -> ttrpc::Result<Empty> {
+        let machine = self.machine.clone();
+        complete(async move { Ok(machine.add_interface(&request).await) })
             .await?
             .map(|()| Empty::new())
             .map_err(|message| rpc_error(Code::INTERNAL, message))

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use bulkhead_agent_protocol::{AddDiskRequest, AddDiskResponse, ConfigureRequest};
+use bulkhead_agent_protocol::{AddDiskRequest, AddDiskResponse, AddInterfaceRequest, ConfigureRequest};
 use tokio::time::timeout;
 
-use super::{disks, filesystems, power};
+use super::{disks, filesystems, interfaces, power};
 use crate::error_chain;
 use crate::reaper::Reaper;
 use crate::service::{ConfigureFailure, Machine};
@@ -101,6 +101,10 @@ impl Machine for GuestMachine {
 
     async fn remove_disk(&self, slot: u32) -> Result<(), String> {
         disks::remove(slot, &self.reaper).await.map_err(|error| error_chain(&error))
+    }
+
+    async fn add_interface(&self, request: &AddInterfaceRequest) -> Result<(), String> {
+        interfaces::add(request, &self.reaper).await.map_err(|error| error_chain(&error))
     }
 
     async fn power_off(&self) {

@@ -2,8 +2,10 @@
 
 mod disks;
 mod filesystems;
+mod interfaces;
 mod machine;
 mod power;
+mod slots;
 mod vsock;
 
 use std::convert::Infallible;
