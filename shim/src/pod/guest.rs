@@ -23,8 +23,10 @@ pub const FS_TAG: &str = "shared";
 /// Every guest's context id: each has a socket device of its own, so they never meet.
 const GUEST_CID: u32 = 3;
 
-/// Kernel parameters of every guest; the VMM adds those for its devices.
-const KERNEL_PARAMS: &str = "root=/dev/vda rootfstype=erofs ro init=/bulkhead-agent quiet";
+/// Kernel parameters of every guest; the VMM adds those for its devices. Of its own making the kernel has no network
+/// interface but loopback.
+const KERNEL_PARAMS: &str =
+    "root=/dev/vda rootfstype=erofs ro init=/bulkhead-agent quiet dummy.numdummies=0 fb_tunnels=none";
 
 /// Bytes of the guest's console that are kept.
 pub const CONSOLE_KEPT: usize = 16 * 1024;
