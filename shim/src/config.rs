@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Classify, Code};
 use crate::quantity::{self, QuantityError};
+use crate::sizing::{self, Demand, SizeError};
 
 /// Read when the runtime options name no other file, if it exists.
 pub const DEFAULT_FILE: &str = "/etc/bulkhead/config.toml";
@@ -19,6 +20,9 @@ pub const VCPUS_ANNOTATION: &str = "io.bulkhead.vcpus";
 
 /// Guest memory of this pod, as a Kubernetes quantity.
 pub const MEMORY_ANNOTATION: &str = "io.bulkhead.memory";
+
+/// What the names of all our annotations begin with.
+const ANNOTATIONS: &str = "io.bulkhead.";
 
 /// A configuration file is never near this size, in bytes.
 const MAX_FILE: usize = 64 * 1024;
@@ -36,8 +40,12 @@ pub struct Config {
     pub image: PathBuf,
     /// The KVM device.
     pub kvm: PathBuf,
-    /// Size of a pod's virtual machine.
+    /// Size of a pod's virtual machine: that of a pod without limits, until [`Config::for_pod`] has seen the pod's.
     pub size: Size,
+    /// What no pod gets more of, where the operator says so.
+    pub maxima: Maxima,
+    /// Whether pods may ask for a size by annotations.
+    pub annotations: bool,
     /// Kernel parameters after our own.
     pub kernel_params: String,
     /// Whether pods start from templates.
@@ -71,6 +79,15 @@ pub struct Size {
     pub memory_mib: u32,
 }
 
+/// What no pod gets more of; `None` stands for what the host has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Maxima {
+    /// vCPUs.
+    pub vcpus: Option<u8>,
+    /// MiB of guest memory.
+    pub memory_mib: Option<u32>,
+}
+
 /// The file's keys as they are written.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -82,6 +99,9 @@ struct File {
     kvm: Option<PathBuf>,
     vcpus: Option<u64>,
     memory: Option<String>,
+    max_vcpus: Option<u64>,
+    max_memory: Option<String>,
+    annotations: Option<bool>,
     kernel_params: Option<String>,
     templates: Option<Templates>,
     template_dir: Option<PathBuf>,
@@ -138,6 +158,29 @@ pub enum ConfigError {
         /// What was asked for.
         value: String,
     },
+    /// More than the operator allows.
+    #[error("{from} asks for {asked}: {key} allows {allowed}")]
+    AboveMaximum {
+        /// Key or annotation.
+        from: &'static str,
+        /// What was asked for.
+        asked: String,
+        /// The key of the maximum.
+        key: &'static str,
+        /// The maximum.
+        allowed: String,
+    },
+    /// Annotations are off.
+    #[error(
+        "the annotation {0} has no effect on this node: its configuration does not have annotations = true"
+    )]
+    AnnotationsOff(String),
+    /// An annotation of ours that does not exist.
+    #[error("there is no annotation {0}: {VCPUS_ANNOTATION} and {MEMORY_ANNOTATION} are known")]
+    Annotation(String),
+    /// Limits that no pod can be made for.
+    #[error(transparent)]
+    Limits(#[from] SizeError),
     /// A path that depends on the working directory.
     #[error("{key} is {path:?}: write an absolute path")]
     RelativePath {
@@ -161,6 +204,7 @@ impl Classify for ConfigError {
     fn code(&self) -> Code {
         match self {
             ConfigError::Prefix(_) => Code::INTERNAL,
+            ConfigError::Limits(error) => error.code(),
             _ => Code::INVALID_ARGUMENT,
         }
     }
@@ -204,6 +248,20 @@ impl Config {
             None => Ok(default),
         };
         let vcpus = file.vcpus.unwrap_or(1);
+        let size = Size {
+            vcpus: check_vcpus("vcpus", Some(vcpus), &vcpus.to_string())?,
+            memory_mib: check_memory("memory", file.memory.as_deref().unwrap_or("256Mi"))?,
+        };
+        let most = |most: u64| check_vcpus("max_vcpus", Some(most), &most.to_string());
+        let maxima = Maxima {
+            vcpus: file.max_vcpus.map(most).transpose()?,
+            memory_mib: file
+                .max_memory
+                .as_deref()
+                .map(|most| check_memory("max_memory", most))
+                .transpose()?,
+        };
+        maxima.check("vcpus", "memory", size)?;
         let kernel_params = file.kernel_params.unwrap_or_default();
         if kernel_params.len() > 1024 || kernel_params.chars().any(char::is_control) {
             return Err(ConfigError::KernelParams);
@@ -214,10 +272,9 @@ impl Config {
             kernel: path("kernel", file.kernel, prefix.join("share/bulkhead/vmlinux"))?,
             image: path("image", file.image, prefix.join("share/bulkhead/guest.erofs"))?,
             kvm: path("kvm", file.kvm, PathBuf::from("/dev/kvm"))?,
-            size: Size {
-                vcpus: check_vcpus("vcpus", Some(vcpus), &vcpus.to_string())?,
-                memory_mib: check_memory("memory", file.memory.as_deref().unwrap_or("256Mi"))?,
-            },
+            size,
+            maxima,
+            annotations: file.annotations.unwrap_or(false),
             kernel_params,
             templates: file.templates.unwrap_or_default(),
             template_dir: path(
@@ -239,25 +296,60 @@ impl Config {
     }
 
     /// The same for a virtual machine of another size, given as in the annotations.
-    pub fn with_size(self, vcpus: Option<&str>, memory: Option<&str>) -> Result<Config, ConfigError> {
-        let annotations = [(VCPUS_ANNOTATION, vcpus), (MEMORY_ANNOTATION, memory)]
-            .into_iter()
-            .filter_map(|(key, value)| Some((key.to_owned(), value?.to_owned())))
-            .collect();
-        self.with_annotations(&annotations)
-    }
-
-    /// Applies the annotations of a pod.
-    pub fn with_annotations(mut self, annotations: &HashMap<String, String>) -> Result<Config, ConfigError> {
-        if let Some(text) = annotations.get(VCPUS_ANNOTATION) {
+    pub fn with_size(mut self, vcpus: Option<&str>, memory: Option<&str>) -> Result<Config, ConfigError> {
+        if let Some(text) = vcpus {
             // Strictly decimal: `parse` alone would take a sign.
             let value = text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok()).flatten();
             self.size.vcpus = check_vcpus(VCPUS_ANNOTATION, value, text)?;
         }
-        if let Some(text) = annotations.get(MEMORY_ANNOTATION) {
+        if let Some(text) = memory {
             self.size.memory_mib = check_memory(MEMORY_ANNOTATION, text)?;
         }
+        self.maxima.check(VCPUS_ANNOTATION, MEMORY_ANNOTATION, self.size)?;
         Ok(self)
+    }
+
+    /// The same with the size that a pod gets: from its limits, and from its annotations where these are allowed.
+    pub fn for_pod(
+        mut self,
+        demand: &Demand,
+        annotations: &HashMap<String, String>,
+    ) -> Result<Config, ConfigError> {
+        let ours = annotations.keys().filter(|key| key.starts_with(ANNOTATIONS));
+        for key in ours {
+            let shown = || key.chars().take(64).collect();
+            if !self.annotations {
+                return Err(ConfigError::AnnotationsOff(shown()));
+            }
+            if ![VCPUS_ANNOTATION, MEMORY_ANNOTATION].contains(&key.as_str()) {
+                return Err(ConfigError::Annotation(shown()));
+            }
+        }
+        let asked = |key| annotations.get(key).map(String::as_str);
+        let (vcpus, memory) = (asked(VCPUS_ANNOTATION), asked(MEMORY_ANNOTATION));
+        // Who names a size means it, whatever the limits.
+        let left = Demand { memory: demand.memory.filter(|_| memory.is_none()), ..*demand };
+        self.size = sizing::choose(&left, self.size, self.maxima)?;
+        self.with_size(vcpus, memory)
+    }
+}
+
+impl Maxima {
+    /// That an explicit size is within them; `vcpus` and `memory` are where it comes from.
+    fn check(&self, vcpus: &'static str, memory: &'static str, size: Size) -> Result<(), ConfigError> {
+        let above = |from, asked, key, allowed| Err(ConfigError::AboveMaximum { from, asked, key, allowed });
+        match (self.vcpus, self.memory_mib) {
+            (Some(most), _) if size.vcpus > most => {
+                above(vcpus, format!("{} vCPUs", size.vcpus), "max_vcpus", most.to_string())
+            }
+            (_, Some(most)) if size.memory_mib > most => above(
+                memory,
+                format!("{} MiB of guest memory", size.memory_mib),
+                "max_memory",
+                format!("{most} MiB"),
+            ),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -302,7 +394,9 @@ mod tests {
 
     fn annotated(pairs: &[(&str, &str)]) -> Result<Config, ConfigError> {
         let annotations = pairs.iter().map(|&(key, value)| (key.to_owned(), value.to_owned())).collect();
-        parse("").unwrap().with_annotations(&annotations)
+        parse("annotations = true\nmax_vcpus = 8\nmax_memory = \"2Gi\"")
+            .unwrap()
+            .for_pod(&Demand::default(), &annotations)
     }
 
     #[test]
@@ -329,6 +423,9 @@ mod tests {
             kvm = "/d"
             vcpus = 4
             memory = "1.5Gi"
+            max_vcpus = 8
+            max_memory = "64Gi"
+            annotations = true
             kernel_params = "mitigations=off"
             templates = "off"
             template_dir = "/t"
@@ -346,6 +443,8 @@ mod tests {
                 image: "/i".into(),
                 kvm: "/d".into(),
                 size: Size { vcpus: 4, memory_mib: 1536 },
+                maxima: Maxima { vcpus: Some(8), memory_mib: Some(65_536) },
+                annotations: true,
                 kernel_params: "mitigations=off".into(),
                 templates: Templates::Off,
                 template_dir: "/t".into(),
@@ -373,6 +472,10 @@ mod tests {
             "vcpus = 17",
             "vcpus = -1",
             "vcpus = \"2\"",
+            "vcpus = 4\nmax_vcpus = 2",
+            "max_vcpus = 17",
+            "max_memory = \"128Mi\"",
+            "annotations = \"yes\"",
             "kernel = \"vmlinux\"",
             "log_level = \"loud\"",
             "kernel_params = \"a\\nb\"",
@@ -397,7 +500,10 @@ mod tests {
             (VCPUS_ANNOTATION, "+2"),
             (VCPUS_ANNOTATION, "two"),
             (VCPUS_ANNOTATION, "0"),
+            (VCPUS_ANNOTATION, "9"),
             (VCPUS_ANNOTATION, "99999999999999999999"),
+            (MEMORY_ANNOTATION, "3Gi"),
+            ("io.bulkhead.kernel", "/evil"),
             (MEMORY_ANNOTATION, "1Gi; rm"),
             (MEMORY_ANNOTATION, "1Mi"),
             (MEMORY_ANNOTATION, ""),
@@ -405,6 +511,23 @@ mod tests {
             let message = chain(&annotated(&[(key, value)]).unwrap_err());
             assert!(message.contains(key), "{message}");
         }
+    }
+
+    #[test]
+    fn annotations_are_off_by_default_and_say_so() {
+        let annotations = [(MEMORY_ANNOTATION.to_owned(), "512Mi".to_owned())].into();
+        let message = chain(&parse("").unwrap().for_pod(&Demand::default(), &annotations).unwrap_err());
+        assert!(message.contains(MEMORY_ANNOTATION) && message.contains("annotations = true"), "{message}");
+    }
+
+    #[test]
+    fn a_size_by_annotation_goes_before_the_limits() {
+        let demand = Demand { memory: Some(1 << 30), cpus: Some(3), ..Demand::default() };
+        let annotations = [(MEMORY_ANNOTATION.to_owned(), "512Mi".to_owned())].into();
+        let config = parse("annotations = true").unwrap();
+        let maxima = Maxima { vcpus: Some(16), ..config.maxima };
+        let config = Config { maxima, ..config }.for_pod(&demand, &annotations).unwrap();
+        assert_eq!(config.size, Size { vcpus: 4, memory_mib: 512 });
     }
 
     #[test]

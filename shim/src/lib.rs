@@ -18,6 +18,7 @@ pub mod logging;
 pub mod options;
 pub mod pod;
 pub mod quantity;
+pub mod sizing;
 pub mod spec;
 pub mod task;
 pub mod template;

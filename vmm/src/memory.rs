@@ -82,7 +82,7 @@ pub fn map_ram(mib: u32, memory: &Memory) -> Result<SharedRam, MemoryError> {
         let (host, sharing) = match memory {
             Memory::Anonymous => (map_aligned(size, libc::PROT_READ | libc::PROT_WRITE)?, libc::MAP_PRIVATE),
             Memory::Shared(file) => (map_file(file, offset, size, libc::MAP_SHARED)?, libc::MAP_SHARED),
-            Memory::Private(file) => (map_file(file, offset, size, libc::MAP_PRIVATE)?, libc::MAP_PRIVATE),
+            Memory::Private(file) => (map_private(file, offset, size)?, libc::MAP_PRIVATE),
         };
         // SAFETY: `host` is the start of a mapping of at least `size` bytes that is never unmapped.
         let region =
@@ -113,6 +113,60 @@ fn map_file(file: &File, offset: usize, size: usize, sharing: libc::c_int) -> Re
         return Err(MemoryError::Map { bytes: size, source: io::Error::last_os_error() });
     }
     Ok(start.cast())
+}
+
+/// A private mapping of part of a file, in which large holes of the file are zeroes of the process's own from the start. Read
+/// through the file, a hole would first become a page of it: a second page in memory for each one that the guest uses, which
+/// a file system in memory can't give back, and which counts as this process's.
+fn map_private(file: &File, offset: usize, size: usize) -> Result<*mut u8, MemoryError> {
+    let start = map_file(file, offset, size, libc::MAP_PRIVATE)?;
+    // The first and the last part always come from the file: by them the range is known from outside.
+    let end = offset + size.saturating_sub(HUGE_PAGE);
+    let mut position = offset + HUGE_PAGE;
+    while let Some((hole, hole_end)) = next_hole(file, position, end) {
+        position = hole_end;
+        let first = hole.next_multiple_of(HUGE_PAGE);
+        let length = (hole_end.saturating_sub(first)) & !(HUGE_PAGE - 1);
+        if length == 0 {
+            continue;
+        }
+        // SAFETY: it replaces part of the mapping that was just made, which nothing else uses: the range is within it.
+        let (place, mapped) = unsafe {
+            let place = start.add(first - offset).cast();
+            (place, map_zeroes_at(place, length))
+        };
+        if mapped != place {
+            return Err(MemoryError::Map { bytes: length, source: io::Error::last_os_error() });
+        }
+        // Guests that are restored are small, and many: a huge page is mostly not theirs.
+        // SAFETY: the mapping that was just made. Kernels without huge pages refuse, which changes nothing.
+        unsafe { libc::madvise(place, length, libc::MADV_NOHUGEPAGE) };
+    }
+    Ok(start)
+}
+
+/// Maps zeroes in the place of what is there.
+///
+/// # Safety
+/// Nothing else may use what is mapped there.
+unsafe fn map_zeroes_at(place: *mut libc::c_void, length: usize) -> *mut libc::c_void {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    // SAFETY: by the caller.
+    unsafe { libc::mmap(place, length, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) }
+}
+
+/// The next hole of `file` from `position` on and before `end`; none either if the file system doesn't know.
+fn next_hole(file: &File, position: usize, end: usize) -> Option<(usize, usize)> {
+    let seek = |from: usize, whence| {
+        // SAFETY: lseek has no memory arguments.
+        usize::try_from(unsafe { libc::lseek(file.as_raw_fd(), from as libc::off_t, whence) }).ok()
+    };
+    if position >= end {
+        return None;
+    }
+    let hole = seek(position, libc::SEEK_HOLE).filter(|hole| *hole < end)?;
+    // After the last data there is nothing to be found.
+    Some((hole, seek(hole, libc::SEEK_DATA).unwrap_or(end).min(end)))
 }
 
 /// An anonymous mapping whose start is a multiple of [`HUGE_PAGE`]; some address space around it is wasted.
@@ -184,6 +238,33 @@ mod tests {
         shared.write_obj(2u64, other).unwrap();
         assert_eq!(shared.read_obj::<u64>(one).unwrap(), 0);
         assert_eq!(private.read_obj::<u64>(other).unwrap(), 2);
+    }
+
+    #[test]
+    fn what_a_guest_writes_into_a_hole_is_not_in_memory_twice() {
+        use std::os::unix::fs::{FileExt, MetadataExt};
+        let file =
+            vmm_sys_util::tempfile::TempFile::new_in(std::path::Path::new("/dev/shm")).unwrap().into_file();
+        file.set_len(64 << 20).unwrap();
+        file.write_all_at(b"data", 20 << 20).unwrap();
+        let before = file.metadata().unwrap().blocks();
+        let ram = map_ram(64, &Memory::Private(file.try_clone().unwrap())).unwrap();
+        let mut text = [0; 4];
+        ram.read_slice(&mut text, GuestAddress(20 << 20)).unwrap();
+        assert_eq!(&text, b"data");
+        let of_file = || file.metadata().unwrap().blocks() - before;
+        for place in [3, 19, 23, 40, 61] {
+            let place = GuestAddress(place << 20);
+            assert_eq!(ram.read_obj::<u64>(place).unwrap(), 0);
+            ram.write_obj(place.0, place).unwrap();
+            assert_eq!(ram.read_obj::<u64>(place).unwrap(), place.0);
+        }
+        assert_eq!(of_file(), 0);
+        // The ends stay the file's.
+        for place in [0, 63 << 20] {
+            ram.write_obj(1u8, GuestAddress(place)).unwrap();
+        }
+        assert_eq!(of_file(), 2 * 8);
     }
 
     #[test]

@@ -25,3 +25,34 @@ mod agent_ttrpc {
 
 pub use agent::*;
 pub use agent_ttrpc::*;
+
+/// The weight of a cgroup (version 2) for CPU shares, which the host and the guest translate alike.
+///
+/// Shares (2 to 262144, usually 1024) become a weight (1 to 10000, usually 100).
+///
+/// The logarithms are joined by a parabola through (2, 1), (1024, 100) and (262144, 10000), as current runtimes do, so
+/// that the usual share becomes the usual weight.
+pub fn weight_of_shares(shares: u64) -> u64 {
+    match shares {
+        0..=2 => 1,
+        262_144.. => 10_000,
+        _ => {
+            let log = (shares as f64).log2();
+            let exponent = (log * log + 125.0 * log) / 612.0 - 7.0 / 34.0;
+            (10f64.powf(exponent).ceil() as u64).clamp(1, 10_000)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_become_weights() {
+        for (shares, weight) in [(1, 1), (2, 1), (1024, 100), (262_144, 10_000), (u64::MAX, 10_000)] {
+            assert_eq!(weight_of_shares(shares), weight, "{shares}");
+        }
+        assert!((2..262_144).step_by(997).all(|n| weight_of_shares(n) <= weight_of_shares(n + 997)));
+    }
+}

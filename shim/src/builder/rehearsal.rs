@@ -20,9 +20,11 @@ use crate::config::Config;
 use crate::error::ApiError;
 use crate::host::mounts::{DetachedTree, MountError};
 use crate::pod::agent::AgentError;
+use crate::pod::limits::PodLimits;
 use crate::pod::timeline::now_us;
 use crate::pod::tree::{PointKind, TreeError};
 use crate::pod::{Pod, PodError, PodSpec};
+use crate::sizing::Demand;
 use crate::spec::{self, PodNamespaces};
 
 /// From the start of the pod until its process has ended.
@@ -100,11 +102,12 @@ async fn run(config: Config, memory: u64, directory: &Path) -> Result<Vec<u8>, R
     let pod_spec = PodSpec {
         id: ID.to_owned(),
         directory: directory.join("pod"),
+        limits: PodLimits::new(config.size, &Demand::default(), true),
         config,
         cgroup: None,
         received_us: now_us(),
     };
-    let pod = Pod::launch(&pod_spec).await?;
+    let pod = Pod::launch(pod_spec).await?;
     let used = tokio::time::timeout(LIMIT, use_pod(&pod, &rootfs, memory)).await;
     pod.stop().await;
     used.unwrap_or(Err(RehearsalError::TimedOut))

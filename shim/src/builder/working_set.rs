@@ -115,8 +115,22 @@ pub fn used_pages(pid: u32, inode: u64) -> Result<Vec<u8>, PagesError> {
     Ok(used.list())
 }
 
-/// The writable mappings of a file, from `/proc/PID/maps`.
+/// The ranges of memory that stand for a file, from `/proc/PID/maps`: between writable mappings of it lie those of its holes,
+/// which are zeroes of the process's own.
 fn mappings(maps: &str, inode: u64) -> Vec<Mapping> {
+    let mut ranges: Vec<Mapping> = Vec::new();
+    for map in file_mappings(maps, inode) {
+        match ranges.last_mut() {
+            Some(range) if map.start.wrapping_sub(map.offset) == range.start.wrapping_sub(range.offset) => {
+                range.end = map.end;
+            }
+            _ => ranges.push(map),
+        }
+    }
+    ranges
+}
+
+fn file_mappings(maps: &str, inode: u64) -> Vec<Mapping> {
     let parse = |line: &str| {
         let mut words = line.split_whitespace();
         let (start, end) = words.next()?.split_once('-')?;
@@ -142,6 +156,16 @@ mod tests {
                     7f0000007000-7f0000008000 rw-p 00000000 fe:01 380    /other\n";
         let expected = Mapping { start: 0x7f00_0000_0000, end: 0x7f00_0000_2000, offset: 0x1000 };
         assert_eq!(mappings(maps, 38), [expected]);
+        let with_holes = "7f0000000000-7f0000002000 rw-p 00000000 00:19 38     /run/t/memory\n\
+                          7f0000002000-7f0000005000 rw-p 00000000 00:00 0 \n\
+                          7f0000005000-7f0000006000 rw-p 00005000 00:19 38     /run/t/memory\n\
+                          7f0000016000-7f0000017000 rw-p 00006000 00:19 38     /run/t/memory\n";
+        let expected =
+            [(0x7f00_0000_0000, 0x7f00_0000_6000, 0), (0x7f00_0001_6000, 0x7f00_0001_7000, 0x6000)];
+        assert_eq!(
+            mappings(with_holes, 38),
+            expected.map(|(start, end, offset)| Mapping { start, end, offset })
+        );
     }
 
     #[test]

@@ -8,12 +8,14 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 /// Where the hierarchy is mounted.
 pub const MOUNT: &str = "/sys/fs/cgroup";
 
-/// Controllers that the pod's cgroup uses, if the host has them.
+/// Controllers that each pod's cgroup uses, if the host has them.
 const CONTROLLERS: [&str; 4] = ["cpu", "memory", "pids", "io"];
 
 /// Why there is no cgroup for the pod.
@@ -33,29 +35,30 @@ pub enum CgroupError {
         #[source]
         source: io::Error,
     },
+    /// It is somebody else's.
+    #[error("the cgroup {0} is in use: there are processes in it, or another pod has it")]
+    Occupied(PathBuf),
     /// Somebody in it does not end.
     #[error("processes in the cgroup {0} are still there although they were killed")]
     Busy(PathBuf),
 }
 
 /// Limits of a pod as the host enforces them.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Limits {
     /// Bytes for guest memory, VMM and file server together, page cache included.
     pub memory_max: u64,
     /// Processes and threads.
     pub pids_max: u32,
-    /// `cpu.max` in the kernel's notation: quota and period in microseconds.
-    pub cpu_max: Option<(u64, u64)>,
-    /// `cpu.weight`, 1 to 10000.
-    pub cpu_weight: Option<u64>,
+    /// What else there is to write, and to which file.
+    pub settings: Vec<(&'static str, String)>,
 }
 
-/// A cgroup that the shim made.
+/// A cgroup that the shim made, or found empty. It is this shim's as long as this lives: no other takes it meanwhile.
 #[derive(Debug)]
 pub struct PodCgroup {
     path: PathBuf,
-    directory: File,
+    directory: Flock<File>,
 }
 
 /// Whether this host has cgroup version 2 and nothing else.
@@ -102,56 +105,94 @@ fn expand_slice(slice: &str) -> Option<PathBuf> {
 }
 
 impl PodCgroup {
-    /// Makes the cgroup `path` (from [`resolve`]) and its missing parents.
+    /// Makes the cgroup `path` (from [`resolve`]) and its missing parents. One that exists is taken if nobody is in it.
     pub fn create(path: &Path, limits: &Limits) -> Result<PodCgroup, CgroupError> {
-        let below_mount = path.strip_prefix(MOUNT).map_err(|_| CgroupError::Path(path.to_owned()))?;
-        let mut current = PathBuf::from(MOUNT);
-        for component in below_mount.components() {
-            // A controller that the host lacks or that a parent withholds is simply not there for the pod.
-            for controller in CONTROLLERS {
-                let _ = write(&current.join("cgroup.subtree_control"), &format!("+{controller}"));
-            }
-            current.push(component);
-            match fs::create_dir(&current) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(source) => return Err(CgroupError::Io { action: "create", path: current, source }),
-            }
-        }
+        make(path)?;
         let directory = File::open(path).map_err(|source| CgroupError::Io {
             action: "open",
             path: path.to_owned(),
             source,
         })?;
+        let directory =
+            Flock::lock(directory, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+                Errno::EWOULDBLOCK => CgroupError::Occupied(path.to_owned()),
+                errno => CgroupError::Io { action: "lock", path: path.to_owned(), source: errno.into() },
+            })?;
+        check_free(path)?;
         let cgroup = PodCgroup { path: path.to_owned(), directory };
         cgroup.limit(limits);
         Ok(cgroup)
     }
 
-    fn limit(&self, limits: &Limits) {
-        let mut files = vec![
+    /// Sets limits; one that can't be set is said and left out.
+    pub fn limit(&self, limits: &Limits) {
+        let always = [
             ("memory.max", limits.memory_max.to_string()),
             // One pod, one fate: half a pod is of no use.
             ("memory.oom.group", "1".to_owned()),
             ("pids.max", limits.pids_max.to_string()),
         ];
-        if let Some((quota, period)) = limits.cpu_max {
-            files.push(("cpu.max", format!("{quota} {period}")));
-        }
-        if let Some(weight) = limits.cpu_weight {
-            files.push(("cpu.weight", weight.clamp(1, 10_000).to_string()));
-        }
-        for (file, value) in files {
-            let path = self.path.join(file);
-            if let Err(error) = write(&path, &value) {
-                log::warn!("can't set {} to {value}: {error}; the pod goes without", path.display());
-            }
+        for (file, value) in always.iter().chain(&limits.settings) {
+            self.set(file, value);
         }
     }
 
-    /// The cgroup's directory.
-    pub fn path(&self) -> &Path {
-        &self.path
+    fn set(&self, file: &str, value: &str) {
+        let path = self.path.join(file);
+        let mut written = write(&path, value);
+        if written.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+            // Not every pod needs every controller.
+            enable(&self.path, &[file.split('.').next().unwrap_or_default()]);
+            written = write(&path, value);
+        }
+        if let Err(error) = written {
+            log::warn!("can't set {} to {value}: {error}; the pod goes without", path.display());
+        }
+    }
+}
+
+/// That a cgroup may be taken: it does not exist, or nobody is in it or below it.
+pub fn check_free(path: &Path) -> Result<(), CgroupError> {
+    match fs::read_to_string(path.join("cgroup.events")) {
+        Ok(events) if events.lines().any(|line| line == "populated 1") => {
+            Err(CgroupError::Occupied(path.to_owned()))
+        }
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(CgroupError::Io { action: "look into", path: path.to_owned(), source }),
+    }
+}
+
+/// Makes a cgroup and its missing parents.
+fn make(path: &Path) -> Result<(), CgroupError> {
+    let below_mount = path.strip_prefix(MOUNT).map_err(|_| CgroupError::Path(path.to_owned()))?;
+    let mut current = PathBuf::from(MOUNT);
+    for component in below_mount.components() {
+        // A controller that the host lacks or that a parent withholds is simply not there for the pod.
+        allow_below(&current, &CONTROLLERS);
+        current.push(component);
+        match fs::create_dir(&current) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(source) => return Err(CgroupError::Io { action: "create", path: current, source }),
+        }
+    }
+    Ok(())
+}
+
+/// Has the cgroup `path` offer the files of these controllers.
+fn enable(path: &Path, controllers: &[&str]) {
+    let Ok(below_mount) = path.strip_prefix(MOUNT) else { return };
+    let mut current = PathBuf::from(MOUNT);
+    for component in below_mount.components() {
+        allow_below(&current, controllers);
+        current.push(component);
+    }
+}
+
+fn allow_below(parent: &Path, controllers: &[&str]) {
+    for controller in controllers {
+        let _ = write(&parent.join("cgroup.subtree_control"), &format!("+{controller}"));
     }
 }
 

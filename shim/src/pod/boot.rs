@@ -4,7 +4,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ use super::tree::{SharedTree, TREE, TreeError};
 use super::{PodError, PodSpec};
 use crate::config::Templates;
 use crate::error::{Classify, Code, chain};
-use crate::host::cgroup::{self, CgroupError, PodCgroup};
+use crate::host::cgroup::{self, CgroupError, Limits, PodCgroup};
 use crate::host::process::ProcessId;
 use crate::host::spawn::check_program;
 use crate::template::{Found, Order, Recipe, Store, Template};
@@ -46,6 +46,8 @@ pub struct Booted {
     pub(super) greeting: Option<Greeting>,
     /// A template that there should be for the next pod like this.
     pub(super) wanted: Option<Order>,
+    /// Its cgroup on the host.
+    pub(super) cgroup: Option<PodCgroup>,
 }
 
 /// Why a guest could not be booted.
@@ -92,7 +94,9 @@ impl Classify for BootError {
     fn code(&self) -> Code {
         match self {
             BootError::File(error) => error.code(),
-            BootError::Refused { .. } => Code::FAILED_PRECONDITION,
+            BootError::Refused { .. } | BootError::Cgroup(CgroupError::Occupied(_)) => {
+                Code::FAILED_PRECONDITION
+            }
             _ => Code::INTERNAL,
         }
     }
@@ -116,16 +120,7 @@ pub(super) async fn boot(
     resources.record(|state| state.shim = ProcessId::current().ok()).map_err(BootError::from)?;
 
     let cgroup = match &spec.cgroup {
-        Some((path, limits)) => {
-            let parents = cgroup::missing_parents(path);
-            resources
-                .record(|state| {
-                    state.cgroup = Some(path.clone());
-                    state.cgroup_parents = parents;
-                })
-                .map_err(BootError::from)?;
-            Some(PodCgroup::create(path, limits).map_err(BootError::from)?)
-        }
+        Some(path) => Some(make_cgroup(path, &spec.limits.limits(), resources)?),
         None => None,
     };
     let vmm = Vmm { recipe: &order.recipe, files: &files, cgroup: cgroup.as_ref().map(AsFd::as_fd) };
@@ -158,16 +153,33 @@ pub(super) async fn boot(
     timeline.stamp("shim");
     let Some((store, template)) = template else {
         let running = vmm.boot(prepared, ends, timeline).await?;
-        return Ok(running.with(tree, wanted));
+        return Ok(running.with(tree, wanted, cgroup));
     };
     match vmm.restore(prepared, ends, &template, timeline).await {
-        Ok(running) => Ok(running.with(tree, wanted)),
+        Ok(running) => Ok(running.with(tree, wanted, cgroup)),
         Err(error) => {
             give_up(&store, &template, error, resources).await;
             let running = vmm.boot(vmm.prepare(Start::Cold, resources)?, ends, timeline).await?;
-            Ok(running.with(tree, wanted))
+            Ok(running.with(tree, wanted, cgroup))
         }
     }
+}
+
+/// Makes the pod's cgroup, with a record before anything of it exists.
+fn make_cgroup(path: &Path, limits: &Limits, resources: &mut Resources) -> Result<PodCgroup, BootError> {
+    // Whoever has it must not hear of us: what is recorded is killed at the end.
+    cgroup::check_free(path)?;
+    let parents = cgroup::missing_parents(path);
+    resources.record(|state| {
+        state.cgroup = Some(path.to_owned());
+        state.cgroup_parents = parents;
+    })?;
+    let made = PodCgroup::create(path, limits);
+    if let Err(CgroupError::Occupied(_)) = &made {
+        // Taken meanwhile.
+        resources.record(|state| state.cgroup = None)?;
+    }
+    Ok(made?)
 }
 
 /// The VMM knows descriptors only; people know files.
@@ -334,9 +346,9 @@ impl Vmm<'_> {
 }
 
 impl Running {
-    fn with(self, tree: Arc<SharedTree>, wanted: Option<Order>) -> Booted {
+    fn with(self, tree: Arc<SharedTree>, wanted: Option<Order>, cgroup: Option<PodCgroup>) -> Booted {
         let Running { agent, prepared, greeting } = self;
         let Prepared { control, listening, vmm, launched } = prepared;
-        Booted { tree, agent, control: Arc::new(control), listening, vmm, launched, greeting, wanted }
+        Booted { tree, agent, control: Arc::new(control), listening, vmm, launched, greeting, wanted, cgroup }
     }
 }

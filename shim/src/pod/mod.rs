@@ -8,6 +8,7 @@ pub mod agent;
 pub mod boot;
 pub mod disks;
 pub mod guest;
+pub mod limits;
 pub mod machine;
 pub mod resources;
 pub mod slots;
@@ -35,13 +36,14 @@ use tokio::time::Instant;
 use self::agent::{Agent, Greeting};
 use self::boot::{BootError, Booted};
 use self::guest::FS_TAG;
+use self::limits::{Claim, PodLimits};
 use self::machine::{Control, ControlListener, MachineError, socket_pair};
 use self::resources::Resources;
 use self::timeline::{Timeline, now_us};
 use self::tree::SharedTree;
 use crate::config::Config;
 use crate::error::{ApiError, Classify, Code, chain};
-use crate::host::cgroup;
+use crate::host::cgroup::PodCgroup;
 use crate::host::process::ProcessId;
 use crate::template::Order;
 
@@ -66,8 +68,10 @@ pub struct PodSpec {
     pub directory: PathBuf,
     /// Sizes and places.
     pub config: Config,
-    /// Cgroup on the host and its limits; `None` on hosts without cgroup version 2.
-    pub cgroup: Option<(PathBuf, cgroup::Limits)>,
+    /// What it may use.
+    pub limits: PodLimits,
+    /// Cgroup on the host; `None` on hosts without cgroup version 2.
+    pub cgroup: Option<PathBuf>,
     /// When the request for it arrived, on the clock of [`timeline::now_us`].
     pub received_us: u64,
 }
@@ -97,6 +101,8 @@ pub struct Pod {
     wanted: Option<Order>,
     next_stream: AtomicU64,
     slots: slots::Slots,
+    limits: PodLimits,
+    cgroup: Option<PodCgroup>,
     resources: tokio::sync::Mutex<Resources>,
     /// Set by [`Pod::stop`]: from then on the end of the pod is no accident.
     stopping: watch::Sender<bool>,
@@ -150,11 +156,11 @@ impl Classify for PodError {
 
 impl Pod {
     /// Starts the pod's processes and boots the guest. Nothing is left behind when it fails.
-    pub async fn launch(spec: &PodSpec) -> Result<Arc<Pod>, PodError> {
+    pub async fn launch(spec: PodSpec) -> Result<Arc<Pod>, PodError> {
         let mut resources = Resources::new(spec.directory.clone());
         let timeline = Timeline::new(spec.received_us);
-        match boot::boot(spec, &mut resources, &timeline).await {
-            Ok(booted) => Ok(Pod::assemble(&spec.id, booted, resources, timeline)),
+        match boot::boot(&spec, &mut resources, &timeline).await {
+            Ok(booted) => Ok(Pod::assemble(spec, booted, resources, timeline)),
             Err(error) => {
                 let explained = resources.explain(error);
                 resources.release().await;
@@ -164,9 +170,9 @@ impl Pod {
     }
 
     /// Takes charge of a guest that boots.
-    fn assemble(id: &str, booted: Booted, resources: Resources, timeline: Timeline) -> Arc<Pod> {
+    fn assemble(spec: PodSpec, booted: Booted, resources: Resources, timeline: Timeline) -> Arc<Pod> {
         let pod = Arc::new(Pod {
-            id: id.to_owned(),
+            id: spec.id,
             tree: booted.tree,
             agent: booted.agent,
             control: booted.control,
@@ -177,6 +183,8 @@ impl Pod {
             wanted: booted.wanted,
             next_stream: AtomicU64::new(1),
             slots: slots::Slots::default(),
+            limits: spec.limits,
+            cgroup: booted.cgroup,
             resources: tokio::sync::Mutex::new(resources),
             stopping: watch::Sender::new(false),
             death: watch::Sender::new(None),
@@ -204,8 +212,19 @@ impl Pod {
             launched: Instant::now(),
             greeting: None,
             wanted: None,
+            cgroup: None,
         };
-        let pod = Pod::assemble(id, booted, Resources::new(directory), Timeline::new(now_us()));
+        let config = Config::load(&crate::config::Source::Inline(String::new())).unwrap();
+        let limits = PodLimits::new(config.size, &crate::sizing::Demand::default(), true);
+        let spec = PodSpec {
+            id: id.to_owned(),
+            directory: directory.clone(),
+            config,
+            limits,
+            cgroup: None,
+            received_us: 0,
+        };
+        let pod = Pod::assemble(spec, booted, Resources::new(directory), Timeline::new(now_us()));
         pod.is_up.store(true, Ordering::Relaxed);
         pod
     }
@@ -285,6 +304,30 @@ impl Pod {
     /// The tree that the guest shares with the host.
     pub fn tree(&self) -> &SharedTree {
         &self.tree
+    }
+
+    /// What it may use.
+    pub fn limits(&self) -> &PodLimits {
+        &self.limits
+    }
+
+    /// Counts a container in that the pod was not made with.
+    pub fn add_claim(&self, id: &str, claim: Claim) {
+        self.limits.add(id, claim);
+        self.apply_limits();
+    }
+
+    /// Counts a container out that the pod outlives.
+    pub fn remove_claim(&self, id: &str) {
+        self.limits.remove(id);
+        self.apply_limits();
+    }
+
+    /// Has the host follow the limits after a change.
+    pub fn apply_limits(&self) {
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.limit(&self.limits.limits());
+        }
     }
 
     /// The moments of its start.

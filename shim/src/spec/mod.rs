@@ -123,6 +123,16 @@ pub enum SpecError {
         /// What it is.
         what: &'static str,
     },
+    /// Huge pages, of which a guest has none.
+    #[error(
+        "the container asks for {bytes} bytes in huge pages of {size}: there are none in a pod's virtual machine"
+    )]
+    HugePages {
+        /// The size of a page.
+        size: String,
+        /// What it asks for.
+        bytes: i64,
+    },
     /// More than anybody needs.
     #[error("the container has {0} mounts: {MAX_MOUNTS} are possible")]
     TooManyMounts(usize),
@@ -216,10 +226,17 @@ pub fn read_process(json: &[u8]) -> Result<GuestProcess, SpecError> {
     Ok(GuestProcess { json: serialize("the process specification", &process)?, console_size })
 }
 
-/// Reads and translates a `linux.resources` object for an update of a container with disks at these places.
-pub fn read_resources(json: &[u8], places: &[DiskPlace]) -> Result<Vec<u8>, SpecError> {
-    let mut resources: LinuxResources = parse("the resources object", json)?;
-    drop_host_resources(&mut resources);
+/// Reads a `linux.resources` object for an update.
+pub fn read_resources(json: &[u8]) -> Result<LinuxResources, SpecError> {
+    parse("the resources object", json)
+}
+
+/// Translates a `linux.resources` object for an update of a container with disks at these places.
+pub fn translate_resources(
+    mut resources: LinuxResources,
+    places: &[DiskPlace],
+) -> Result<Vec<u8>, SpecError> {
+    translate_limits(&mut resources)?;
     place_rules(&mut resources, places);
     serialize("the resources object", &resources)
 }
@@ -314,13 +331,14 @@ fn translate_linux(linux: &mut Linux, id: &str) -> Result<(), SpecError> {
     linux.set_intel_rdt(None);
     linux.set_memory_policy(None);
     if let Some(resources) = linux.resources_mut() {
-        drop_host_resources(resources);
+        translate_limits(resources)?;
     }
     Ok(())
 }
 
-/// Limits that name devices and interfaces of the host, by numbers that mean something else in the guest.
-fn drop_host_resources(resources: &mut LinuxResources) {
+/// Drops limits that name something of the host by numbers that mean something else in the guest (the host honours those that
+/// it can, see [`crate::pod::limits`]), and refuses what can't be had.
+fn translate_limits(resources: &mut LinuxResources) -> Result<(), SpecError> {
     resources.set_block_io(None);
     resources.set_network(None);
     resources.set_rdma(None);
@@ -329,6 +347,13 @@ fn drop_host_resources(resources: &mut LinuxResources) {
         cpu.set_cpus(None);
         cpu.set_mems(None);
     }
+    // The guest reserves no huge pages, so a limit of none is kept by itself.
+    let asked = resources.hugepage_limits().iter().flatten().find(|limit| limit.limit() > 0);
+    if let Some(limit) = asked {
+        return Err(SpecError::HugePages { size: limit.page_size().clone(), bytes: limit.limit() });
+    }
+    resources.set_hugepage_limits(None);
+    Ok(())
 }
 
 /// The directory of a bundle that is the container's root file system when containerd mounts nothing.

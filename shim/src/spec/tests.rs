@@ -261,7 +261,7 @@ fn block_devices_become_disks_of_the_guest() {
     ]);
     assert_eq!(placed["linux"]["resources"]["devices"], rules);
     let update = serde_json::to_vec(&spec["linux"]["resources"]).unwrap();
-    let update: Value = serde_json::from_slice(&read_resources(&update, &places).unwrap()).unwrap();
+    let update: Value = serde_json::from_slice(&resources_for_guest(&update, &places).unwrap()).unwrap();
     assert_eq!(update["devices"], rules);
 }
 
@@ -271,7 +271,7 @@ fn sizes_are_limited() {
     assert!(refused(with("/mounts", Value::Array(many))).contains("513 mounts"));
     let large = vec![b' '; MAX_SPEC + 1];
     assert!(matches!(read_process(&large), Err(SpecError::TooLarge { .. })));
-    assert!(matches!(read_resources(b"{", &[]), Err(SpecError::Parse { .. })));
+    assert!(matches!(read_resources(b"{"), Err(SpecError::Parse { .. })));
 }
 
 #[test]
@@ -282,10 +282,21 @@ fn processes_and_resources_lose_what_is_the_hosts() {
     let guest: Value = serde_json::from_slice(&read.json).unwrap();
     assert_eq!(guest.get("apparmorProfile"), None);
     assert_eq!(read.console_size, Some(ConsoleSize { columns: 80, rows: 24 }));
-    let resources =
-        read_resources(br#"{"memory": {"limit": 5}, "cpu": {"cpus": "0"}, "network": {}}"#, &[]).unwrap();
-    let resources: Value = serde_json::from_slice(&resources).unwrap();
+    let resources = br#"{"memory": {"limit": 5}, "cpu": {"cpus": "0"}, "network": {},
+                         "hugepageLimits": [{"pageSize": "2MB", "limit": 0}]}"#;
+    let resources: Value = serde_json::from_slice(&resources_for_guest(resources, &[]).unwrap()).unwrap();
     assert_eq!(resources, json!({"memory": {"limit": 5}, "cpu": {}}));
+}
+
+#[test]
+fn huge_pages_are_refused_with_their_number() {
+    let limits = json!([{"pageSize": "1GB", "limit": 0}, {"pageSize": "2MB", "limit": 4_194_304}]);
+    let message = refused(with("/linux/resources", json!({"hugepageLimits": limits})));
+    assert!(message.contains("2MB") && message.contains("4194304"), "{message}");
+}
+
+fn resources_for_guest(json: &[u8], places: &[DiskPlace]) -> Result<Vec<u8>, SpecError> {
+    translate_resources(read_resources(json)?, places)
 }
 
 #[test]

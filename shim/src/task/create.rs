@@ -21,16 +21,12 @@ use crate::host::cgroup;
 use crate::id;
 use crate::options::RuntimeOptions;
 use crate::pod::agent::AgentError;
+use crate::pod::limits::{Claim, PodLimits};
 use crate::pod::timeline::now_us;
 use crate::pod::{DEATH_LIMIT, Pod, PodSpec, state};
+use crate::sizing::Demand;
 use crate::spec::sandbox::Role;
 use crate::spec::{self, GuestSpec, PodNamespaces};
-
-/// What a pod's processes may use beside guest memory, in bytes: VMM, file server, and page cache of shared files.
-const MEMORY_OVERHEAD: u64 = 128 << 20;
-
-/// Processes and threads of a pod on the host.
-const PIDS_MAX: u32 = 128;
 
 impl Shim {
     /// Sets a container up; gives what containerd is told as its process id. Nothing of it is left when this fails.
@@ -105,8 +101,19 @@ impl Shim {
         let files = Files::prepare(shared_root, &guest.mounts, &spec, &bundle).await?;
 
         let is_new = existing.is_none();
+        let demand = Demand::of(&spec, &role)?;
+        let claim = claim(&spec, &role, request, &guest);
         let pod = match existing {
-            Some(pod) => pod,
+            Some(pod) => {
+                if let Some(words) = demand.beyond(pod.limits().size()) {
+                    log::warn!(
+                        "the container {} has {words}: it may be ended for want of memory before",
+                        request.id
+                    );
+                }
+                pod.add_claim(&request.id, claim);
+                pod
+            }
             None => {
                 let options = match request.options.as_ref() {
                     Some(any) => RuntimeOptions::from_any(any)?,
@@ -114,8 +121,8 @@ impl Shim {
                 };
                 let id = request.id.clone();
                 let bundle = &bundle;
-                self.launch(NewPod { id, bundle, spec: &spec, role: &role, options: &options, received_us })
-                    .await?
+                let (spec, role, options) = (&spec, &role, &options);
+                self.launch(NewPod { id, bundle, spec, role, demand, claim, options, received_us }).await?
             }
         };
         let own_pid_namespace = guest.own_pid_namespace;
@@ -136,6 +143,7 @@ impl Shim {
                     pod.stop().await;
                 } else {
                     rootfs::remove(pod.tree(), &request.id).await;
+                    pod.remove_claim(&request.id);
                 }
                 Err(error)
             }
@@ -144,11 +152,15 @@ impl Shim {
 
     /// Starts a pod: the one way in which pods come to be, whichever API asks.
     pub async fn launch(&self, new: NewPod<'_>) -> Result<Arc<Pod>, ApiError> {
-        let (config, cgroup) = pod_config(new.options, new.spec, new.role)?;
+        let annotations = new.spec.annotations().clone().unwrap_or_default();
+        let config = Config::load(&new.options.config)?.for_pod(&new.demand, &annotations)?;
         log::set_max_level(config.log_level.max(self.least_logged));
         let directory = new.bundle.join(state::DIRECTORY);
-        let spec = PodSpec { id: new.id, directory, config, cgroup, received_us: new.received_us };
-        Ok(Pod::launch(&spec).await?)
+        let limits = PodLimits::new(config.size, &new.demand, *new.role == Role::Single);
+        limits.add(&new.id, new.claim);
+        let cgroup = pod_cgroup(new.spec)?;
+        let spec = PodSpec { id: new.id, directory, config, limits, cgroup, received_us: new.received_us };
+        Ok(Pod::launch(spec).await?)
     }
 
     /// Does what is to be done once a pod's guest is the pod's: what nobody waits for.
@@ -170,6 +182,10 @@ pub struct NewPod<'a> {
     pub spec: &'a Spec,
     /// Which of the two it is.
     pub role: &'a Role,
+    /// What its limits ask for.
+    pub demand: Demand,
+    /// What the sandbox or container asks of the host.
+    pub claim: Claim,
     /// What the runtime's options ask for.
     pub options: &'a RuntimeOptions,
     /// When the request arrived, on the clock of [`now_us`].
@@ -278,20 +294,9 @@ fn pod_for(slot: &Slot, id: &str, role: &Role) -> Result<Option<Arc<Pod>>, ApiEr
     }
 }
 
-type PodCgroup = Option<(PathBuf, cgroup::Limits)>;
-
-fn pod_config(options: &RuntimeOptions, spec: &Spec, role: &Role) -> Result<(Config, PodCgroup), ApiError> {
-    let annotations = spec.annotations().clone().unwrap_or_default();
-    let config = Config::load(&options.config)?.with_annotations(&annotations)?;
-    let cgroup = pod_cgroup(spec, role, &config)?;
-    Ok((config, cgroup))
-}
-
-fn pod_cgroup(spec: &Spec, role: &Role, config: &Config) -> Result<PodCgroup, ApiError> {
-    let Some(linux) = spec.linux() else { return Ok(None) };
-    let Some(path) = linux.cgroups_path().as_ref().filter(|path| !path.as_os_str().is_empty()) else {
-        return Ok(None);
-    };
+fn pod_cgroup(spec: &Spec) -> Result<Option<PathBuf>, ApiError> {
+    let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref());
+    let Some(path) = path.filter(|path| !path.as_os_str().is_empty()) else { return Ok(None) };
     let path = cgroup::resolve(path).map_err(|error| ApiError::invalid(error.to_string()))?;
     if !cgroup::is_unified() {
         log::warn!(
@@ -299,35 +304,14 @@ fn pod_cgroup(spec: &Spec, role: &Role, config: &Config) -> Result<PodCgroup, Ap
         );
         return Ok(None);
     }
-    let mut limits = cgroup::Limits {
-        memory_max: (u64::from(config.size.memory_mib) << 20) + MEMORY_OVERHEAD,
-        pids_max: PIDS_MAX,
-        cpu_max: None,
-        cpu_weight: None,
-    };
-    // A sandbox's own share is next to nothing and not the pod's; the kubelet limits the pod one level up.
-    let cpu = linux.resources().as_ref().and_then(|resources| resources.cpu().as_ref());
-    if let (Role::Single, Some(cpu)) = (role, cpu) {
-        limits.cpu_max = match (cpu.quota(), cpu.period()) {
-            (Some(quota), period) if quota > 0 => Some((quota.unsigned_abs(), period.unwrap_or(100_000))),
-            _ => None,
-        };
-        limits.cpu_weight = cpu.shares().filter(|shares| *shares >= 2).map(weight);
-    }
-    Ok(Some((path, limits)))
+    Ok(Some(path))
 }
 
-/// `cpu.weight` for `cpu.shares`, on the scale that runc and crun use: 2 is 1, 262144 is 10000.
-fn weight(shares: u64) -> u64 {
-    1 + (shares.min(262_144) - 2) * 9_999 / 262_142
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shares_become_weights() {
-        assert_eq!((weight(2), weight(1024), weight(262_144), weight(u64::MAX)), (1, 39, 10_000, 10_000));
-    }
+/// What a container asks of the host itself.
+fn claim(spec: &Spec, role: &Role, request: &CreateTaskRequest, guest: &GuestSpec) -> Claim {
+    let volumes = guest.mounts.iter().filter(|mount| mount.is_directory && mount.read_only.is_none());
+    let upper = request.rootfs.iter().flat_map(|mount| &mount.options);
+    let upper = upper.filter_map(|option| option.strip_prefix("upperdir=")).map(Path::new);
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    Claim::new(volumes.map(|volume| volume.source.as_path()).chain(upper), resources, role)
 }

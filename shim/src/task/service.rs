@@ -34,6 +34,7 @@ use crate::error::{ApiError, Code};
 use crate::events::{Event, timestamp};
 use crate::id;
 use crate::pod::agent::AgentError;
+use crate::sizing::Demand;
 use crate::spec;
 
 /// containerd gives a shim five seconds when it comes back; the agent gets less.
@@ -136,12 +137,7 @@ impl Task for TaskService {
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let container = self.shim.container(&request.id)?;
         container.pod.check_alive()?;
-        let resources = spec::read_resources(&request.resources.value, &container.disks.places)
-            .map_err(ApiError::from)?;
-        complete(async move {
-            explain(&container.pod, container.pod.agent().update(&request.id, resources).await).await
-        })
-        .await?;
+        complete(async move { update(&container, &request.resources.value).await }).await?;
         Ok(Empty::new())
     }
 
@@ -308,6 +304,20 @@ async fn start(shim: &Shim, id: &str, exec_id: &str) -> Result<u32, ApiError> {
     Ok(pid)
 }
 
+async fn update(container: &Container, json: &[u8]) -> Result<(), ApiError> {
+    let resources = spec::read_resources(json)?;
+    let limits = container.pod.limits();
+    // Nobody is told of a limit that will never be reached.
+    if let Some(words) = Demand::of_resources(&resources).beyond(limits.size()) {
+        return Err(ApiError::precondition(format!("the container {:?} can't get {words}", container.id)));
+    }
+    let for_guest = spec::translate_resources(resources.clone(), &container.disks.places)?;
+    explain(&container.pod, container.pod.agent().update(&container.id, for_guest).await).await?;
+    limits.update(&container.id, &resources);
+    container.pod.apply_limits();
+    Ok(())
+}
+
 async fn exec(shim: &Shim, request: ExecProcessRequest) -> Result<(), ApiError> {
     id::check(&request.exec_id).map_err(|error| ApiError::invalid(error.to_string()))?;
     let container = running(shim, &request.id)?;
@@ -383,6 +393,9 @@ async fn delete(shim: &Arc<Shim>, id: &str, exec_id: &str) -> Result<DeleteRespo
                 container.pod.detach_disks(&container.disks.attached).await;
             }
             rootfs::remove(container.pod.tree(), id).await;
+            if !shim.containers().is_empty() {
+                container.pod.remove_claim(id);
+            }
             shim.publisher.publish(Event::Delete(TaskDelete {
                 container_id: id.into(),
                 pid: process.pid,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::Store;
-use crate::config::{Config, Size, Templates};
+use crate::config::{Config, Maxima, Size, Templates};
 
 /// Everything that the saved machine depends on and that can be chosen; the host's CPU and kernel come on top.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,6 +74,8 @@ impl Order {
             image,
             kvm,
             size,
+            maxima: Maxima::default(),
+            annotations: false,
             kernel_params,
             templates: Templates::Auto,
             template_dir: self.directory.clone(),

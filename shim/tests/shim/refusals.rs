@@ -88,7 +88,10 @@ async fn configurations_that_are_wrong() {
 #[tokio::test]
 async fn annotations_that_are_wrong() {
     for (key, value) in [("io.bulkhead.memory", "12 parsecs"), ("io.bulkhead.vcpus", "-1")] {
-        let (code, message) = refused(FILES, |spec| spec["annotations"] = json!({key: value})).await;
+        let (code, message) = refused(&format!("annotations = true\n{FILES}"), |spec| {
+            spec["annotations"] = json!({key: value})
+        })
+        .await;
         assert_eq!(code, Code::INVALID_ARGUMENT, "{message}");
         assert!(message.contains(key), "{message}");
     }

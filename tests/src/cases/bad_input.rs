@@ -155,7 +155,7 @@ fn annotation(environment: &mut Environment) -> Outcome<String> {
         &id,
         &["--annotation", "io.bulkhead.memory=-5Mi"],
         "/bin/true",
-        &["io.bulkhead.memory", "-5Mi"],
+        &["io.bulkhead.memory", "annotations = true"],
     )
 }
 

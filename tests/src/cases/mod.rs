@@ -28,6 +28,7 @@ pub mod exec;
 pub mod io;
 pub mod lifecycle;
 pub mod oci;
+pub mod resources;
 pub mod rootfs;
 pub mod template;
 
@@ -139,6 +140,7 @@ pub fn all() -> Vec<Case> {
         exec::CASES,
         io::CASES,
         oci::CASES,
+        resources::CASES,
         rootfs::CASES,
         disks::CASES,
         control::CASES,

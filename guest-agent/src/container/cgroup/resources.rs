@@ -1,5 +1,7 @@
 //! Resource limits (`linux.resources`) as files of cgroup v2 and what to write to them.
 
+use bulkhead_agent_protocol::weight_of_shares;
+
 use super::super::spec::{self, Resources, items};
 use super::{Cgroup, CgroupError, Hierarchy, flat_value, read};
 
@@ -120,7 +122,7 @@ impl Limits {
         }
         // A group that runs only when nothing else does has no weight.
         if let (Some(shares @ 1..), false) = (cpu.shares, cpu.idle == Some(1)) {
-            self.add("cpu.weight", weight_from_shares(shares).to_string());
+            self.add("cpu.weight", weight_of_shares(shares).to_string());
         }
         let quota = cpu.quota.filter(|&quota| quota != 0);
         let period = cpu.period.filter(|&period| period != 0);
@@ -204,22 +206,6 @@ pub enum ApplyError {
     Cgroup(#[from] CgroupError),
 }
 
-/// Translates CPU shares (2 to 262144, usually 1024) to a weight (1 to 10000, usually 100).
-///
-/// The logarithms are joined by a parabola through (2, 1), (1024, 100) and (262144, 10000), as current runtimes do, so
-/// that the usual share becomes the usual weight.
-fn weight_from_shares(shares: u64) -> u64 {
-    match shares {
-        0..=2 => 1,
-        262_144.. => 10_000,
-        _ => {
-            let log = (shares as f64).log2();
-            let exponent = (log * log + 125.0 * log) / 612.0 - 7.0 / 34.0;
-            (10f64.powf(exponent).ceil() as u64).clamp(1, 10_000)
-        }
-    }
-}
-
 /// A value of the group's memory events, for tests of the limits.
 pub fn memory_event(cgroup: &Cgroup, key: &str) -> Result<u64, CgroupError> {
     Ok(flat_value(&read(&cgroup.file("memory.events"))?, key))
@@ -279,14 +265,6 @@ mod tests {
         ];
         assert_eq!(limits(json).unwrap(), pairs(&expected));
         assert_eq!(limits(r#"{"memory": {"limit": 0}, "cpu": {"quota": 0}}"#).unwrap(), []);
-    }
-
-    #[test]
-    fn shares_become_weights() {
-        for (shares, weight) in [(1, 1), (2, 1), (1024, 100), (262_144, 10_000), (u64::MAX, 10_000)] {
-            assert_eq!(weight_from_shares(shares), weight, "{shares}");
-        }
-        assert!((2..262_144).step_by(997).all(|n| weight_from_shares(n) <= weight_from_shares(n + 997)));
     }
 
     #[test]

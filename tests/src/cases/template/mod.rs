@@ -96,7 +96,11 @@ impl Templates {
 
     /// Writes the configuration, with these lines at its end.
     fn configure(&self, more: &str) -> Outcome {
-        let text = format!("template_dir = \"{}\"\n{}{more}", self.store().display(), self.configuration);
+        let text = format!(
+            "annotations = true\ntemplate_dir = \"{}\"\n{}{more}",
+            self.store().display(),
+            self.configuration
+        );
         fs::write(self.config(), text).explain(|| "write the configuration".into())
     }
 

@@ -1,0 +1,209 @@
+//! What pods get of the node, and what happens at the limits.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use nix::mount::{MsFlags, mount, umount};
+use serde_json::{Value, json};
+
+use super::{Case, Container, Environment, Runtime};
+use crate::bundle;
+use crate::cleanup::WorkDir;
+use crate::failure::{Explain, Outcome};
+use crate::node;
+use crate::process::{self, Running};
+use crate::shim::{CALL_LIMIT, CreateOptions};
+use crate::stdio::Streams;
+use crate::{ensure, ensure_eq, fail};
+
+/// The cases of this theme.
+pub const CASES: &[Case] = &[
+    Case::new("resources-size-follows-limits", size_follows_limits).cold(),
+    Case::new("resources-files-in-memory", files_in_memory),
+    Case::new("resources-full-guest", full_guest),
+    Case::new("resources-update", update),
+    Case::new("resources-host-limits", host_limits).bulkhead_only(),
+    Case::new("resources-occupied-cgroup", occupied_cgroup).bulkhead_only(),
+    Case::new("resources-maxima", maxima).bulkhead_only(),
+];
+
+/// Where the host's control groups are.
+const CGROUPS: &str = "/sys/fs/cgroup";
+
+/// A program that has this many bytes of its own at once.
+const USE_400_MB: &str = "head -c 400000000 /dev/zero | tail | wc -c";
+
+fn spec_with(id: &str, script: &str, resources: Value) -> Value {
+    let mut spec = bundle::spec(id, bundle::shell(script));
+    for (key, value) in resources.as_object().into_iter().flatten() {
+        spec["linux"]["resources"][key] = value.clone();
+    }
+    spec
+}
+
+/// A container that is limited to a size can use it.
+fn size_follows_limits(environment: &mut Environment) -> Outcome<String> {
+    let id = environment.id("sized");
+    let script = format!("nproc; grep MemTotal /proc/meminfo; {USE_400_MB}");
+    let limits = json!({ "memory": { "limit": 1 << 30 }, "cpu": { "quota": 150_000, "period": 100_000 } });
+    let output = environment.run_to_end(&id, &spec_with(&id, &script, limits))?.success()?;
+    let words: Vec<&str> = output.split_whitespace().collect();
+    let [cpus, "MemTotal:", kib, "kB", used] = words[..] else { fail!("output {output:?}") };
+    ensure_eq!((cpus, used), ("2", "400000000"), "CPUs, and bytes used");
+    let kib: u64 = kib.parse().explain(|| format!("memory in {output:?}"))?;
+    ensure!(kib >= 1 << 20, "{kib} KiB of memory in a pod with a limit of 1 GiB");
+    Ok(format!("1 GiB and 1.5 CPUs: {cpus} vCPUs, {kib} KiB, 400 MB used by a process"))
+}
+
+/// A volume in the host's memory, as Kubernetes makes one for an `emptyDir` of the medium `Memory`.
+fn files_in_memory(environment: &mut Environment) -> Outcome<String> {
+    let volume = WorkDir::new("memory")?;
+    mount(Some("tmpfs"), volume.path(), Some("tmpfs"), MsFlags::empty(), Some("size=600m"))
+        .explain(|| "mount a tmpfs".into())?;
+    let written = write_400_mb(environment, volume.path());
+    let size = fs::metadata(volume.path().join("file")).map(|metadata| metadata.len());
+    umount(volume.path()).explain(|| "unmount the tmpfs".into())?;
+    written?;
+    ensure_eq!(size.explain(|| "look at the file on the host".into())?, 400_000_000, "bytes on the host");
+    Ok("400 MB written by a pod without limits".into())
+}
+
+fn write_400_mb(environment: &Environment, volume: &Path) -> Outcome<String> {
+    let id = environment.id("volume");
+    let mut spec = bundle::spec(&id, bundle::shell("head -c 400000000 /dev/zero >/data/file"));
+    if let Some(mounts) = spec["mounts"].as_array_mut() {
+        mounts.push(bundle::bind(volume, "/data", &["rbind", "rw"]));
+    }
+    environment.run_to_end(&id, &spec)?.success()
+}
+
+/// Who takes more than there is is ended, and nobody else.
+fn full_guest(environment: &mut Environment) -> Outcome<String> {
+    let id = environment.id("full");
+    // Where there is no machine around it, the limit is that of the control group.
+    let limit = 180 << 20;
+    let limits = match environment.runtime {
+        Runtime::Bulkhead => json!({}),
+        Runtime::Runc => json!({ "memory": { "limit": limit, "swap": limit } }),
+    };
+    let container = environment.created(&id, &spec_with(&id, "sleep 1000", limits), Streams::default())?;
+    container.shim.start("")?;
+    for attempt in ["first", "second"] {
+        let ended = container.exec_script(attempt, "tail /dev/zero; echo $?")?;
+        ensure_eq!(ended.stdout, "137\n", "the end of what took all memory");
+    }
+    ensure_eq!(container.exec_script("after", "echo alive")?.success()?, "alive\n", "afterwards");
+    let events = environment.host()?.events.wait_for(&id, "/tasks/oom", "", CALL_LIMIT);
+    container.finish()?;
+    events?;
+    Ok("the process was killed, containerd heard of it, the pod went on".into())
+}
+
+fn update(environment: &mut Environment) -> Outcome<String> {
+    let container =
+        environment.started("updated", bundle::process(&["sleep", "1000"]), Streams::default())?;
+    container.shim.update(
+        &json!({ "memory": { "limit": 100 << 20 }, "cpu": { "quota": 50_000, "period": 100_000 } }),
+    )?;
+    let mut evidence = "within the machine: done".to_owned();
+    if environment.runtime == Runtime::Bulkhead {
+        for (beyond, words) in [
+            (json!({ "memory": { "limit": 1 << 30 } }), ["1024 MiB", "MiB for its containers"]),
+            (json!({ "cpu": { "quota": 400_000, "period": 100_000 } }), ["4 CPUs", "has 1"]),
+        ] {
+            let Err(error) = container.shim.update(&beyond) else { fail!("{beyond} was accepted") };
+            ensure!(words.iter().all(|word| error.message.contains(word)), "the error is {error}");
+            evidence = format!("{evidence}; beyond: {}", error.message);
+        }
+        let cpu = host_cgroup(&container).join("cpu.max");
+        let limit = fs::read_to_string(&cpu).explain(|| format!("read {}", cpu.display()))?;
+        ensure_eq!(limit, "50000 100000\n", "the pod's limit on the host");
+    }
+    container.finish()?;
+    Ok(evidence)
+}
+
+fn host_cgroup(container: &Container) -> PathBuf {
+    Path::new(CGROUPS).join("bulkhead-test").join(&container.bundle.id)
+}
+
+/// The pod's control group on the host, by a path as systemd writes it.
+fn host_limits(environment: &mut Environment) -> Outcome<String> {
+    let id = environment.id("limits");
+    let limits = json!({ "cpu": { "cpus": "0", "shares": 512 }, "memory": { "limit": 64 << 20 } });
+    let mut spec = spec_with(&id, "sleep 1000", limits);
+    spec["linux"]["cgroupsPath"] = format!("bulkheadtest-pods.slice:bulkhead:{id}").into();
+    let container = environment.created(&id, &spec, Streams::default())?;
+    container.shim.start("")?;
+    let outer = Path::new(CGROUPS).join("bulkheadtest.slice");
+    let group = outer.join("bulkheadtest-pods.slice").join(format!("bulkhead-{id}.scope"));
+    let read = |file: &str| {
+        let path = group.join(file);
+        fs::read_to_string(&path)
+            .map(|text| text.trim().to_owned())
+            .explain(|| format!("read {}", path.display()))
+    };
+    let found = [read("cpuset.cpus")?, read("cpu.weight")?, read("memory.max")?];
+    let processes = read("cgroup.procs")?.lines().count();
+    container.finish()?;
+    ensure_eq!(found, ["0", "59", &(384u64 << 20).to_string()], "CPUs, weight and memory");
+    ensure_eq!(processes, 2, "processes in the control group");
+    ensure!(!outer.exists(), "{} is still there", outer.display());
+    Ok(format!("{} with the VMM and the file server; gone afterwards", group.display()))
+}
+
+/// A control group with somebody in it is nobody's to take, and certainly not to kill.
+fn occupied_cgroup(environment: &mut Environment) -> Outcome<String> {
+    let id = environment.id("occupied");
+    let group = Path::new(CGROUPS).join("bulkhead-test").join(&id);
+    fs::create_dir_all(&group).explain(|| format!("make {}", group.display()))?;
+    let sleeper = Running::start(Command::new("sleep").arg("1000"))?;
+    let pid = sleeper.pid();
+    let procs = group.join("cgroup.procs");
+    fs::write(&procs, pid.to_string()).explain(|| format!("write to {}", procs.display()))?;
+
+    let message = refused(environment, &id, &spec_with(&id, "true", json!({})), None)?;
+    let pid = i32::try_from(pid).explain(|| "a process id".into())?;
+    let lives = node::process(pid).is_some_and(|process| process.state != 'Z');
+    node::kill_hard(pid)?;
+    let _ = sleeper.finish(CALL_LIMIT);
+    process::eventually("the control group can be removed", Duration::from_secs(2), || {
+        fs::remove_dir(&group).explain(|| format!("remove {}", group.display()))
+    })?;
+    ensure!(lives, "the process in the control group was killed");
+    ensure!(message.contains("in use") && message.contains(&id), "the error is {message}");
+    Ok(message)
+}
+
+fn maxima(environment: &mut Environment) -> Outcome<String> {
+    let id = environment.id("large");
+    let config = environment.host()?.path().join("maxima.toml");
+    fs::write(&config, "max_memory = \"512Mi\"\nmax_vcpus = 2\n")
+        .explain(|| "write a configuration".into())?;
+    let mut evidence = Vec::new();
+    for (limits, words) in [
+        (json!({ "memory": { "limit": 1 << 30 } }), ["1024 MiB", "512 MiB"]),
+        (json!({ "cpu": { "quota": 300_000, "period": 100_000 } }), ["3 CPUs", "allows 2"]),
+        (json!({ "hugepageLimits": [{ "pageSize": "2MB", "limit": 4 << 20 }] }), ["2MB", "4194304"]),
+    ] {
+        let message = refused(environment, &id, &spec_with(&id, "true", limits), Some(&config))?;
+        ensure!(words.iter().all(|word| message.contains(word)), "the error is {message}");
+        evidence.push(message);
+    }
+    Ok(evidence.join("; "))
+}
+
+/// Expects a container to be refused; gives the words.
+fn refused(environment: &Environment, id: &str, spec: &Value, config: Option<&Path>) -> Outcome<String> {
+    let host = environment.host()?;
+    let bundle = host.bundle(id, spec)?;
+    let shim = host.start(&bundle)?;
+    let stdio = shim.stdio("init", Streams::default())?;
+    let Err(error) = shim.create(&stdio, CreateOptions { config, ..CreateOptions::default() }) else {
+        fail!("the container was created")
+    };
+    Container { bundle, shim, stdio }.release()?;
+    Ok(error.message)
+}
