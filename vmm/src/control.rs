@@ -167,7 +167,7 @@ fn run(channel: &Channel, machine: &mut RunningMachine, handles: &Handles) -> Re
                 Err(_) => Err(invalid("a disk needs one descriptor")),
             },
             Request::AttachNet(net) => {
-                machine.attach_net(&net, &packet.fds).map_err(|error| slot_refused(&error))
+                machine.attach_net(&net, packet.fds).map_err(|error| slot_refused(&error))
             }
             Request::DetachDevice { slot } => {
                 machine.detach_device(slot).map_err(|error| slot_refused(&error))
@@ -189,13 +189,11 @@ fn connect_vsock(handles: &Handles, port: u32, fds: Vec<OwnedFd>) -> Result<(), 
 
 fn slot_refused(error: &SlotError) -> Refusal {
     let kind = match error {
-        SlotError::Config(_)
-        | SlotError::Taken(_)
-        | SlotError::Empty(_)
-        | SlotError::NoNet
-        | SlotError::Template => RefusalKind::InvalidRequest,
+        SlotError::Config(_) | SlotError::Taken(_) | SlotError::Empty(_) | SlotError::Template => {
+            RefusalKind::InvalidRequest
+        }
         SlotError::Disk { .. } => RefusalKind::Disk,
-        SlotError::Wire { .. } | SlotError::Stuck(_) => RefusalKind::Resources,
+        SlotError::Tap(_) | SlotError::Wire { .. } | SlotError::Stuck(_) => RefusalKind::Resources,
     };
     refusal_of(kind, error)
 }

@@ -7,9 +7,10 @@ mod common;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
-use bulkhead_vmm_protocol::{AttachDisk, ExitReason, FromVmm, RefusalKind, Request};
+use bulkhead_vmm_protocol::{AttachDisk, AttachNet, ExitReason, FromVmm, NetOffloads, RefusalKind, Request};
 use common::guest::{Code, DATA, Driver, LOAD, MMIO, WINDOW};
 use common::process::{Boot, Vmm, file_with, kvm_or_skip};
 
@@ -226,6 +227,49 @@ fn disks_come_and_go_in_a_running_machine() {
     let file = file_with(&[0; 4096]);
     vmm.control.send(&Request::AttachDisk(disk(slot)), &[file.as_fd()]).unwrap();
     vmm.reply().unwrap();
+    assert_eq!(vmm.wait_for_end().0, ExitReason::PowerOff);
+}
+
+#[test]
+fn a_slot_takes_a_network_interface_after_a_disk() {
+    if !kvm_or_skip("a_slot_takes_a_network_interface_after_a_disk") {
+        return;
+    }
+    const MRG_RXBUF: u32 = 1 << 15;
+    let (slot, net) = (0, Driver::new(DISK));
+    let mut code = Code::new().wait32(net.window + 8, 2).wait32(net.window + 8, 1);
+    code = net.initialise_with(code, 1, 2, MRG_RXBUF).expect32(net.window + 0x100, 0x3322_1102);
+    // A buffer to receive into, and a packet of zeroes to send.
+    code = net.descriptor(code, 0, 0, DATA, 2048, 2);
+    code = net.kick(code, 0, 1);
+    code = net.descriptor(code, 1, 0, DATA + 0x1000, 12 + 60, 0);
+    code = net.kick(code, 1, 1);
+    code = net.wait(code, 1, 1);
+    code = net.wait(code, 0, 1).expect8(DATA + 12, 0x77).expect32(net.rings(0).2 + 8, 12 + 100);
+    let (mut vmm, reply) = Boot::new(&code.power_off().kernel()).start();
+    reply.unwrap();
+
+    let disk = AttachDisk { slot, read_only: false, serial: "test".into(), block_size: 512 };
+    vmm.control.send(&Request::AttachDisk(disk), &[file_with(&[0; 4096]).as_fd()]).unwrap();
+    vmm.reply().unwrap();
+    // Stays for long enough to be seen.
+    std::thread::sleep(Duration::from_millis(200));
+    vmm.control.send(&Request::DetachDevice { slot }, &[]).unwrap();
+    vmm.reply().unwrap();
+
+    let offloads = NetOffloads { checksum_and_tso: false, uso: false };
+    let request = AttachNet { slot, mac: [2, 0x11, 0x22, 0x33, 4, 5], mtu: 1500, queue_pairs: 1, offloads };
+    let (tap, wire) = UnixDatagram::pair().unwrap();
+    wire.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    vmm.control.send(&Request::AttachNet(request.clone()), &[tap.as_fd(), wire.as_fd()]).unwrap();
+    assert_eq!(vmm.reply().unwrap_err().kind, RefusalKind::InvalidRequest, "two queues for one pair");
+    vmm.control.send(&Request::AttachNet(request), &[tap.as_fd()]).unwrap();
+    vmm.reply().unwrap();
+    let mut packet = [0x77; 4096];
+    assert_eq!(wire.recv(&mut packet).unwrap(), 12 + 60);
+    assert_eq!(packet[..72], [0; 72]);
+    packet[12..].fill(0x77);
+    wire.send(&packet[..112]).unwrap();
     assert_eq!(vmm.wait_for_end().0, ExitReason::PowerOff);
 }
 

@@ -295,6 +295,7 @@ impl VirtioDevice for Block {
         DeviceInfo {
             kind: DeviceKind::Block,
             features,
+            required: 0,
             queue_sizes: vec![QUEUE_SIZE],
             config: Arc::new(ConfigSpace::new(self.config())),
         }

@@ -1,6 +1,7 @@
 //! Descriptor chains whose every buffer is known to lie inside guest memory.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use virtio_queue::DescriptorChain;
@@ -10,8 +11,8 @@ use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, VolatileSli
 use super::queue::QueueFault;
 use crate::memory::{GuestRam, SharedRam};
 
-/// The most buffers handed to the kernel in one call.
-const MAX_IOVECS: usize = 128;
+/// The most buffers handed to the kernel in one call: what a queue's longest chain has, and a header.
+const MAX_IOVECS: usize = 258;
 
 /// A read or write past the end of a chain's buffers.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +37,10 @@ struct Segment {
     length: usize,
 }
 
+/// Room for a chain's buffers that is used again and again.
+#[derive(Debug, Default)]
+pub(super) struct Place(Vec<Segment>);
+
 /// One descriptor chain: first buffers that the device reads, then buffers that it writes.
 ///
 /// The invariant: every segment lies wholly inside guest memory. The *contents* change at the guest's will: read a value
@@ -54,13 +59,15 @@ pub struct Chain {
 
 impl Chain {
     /// Walks a chain to its end; see [`QueueFault`] for what is refused. Zero-length buffers are skipped.
+    /// `place` is where its buffers are noted.
     pub(super) fn walk(
         mut descriptors: DescriptorChain<&GuestRam>,
         limit: usize,
         ram: &SharedRam,
+        place: Place,
     ) -> Result<Self, QueueFault> {
         let head = descriptors.head_index();
-        let mut chain = Chain { head, ram: ram.clone(), segments: Vec::new(), readable: 0 };
+        let mut chain = Chain { head, ram: ram.clone(), segments: place.0, readable: 0 };
         let mut last: Option<Descriptor> = None;
         let mut count = 0;
         let mut writing = false;
@@ -101,6 +108,12 @@ impl Chain {
         self.head
     }
 
+    /// What another chain's buffers can be noted in.
+    pub(super) fn into_place(mut self) -> Place {
+        self.segments.clear();
+        Place(self.segments)
+    }
+
     /// Bytes the device may read.
     pub fn readable_len(&self) -> usize {
         total(&self.segments[..self.readable])
@@ -114,6 +127,16 @@ impl Chain {
     /// Reads the device-readable buffers from their start.
     pub fn reader(&self) -> ChainReader<'_> {
         ChainReader(Cursor::new(&self.ram, &self.segments[..self.readable]))
+    }
+
+    /// Adds the device-writable buffers to a list of host memory. What the list says holds for as long as the chain exists.
+    pub fn add_writable_to(&self, vectors: &mut Vec<libc::iovec>) -> Result<(), MemoryFault> {
+        for segment in &self.segments[self.readable..] {
+            for slice in GuestMemoryBackend::get_slices(&*self.ram, segment.address, segment.length) {
+                vectors.push(vector(&slice.map_err(MemoryFault::Access)?));
+            }
+        }
+        Ok(())
     }
 
     /// Writes the device-writable buffers from their start.
@@ -171,22 +194,57 @@ impl<'a> Cursor<'a> {
         Ok(())
     }
 
-    /// Up to `limit` bytes from here on as host memory; at most [`MAX_IOVECS`] pieces.
-    fn host_slices(&self, limit: usize) -> Result<Vec<VolatileSlice<'a>>, MemoryFault> {
-        let mut slices = Vec::new();
+    /// Adds up to `limit` bytes from here on as host memory, as far as there is room in the list; returns how many.
+    fn add_to(&self, vectors: &mut Vectors, limit: usize) -> Result<usize, MemoryFault> {
         let mut rest = self.clone();
         let mut left = limit.min(self.remaining);
-        while left > 0 && slices.len() < MAX_IOVECS {
-            let Some((address, length)) = rest.current() else { break };
+        let wanted = left;
+        'all: while let Some((address, length)) = rest.current().filter(|_| left > 0) {
             let length = length.min(left);
             for slice in GuestMemoryBackend::get_slices(rest.ram, address, length) {
-                slices.push(slice.map_err(MemoryFault::Access)?);
+                let slice = slice.map_err(MemoryFault::Access)?;
+                if !vectors.push(vector(&slice)) {
+                    break 'all;
+                }
+                left -= slice.len();
             }
             rest.advance(length);
-            left -= length;
         }
-        Ok(slices)
+        Ok(wanted - left)
     }
+}
+
+/// A list for one system call, without an allocation.
+struct Vectors {
+    list: [MaybeUninit<libc::iovec>; MAX_IOVECS],
+    count: usize,
+}
+
+impl Vectors {
+    fn new() -> Self {
+        Vectors { list: [MaybeUninit::uninit(); MAX_IOVECS], count: 0 }
+    }
+
+    /// `false` when the list is full.
+    fn push(&mut self, vector: libc::iovec) -> bool {
+        match self.list.get_mut(self.count) {
+            Some(place) => {
+                place.write(vector);
+                self.count += 1;
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn as_mut_ptr(&mut self) -> *mut libc::iovec {
+        self.list.as_mut_ptr().cast()
+    }
+}
+
+/// Guest memory as the kernel wants it named. It stays mapped for as long as any chain exists.
+fn vector(slice: &VolatileSlice<'_>) -> libc::iovec {
+    libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() }
 }
 
 /// Reads what the driver wrote; made by [`Chain::reader`].
@@ -240,20 +298,16 @@ impl ChainReader<'_> {
         limit: usize,
         position: Option<u64>,
     ) -> Result<usize, IoFault> {
-        let slices = self.0.host_slices(limit)?;
-        let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard).collect();
-        let vectors: Vec<libc::iovec> = guards
-            .iter()
-            .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast_mut().cast(), iov_len: guard.len() })
-            .collect();
-        let count = vectors.len() as libc::c_int;
+        let mut vectors = Vectors::new();
+        self.0.add_to(&mut vectors, limit)?;
+        let (list, count) = (vectors.as_mut_ptr(), vectors.count as libc::c_int);
         let result = match position {
             // SAFETY: each vector points into guest memory that `self` keeps mapped; the kernel only reads from it.
-            None => unsafe { libc::writev(fd.as_raw_fd(), vectors.as_ptr(), count) },
+            None => unsafe { libc::writev(fd.as_raw_fd(), list, count) },
             Some(position) => {
                 let position = file_position(position)?;
                 // SAFETY: as above.
-                unsafe { libc::pwritev(fd.as_raw_fd(), vectors.as_ptr(), count, position) }
+                unsafe { libc::pwritev(fd.as_raw_fd(), list, count, position) }
             }
         };
         let done = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
@@ -264,23 +318,11 @@ impl ChainReader<'_> {
     /// Sends `head` and then everything that is left as one packet, without waiting, straight from guest memory.
     /// `EMSGSIZE` when that is too long or too scattered.
     pub fn send_packet(&mut self, socket: BorrowedFd<'_>, head: &[u8]) -> Result<(), IoFault> {
-        let slices = self.0.host_slices(self.0.remaining)?;
-        if slices.iter().map(VolatileSlice::len).sum::<usize>() != self.0.remaining {
-            return Err(io::Error::from_raw_os_error(libc::EMSGSIZE).into());
-        }
-        let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard).collect();
-        let mut vectors =
-            vec![libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() }];
-        vectors.extend(
-            guards.iter().map(|guard| libc::iovec {
-                iov_base: guard.as_ptr().cast_mut().cast(),
-                iov_len: guard.len(),
-            }),
-        );
+        let mut vectors = self.with_head(head)?;
         // SAFETY: `msghdr` is plain data, for which zeros are valid.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         message.msg_iov = vectors.as_mut_ptr();
-        message.msg_iovlen = vectors.len();
+        message.msg_iovlen = vectors.count;
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         // SAFETY: each vector points to `head` or into guest memory that `self` keeps mapped; the kernel only reads them.
         let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &message, flags) };
@@ -289,6 +331,29 @@ impl ChainReader<'_> {
         }
         self.0.advance(self.0.remaining);
         Ok(())
+    }
+
+    /// Writes `head` and then everything that is left into a descriptor that takes it whole or not at all, straight from guest
+    /// memory. `EMSGSIZE` when it is too scattered.
+    pub fn write_packet(&mut self, fd: BorrowedFd<'_>, head: &[u8]) -> Result<(), IoFault> {
+        let mut vectors = self.with_head(head)?;
+        let (list, count) = (vectors.as_mut_ptr(), vectors.count as libc::c_int);
+        // SAFETY: each vector points to `head` or into guest memory that `self` keeps mapped; the kernel only reads them.
+        if unsafe { libc::writev(fd.as_raw_fd(), list, count) } < 0 {
+            return Err(io::Error::last_os_error().into());
+        }
+        self.0.advance(self.0.remaining);
+        Ok(())
+    }
+
+    /// `head` and everything that is left.
+    fn with_head(&self, head: &[u8]) -> Result<Vectors, IoFault> {
+        let mut vectors = Vectors::new();
+        vectors.push(libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() });
+        if self.0.add_to(&mut vectors, self.0.remaining)? != self.0.remaining {
+            return Err(io::Error::from_raw_os_error(libc::EMSGSIZE).into());
+        }
+        Ok(vectors)
     }
 }
 
@@ -341,20 +406,16 @@ impl ChainWriter<'_> {
         limit: usize,
         position: Option<u64>,
     ) -> Result<usize, IoFault> {
-        let slices = self.0.host_slices(limit)?;
-        let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard_mut).collect();
-        let vectors: Vec<libc::iovec> = guards
-            .iter()
-            .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
-            .collect();
-        let count = vectors.len() as libc::c_int;
+        let mut vectors = Vectors::new();
+        self.0.add_to(&mut vectors, limit)?;
+        let (list, count) = (vectors.as_mut_ptr(), vectors.count as libc::c_int);
         let result = match position {
             // SAFETY: each vector points into guest memory that `self` keeps mapped and that no Rust reference covers.
-            None => unsafe { libc::readv(fd.as_raw_fd(), vectors.as_ptr(), count) },
+            None => unsafe { libc::readv(fd.as_raw_fd(), list, count) },
             Some(position) => {
                 let position = file_position(position)?;
                 // SAFETY: as above.
-                unsafe { libc::preadv(fd.as_raw_fd(), vectors.as_ptr(), count, position) }
+                unsafe { libc::preadv(fd.as_raw_fd(), list, count, position) }
             }
         };
         let done = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;

@@ -128,6 +128,7 @@ impl VirtioDevice for Console {
         DeviceInfo {
             kind: DeviceKind::Console,
             features: 0,
+            required: 0,
             queue_sizes: vec![QUEUE_SIZE, QUEUE_SIZE],
             config: Arc::new(ConfigSpace::default()),
         }

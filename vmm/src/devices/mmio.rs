@@ -308,6 +308,7 @@ impl MmioTransport {
         let features = self.state.driver_features;
         status & DRIVER != 0
             && features & !self.offered_features() == 0
+            && features & self.info.required == self.info.required
             && features & 1 << VIRTIO_F_VERSION_1 != 0
     }
 

@@ -30,6 +30,7 @@ pub mod console;
 pub mod fs;
 mod interrupt;
 pub mod mmio;
+pub mod net;
 mod queue;
 pub mod rng;
 pub mod slot;
@@ -54,6 +55,8 @@ use event_manager::EventSet;
 /// Device types (virtio 1.2, section 5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceKind {
+    /// Network interface (5.1).
+    Net,
     /// Block device (5.2).
     Block,
     /// Console (5.3).
@@ -70,6 +73,7 @@ impl DeviceKind {
     /// The value of the `DeviceID` register.
     pub const fn id(self) -> u32 {
         match self {
+            DeviceKind::Net => 1,
             DeviceKind::Block => 2,
             DeviceKind::Console => 3,
             DeviceKind::Entropy => 4,
@@ -87,6 +91,8 @@ pub struct DeviceInfo {
     /// Device-type specific feature bits (0 to 23, 50 and up). `VERSION_1`, `RING_EVENT_IDX` and `RING_INDIRECT_DESC` are
     /// offered for every device.
     pub features: u64,
+    /// Those of them that a driver must accept, since the device can't do without.
+    pub required: u64,
     /// The greatest size of each queue, a power of two; the length is the number of queues.
     pub queue_sizes: Vec<u16>,
     /// The device-specific configuration space.
@@ -132,6 +138,22 @@ pub struct Activated {
     pub queues: Vec<Virtqueue>,
     /// The feature bits that the driver accepted.
     pub features: u64,
+}
+
+impl Activated {
+    /// Tells the driver that the configuration space has changed.
+    pub fn signal_config(&self) {
+        if let Some(queue) = self.queues.first() {
+            queue.signal_config();
+        }
+    }
+
+    /// Has a queue looked at once more, after the other devices had their turn.
+    pub fn kick(&self, queue: usize) {
+        if let Some(ring) = self.queues.get(queue) {
+            ring.kick(queue);
+        }
+    }
 }
 
 /// A device's backend. All methods run on the device thread and must not block on anything but disk I/O.

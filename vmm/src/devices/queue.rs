@@ -6,14 +6,14 @@
 //! still in flight can't be offered again.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestAddress;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::DeviceFault;
-use super::chain::Chain;
+use super::chain::{Chain, Place};
 use super::slot::DeviceSlot;
 use crate::memory::SharedRam;
 
@@ -117,7 +117,14 @@ pub struct Virtqueue {
     slot: Arc<DeviceSlot>,
     /// One bit per descriptor: heads that were popped and not completed.
     in_flight: Vec<u64>,
+    /// Index of the used ring up to which the driver was told, or did not want to be.
+    signalled: u16,
+    /// Of chains that are done with.
+    places: Vec<Place>,
 }
+
+/// How many places are kept: as many as a device has chains at a time, most often.
+const PLACES: usize = 64;
 
 const DESCRIPTOR_SIZE: usize = 16;
 
@@ -131,7 +138,8 @@ impl Virtqueue {
         slot: Arc<DeviceSlot>,
     ) -> Result<Self, QueueFault> {
         if !registers.ready {
-            return Ok(Virtqueue { ring: None, ram, slot, in_flight: Vec::new() });
+            let (in_flight, places) = (Vec::new(), Vec::new());
+            return Ok(Virtqueue { ring: None, ram, slot, in_flight, signalled: 0, places });
         }
         let size = registers.size;
         if size == 0 || size > max_size || !size.is_power_of_two() {
@@ -149,7 +157,8 @@ impl Virtqueue {
         ring.try_set_used_ring_address(GuestAddress(registers.used)).map_err(QueueFault::Ring)?;
         ring.set_event_idx(event_idx);
         ring.set_ready(true);
-        Ok(Virtqueue { ring: Some(ring), ram, slot, in_flight: vec![0; entries.div_ceil(64)] })
+        let in_flight = vec![0; entries.div_ceil(64)];
+        Ok(Virtqueue { ring: Some(ring), ram, slot, in_flight, signalled: 0, places: Vec::new() })
     }
 
     /// Takes the next chain, checked as a whole. `None` means that the queue is empty and that the next chain will
@@ -171,7 +180,8 @@ impl Virtqueue {
         if self.in_flight[word] & bit != 0 {
             return Err(QueueFault::InFlight(head));
         }
-        let chain = Chain::walk(descriptors, usize::from(ring.size()), &self.ram)?;
+        let place = self.places.pop().unwrap_or_default();
+        let chain = Chain::walk(descriptors, usize::from(ring.size()), &self.ram, place)?;
         self.in_flight[word] |= bit;
         Ok(Some(chain))
     }
@@ -181,22 +191,53 @@ impl Virtqueue {
         if let Some(ring) = &mut self.ring {
             ring.go_to_previous_position();
         }
-        self.release(chain.head());
+        self.release(chain);
     }
 
     /// Returns a chain to the driver, `written` bytes of its writable buffers filled. Follow with
     /// [`Virtqueue::signal`] once per batch.
     pub fn complete(&mut self, chain: Chain, written: u32) -> Result<(), QueueFault> {
-        let head = chain.head();
-        self.release(head);
+        self.complete_together(std::iter::once((chain, written)))
+    }
+
+    /// Returns chains to the driver, which sees either none of them or all.
+    pub fn complete_together(
+        &mut self,
+        chains: impl Iterator<Item = (Chain, u32)>,
+    ) -> Result<(), QueueFault> {
+        let mut next = self.ring.as_ref().map_or(0, QueueT::next_used);
+        for (chain, written) in chains {
+            if let Some(ring) = &self.ring {
+                let entry = ring.used_ring() + 4 + 8 * u64::from(next % ring.size());
+                let element = u64::from(chain.head()) | u64::from(written) << 32;
+                self.ram.write_obj(element.to_le(), GuestAddress(entry)).map_err(ring_failed)?;
+                next = next.wrapping_add(1);
+            }
+            self.release(chain);
+        }
         let Some(ring) = &mut self.ring else { return Ok(()) };
-        ring.add_used(&*self.ram, head, written).map_err(QueueFault::Ring)
+        ring.set_next_used(next);
+        self.ram
+            .store(next.to_le(), GuestAddress(ring.used_ring() + 2), Ordering::Release)
+            .map_err(ring_failed)
     }
 
     /// Interrupts the guest if the driver wants to hear of the chains completed since the last call.
     pub fn signal(&mut self) -> Result<(), QueueFault> {
-        let Some(ring) = &mut self.ring else { return Ok(()) };
-        if ring.needs_notification(&*self.ram).map_err(QueueFault::Ring)? {
+        let Some(ring) = &self.ring else { return Ok(()) };
+        let next = ring.next_used();
+        let told = std::mem::replace(&mut self.signalled, next);
+        // The driver sees what is used before it is asked.
+        fence(Ordering::SeqCst);
+        let wanted = if ring.event_idx_enabled() {
+            let event = GuestAddress(ring.avail_ring() + 4 + 2 * u64::from(ring.size()));
+            let event = u16::from_le(self.ram.load(event, Ordering::Relaxed).map_err(ring_failed)?);
+            // Whether that entry is among those since (section 2.7.10).
+            next.wrapping_sub(event).wrapping_sub(1) < next.wrapping_sub(told)
+        } else {
+            true
+        };
+        if wanted {
             self.slot.interrupt.signal_used();
         }
         Ok(())
@@ -241,6 +282,7 @@ impl Virtqueue {
         if let Some(ring) = &mut self.ring {
             ring.set_next_avail(position.next_available);
             ring.set_next_used(position.next_used);
+            self.signalled = position.next_used;
         }
     }
 
@@ -256,11 +298,32 @@ impl Virtqueue {
         self.in_flight.iter().map(|word| word.count_ones()).sum()
     }
 
-    fn release(&mut self, head: u16) {
+    /// Interrupts the guest to have a look at the device's configuration.
+    pub(super) fn signal_config(&self) {
+        self.slot.interrupt.signal_config();
+    }
+
+    /// Has the device called for this queue, number `index`, as if the driver had kicked it.
+    pub(super) fn kick(&self, index: usize) {
+        if let Some(kick) = self.slot.kicks.of(index) {
+            // The only failure is a full counter: then the device is about to be called anyway.
+            let _ = kick.write(1);
+        }
+    }
+
+    fn release(&mut self, chain: Chain) {
+        let head = chain.head();
         if let Some(word) = self.in_flight.get_mut(usize::from(head / 64)) {
             *word &= !(1 << (head % 64));
         }
+        if self.places.len() < PLACES {
+            self.places.push(chain.into_place());
+        }
     }
+}
+
+fn ring_failed(error: vm_memory::GuestMemoryError) -> QueueFault {
+    QueueFault::Ring(virtio_queue::Error::GuestMemory(error))
 }
 
 fn check_ring(ram: &SharedRam, address: u64, length: usize, alignment: u64) -> Result<(), QueueFault> {

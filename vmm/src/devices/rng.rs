@@ -31,6 +31,7 @@ impl VirtioDevice for Rng {
         DeviceInfo {
             kind: DeviceKind::Entropy,
             features: 0,
+            required: 0,
             queue_sizes: vec![QUEUE_SIZE],
             config: Arc::new(ConfigSpace::default()),
         }

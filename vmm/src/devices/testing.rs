@@ -300,6 +300,7 @@ impl VirtioDevice for Echo {
         DeviceInfo {
             kind: DeviceKind::Entropy,
             features: 1 << 3,
+            required: 0,
             queue_sizes: vec![16, 256],
             config: Arc::new(ConfigSpace::new(vec![1, 2, 3, 4, 5, 6, 7, 8])),
         }

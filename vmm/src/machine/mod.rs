@@ -207,9 +207,9 @@ impl RunningMachine {
     }
 
     /// Puts a network interface into a free slot, as a disk.
-    pub fn attach_net(&mut self, request: &AttachNet, queues: &[OwnedFd]) -> Result<(), SlotError> {
+    pub fn attach_net(&mut self, request: &AttachNet, queues: Vec<OwnedFd>) -> Result<(), SlotError> {
         self.refuse_for_template()?;
-        self.slots.attach_net(request, queues)
+        self.slots.attach_net(request, queues, &self.bus, &self.devices)
     }
 
     /// Takes the device out of a slot and closes what is behind it.

@@ -17,6 +17,7 @@ use crate::device_loop::DeviceLoop;
 use crate::devices::VirtioDevice;
 use crate::devices::blk::Block;
 use crate::devices::mmio::MmioTransport;
+use crate::devices::net::Net;
 use crate::devices::slot::DeviceSlot;
 use crate::devices::worker::DeviceWorker;
 use crate::layout::DEVICE_SLOTS;
@@ -44,9 +45,9 @@ pub enum SlotError {
         #[source]
         source: std::io::Error,
     },
-    /// There is no such device yet.
-    #[error("this VMM has no network interfaces")]
-    NoNet,
+    /// A queue of a tap can't be used.
+    #[error("the tap can't be used")]
+    Tap(#[source] std::io::Error),
     /// The host gives no eventfd, or KVM does not take it.
     #[error("slot {slot} can't be wired")]
     Wire {
@@ -103,9 +104,15 @@ impl Slots {
     }
 
     /// Puts a network interface into a free slot.
-    pub fn attach_net(&mut self, request: &AttachNet, queues: &[OwnedFd]) -> Result<(), SlotError> {
+    pub fn attach_net(
+        &mut self,
+        request: &AttachNet,
+        queues: Vec<OwnedFd>,
+        bus: &Bus,
+        devices: &DeviceLoop,
+    ) -> Result<(), SlotError> {
         request.validate(queues.len())?;
-        Err(SlotError::NoNet)
+        self.attach(request.slot, || Net::new(request, queues).map_err(SlotError::Tap), bus, devices)
     }
 
     /// Puts what `make` makes into a free slot.

@@ -174,8 +174,13 @@ impl Driver {
         (base, base + 0x1000, base + 0x2000)
     }
 
-    /// The whole initialisation, with `queues` queues.
+    /// The whole initialisation, with `queues` queues and no features.
     pub fn initialise(&self, code: Code, device_id: u32, queues: u32) -> Code {
+        self.initialise_with(code, device_id, queues, 0)
+    }
+
+    /// The whole initialisation, with some of the first 32 features.
+    pub fn initialise_with(&self, code: Code, device_id: u32, queues: u32, features: u32) -> Code {
         let register = |offset| self.window + offset;
         let mut code = code
             .expect32(register(0), 0x7472_6976)
@@ -184,7 +189,9 @@ impl Driver {
             .store32(register(0x70), 0)
             .store32(register(0x70), 1)
             .store32(register(0x70), 3)
-            // VERSION_1 and nothing else.
+            .store32(register(0x24), 0)
+            .store32(register(0x20), features)
+            // VERSION_1.
             .store32(register(0x24), 1)
             .store32(register(0x20), 1)
             .store32(register(0x70), 11)

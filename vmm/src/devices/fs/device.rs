@@ -313,6 +313,7 @@ impl VirtioDevice for FileSystem {
         DeviceInfo {
             kind: DeviceKind::FileSystem,
             features: 0,
+            required: 0,
             queue_sizes: QUEUE_SIZES.to_vec(),
             config: self.config.clone(),
         }

@@ -453,6 +453,7 @@ impl VirtioDevice for Vsock {
         DeviceInfo {
             kind: DeviceKind::Vsock,
             features: FEATURE_STREAM,
+            required: 0,
             queue_sizes: QUEUE_SIZES.to_vec(),
             config: Arc::new(ConfigSpace::new(self.guest_cid.to_le_bytes().to_vec())),
         }
