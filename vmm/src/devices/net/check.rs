@@ -56,17 +56,22 @@ pub const fn frame_size(mtu: usize) -> usize {
 }
 
 /// Why a packet goes nowhere.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
 pub enum Unsound {
     /// It has no Ethernet header, or more bytes than any packet.
+    #[error("too short or too long for packets")]
     Length,
     /// It, or what it would be cut into, is longer than the interface's MTU.
+    #[error("longer than the MTU, or to be cut into pieces that are")]
     Mtu,
     /// Flags or a type that are not negotiated or not defined.
+    #[error("with offloads that were not negotiated")]
     Offload,
     /// A checksum outside of the packet.
+    #[error("with checksums outside of them")]
     Checksum,
     /// What is to be cut up is not such a packet.
+    #[error("to be cut up, but not what they are said to be")]
     Segmentation,
 }
 

@@ -143,8 +143,11 @@ impl Net {
         if !hungry || !active.queues[2 * pair].has_available() {
             return Ok(());
         }
-        for tap in (pair..self.taps.len()).step_by(self.pairs) {
-            self.receive(tap, active, events)?;
+        self.receivers[pair].wake();
+        if pair < self.pairs {
+            for tap in (pair..self.taps.len()).step_by(self.pairs) {
+                self.receive(tap, active, events)?;
+            }
         }
         self.watch(events)
     }
@@ -185,6 +188,8 @@ impl Net {
                 possible
             })
         })?;
+        // What waits in one queue may be for another now.
+        self.receivers.iter_mut().for_each(Receiver::wake);
         self.watch(events)?;
         Ok(progress)
     }
@@ -331,11 +336,11 @@ impl VirtioDevice for Net {
 }
 
 /// Why packets were lost in the device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
 enum Loss {
-    /// They came for the guest, whose buffers are too small.
+    #[error("for the guest, which has too small buffers")]
     Received,
-    /// They came from it.
+    #[error("of the guest: {0}")]
     Sent(Dropped),
 }
 
@@ -350,7 +355,7 @@ impl Losses {
         *count = before.saturating_add(packets);
         // At the first, and whenever there are as many again or more.
         if before.checked_ilog2() != count.checked_ilog2() && why != Loss::Sent(Dropped::NoTap) {
-            warn!("a network interface has dropped {count} packets: {why:?}");
+            warn!("a network interface has dropped {count} packets {why}");
         }
     }
 }

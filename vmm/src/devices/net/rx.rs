@@ -49,6 +49,11 @@ impl Receiver {
         self.starved
     }
 
+    /// Has it try again, whatever it waits for.
+    pub fn wake(&mut self) {
+        self.starved = false;
+    }
+
     /// Forgets everything that belongs to the driver, the packet that waits for it included.
     pub fn reset(&mut self) {
         *self = Receiver::default();

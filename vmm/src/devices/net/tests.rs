@@ -360,6 +360,24 @@ fn packets_come_to_as_many_queues_as_the_driver_uses() {
     assert_eq!(arrivals(&mut driver), [1, 1, 1, 1]);
     assert_eq!(command(&mut driver, &[4, 0, 3, 0]), 0);
     assert_eq!(arrivals(&mut driver), [2, 1, 1, 0]);
+    // A queue that ran out of buffers, got some while it was not used, and is used again.
+    driver.restart();
+    driver.offer(2, 1, 1536);
+    command(&mut driver, &[4, 0, 2, 0]);
+    wires[1].send(&packet(100));
+    wires[1].send(&packet(100));
+    driver.run();
+    assert_eq!(std::iter::from_fn(|| driver.take_used(2)).count(), 1);
+    command(&mut driver, &[4, 0, 1, 0]);
+    driver.offer(2, 60, 1536);
+    assert_eq!(driver.take_used(2), None);
+    command(&mut driver, &[4, 0, 2, 0]);
+    assert_eq!(std::iter::from_fn(|| driver.take_used(2)).count(), 1);
+    for pair in 0..4 {
+        driver.offer(2 * pair, 60, 1536);
+    }
+    command(&mut driver, &[4, 0, 3, 0]);
+    assert_eq!(arrivals(&mut driver), [2, 1, 1, 0]);
     for impossible in [
         &[4, 0, 0, 0][..],
         &[4, 0, 5, 0],

@@ -20,13 +20,16 @@ pub struct Transmitter {
 }
 
 /// Why a packet went nowhere.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
 pub enum Dropped {
     /// The device does not let it through.
+    #[error("{0}")]
     Unsound(Unsound),
     /// The host's kernel did not take it.
+    #[error("the host does not take them")]
     Refused,
     /// There is no tap any more.
+    #[error("there is no tap any more")]
     NoTap,
 }
 
