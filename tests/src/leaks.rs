@@ -25,6 +25,9 @@ const COMMON: [&str; 6] = [
     "io.containerd.runtime.v2.task/default",
 ];
 
+/// What a node gets with its first pod and keeps: the mount namespace that pods start from.
+const KEPT: [&str; 2] = ["/run/bulkhead", "/run/bulkhead/small-1.mnt"];
+
 /// Templates stay for the pods to come.
 const TEMPLATES: &str = "/var/lib/bulkhead/templates";
 
@@ -52,7 +55,8 @@ impl Snapshot {
         // containerd itself is the harness's to start and end.
         let processes = processes.filter(|process| process.name != "containerd");
         items.extend(processes.map(|p| format!("process {} {} {}", p.pid, p.name, p.command)));
-        items.extend(node::mount_points().iter().map(|path| format!("mount {}", path.display())));
+        let mounts = node::mount_points().into_iter().filter(|path| !is_kept(path));
+        items.extend(mounts.map(|path| format!("mount {}", path.display())));
         items.extend(node::interfaces().iter().map(|name| format!("network interface {name}")));
         items.extend(node::unix_sockets().iter().map(|path| format!("socket {path}")));
         let groups = node::control_groups().into_iter();
@@ -61,7 +65,7 @@ impl Snapshot {
         let files = directories.iter().flat_map(|directory| node::tree(directory));
         let files =
             files.filter(|path| !COMMON.iter().any(|common| path.ends_with(common.trim_start_matches('/'))));
-        let files = files.filter(|path| !stays(path));
+        let files = files.filter(|path| !stays(path) && !is_kept(path));
         items.extend(files.map(|path| format!("file {}", path.display())));
         Self { directories, items }
     }
@@ -103,6 +107,10 @@ impl Snapshot {
 }
 
 /// Whether a file is a template's, or the store's own.
+fn is_kept(path: &Path) -> bool {
+    KEPT.iter().any(|kept| path == Path::new(kept))
+}
+
 fn stays(path: &Path) -> bool {
     match path.strip_prefix(TEMPLATES).map(|inside| inside.to_string_lossy().into_owned()) {
         Ok(inside) => !HALF_MADE.iter().any(|prefix| inside.starts_with(prefix)),

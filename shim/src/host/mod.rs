@@ -3,5 +3,7 @@
 pub mod cgroup;
 pub mod disk;
 pub mod mounts;
+pub mod overlay;
 pub mod process;
+pub mod small_namespace;
 pub mod spawn;

@@ -12,6 +12,8 @@ use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
+use super::overlay::Overlay;
+
 /// `open_tree(2)`: a copy of the tree, not the tree itself.
 const OPEN_TREE_CLONE: c_uint = 1;
 /// `open_tree(2)`: `O_CLOEXEC`.
@@ -26,7 +28,7 @@ const MOUNT_ATTR_NOSUID: u64 = 2;
 const MOUNT_ATTR_NODEV: u64 = 4;
 
 /// A page: what the kernel takes as options of one mount (mount(2)).
-const MAX_OPTIONS: usize = 4096 - 1;
+pub(super) const MAX_OPTIONS: usize = 4096 - 1;
 
 /// Something with a mount that failed.
 #[derive(Debug, thiserror::Error)]
@@ -210,6 +212,13 @@ pub struct MountRequest {
 ///
 /// It happens on a thread of its own in a mount namespace of its own: nobody else ever sees `scratch` mounted.
 pub async fn assemble(mounts: Vec<MountRequest>, scratch: PathBuf) -> Result<DetachedTree, MountError> {
+    if let [request] = mounts.as_slice() {
+        let request = request.clone();
+        let quickly = on_thread(move || Ok(Overlay::of(&request).and_then(|overlay| overlay.mount())));
+        if let Some(tree) = quickly.await? {
+            return Ok(tree);
+        }
+    }
     on_thread(move || {
         let failed = |step| move |source| MountError::Namespace { step, source };
         unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).map_err(failed("unshare"))?;
@@ -287,12 +296,15 @@ fn target_below(root: &Path, target: &str) -> Result<PathBuf, MountError> {
     Ok(path)
 }
 
-struct ParsedOptions {
-    flags: MsFlags,
-    data: Vec<String>,
+/// A mount's options, taken apart.
+pub(super) struct ParsedOptions {
+    /// Those that the kernel takes as flags.
+    pub flags: MsFlags,
+    /// The others, for the file system.
+    pub data: Vec<String>,
 }
 
-fn parse_options(options: &[String]) -> Result<ParsedOptions, MountError> {
+pub(super) fn parse_options(options: &[String]) -> Result<ParsedOptions, MountError> {
     let mut flags = MsFlags::empty();
     let mut data = Vec::new();
     for option in options {
@@ -357,7 +369,7 @@ fn compact_overlay(kind: &str, data: Vec<String>) -> (Option<String>, String) {
 }
 
 /// The longest directory, with its trailing slash, that all paths are below.
-fn common_directory(paths: &[&str]) -> Option<String> {
+pub(super) fn common_directory(paths: &[&str]) -> Option<String> {
     let (first, rest) = paths.split_first()?;
     let mut end = first.rfind('/')? + 1;
     while !rest.iter().all(|path| path.starts_with(&first[..end])) {
@@ -366,7 +378,7 @@ fn common_directory(paths: &[&str]) -> Option<String> {
     (end > 1).then(|| first[..end].to_owned())
 }
 
-fn c_string(path: &Path) -> Result<CString, MountError> {
+pub(super) fn c_string(path: &Path) -> Result<CString, MountError> {
     use std::os::unix::ffi::OsStrExt;
     CString::new(path.as_os_str().as_bytes()).map_err(|_| MountError::Path(path.to_owned()))
 }

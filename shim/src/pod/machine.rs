@@ -20,6 +20,7 @@ use tokio::sync::{Mutex, mpsc};
 use super::tail::Tail;
 use crate::error::{Classify, Code, untrusted};
 use crate::host::process::{Child, ProcessId};
+use crate::host::small_namespace::{NamespaceError, small_namespace};
 use crate::host::spawn::{Spawn, SpawnError, spawn};
 
 /// The VMM answers a request within this time, or is given up.
@@ -37,6 +38,9 @@ pub enum MachineError {
     /// A process did not start.
     #[error(transparent)]
     Spawn(#[from] SpawnError),
+    /// No mount namespace for it to be born in.
+    #[error("can't prepare the pod's processes")]
+    Namespace(#[from] NamespaceError),
     /// A socket pair, a pipe or the like.
     #[error("can't prepare the pod's processes: {step}")]
     Prepare {
@@ -97,7 +101,8 @@ pub struct Jailed {
 }
 
 impl Jailed {
-    /// Starts `program` with `socket` as descriptor 3.
+    /// Starts `program` with `socket` as descriptor 3, in the given mount namespace and directory; without one it is born
+    /// where there is nothing to see.
     pub fn start(
         program: &Path,
         args: &[String],
@@ -108,6 +113,11 @@ impl Jailed {
     ) -> Result<Jailed, MachineError> {
         let prepare = |step| move |source| MachineError::Prepare { step, source };
         let (reader, writer) = io::pipe().map_err(prepare("create a pipe"))?;
+        let nothing = match mounts {
+            Some(_) => None,
+            None => Some(small_namespace()?),
+        };
+        let mounts = mounts.or_else(|| nothing.as_ref().map(|namespace| (namespace.as_fd(), "/")));
         let spawned = spawn(&Spawn { program, args, socket, stderr: writer.as_fd(), cgroup, mounts })?;
         drop(writer);
         let stderr =

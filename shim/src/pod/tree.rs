@@ -17,6 +17,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::{chdir, pivot_root};
 
 use crate::host::mounts::{DetachedTree, MountError, Propagation, on_thread};
+use crate::host::small_namespace::{self, NamespaceError};
 
 /// The tree's place in the pod's namespace.
 pub const TREE: &str = "/shared";
@@ -42,6 +43,9 @@ pub enum TreeError {
         #[source]
         source: Errno,
     },
+    /// There is none to begin with.
+    #[error("can't set up the pod's mount namespace")]
+    Small(#[from] NamespaceError),
     /// A mount failed.
     #[error(transparent)]
     Mount(#[from] MountError),
@@ -75,8 +79,7 @@ impl SharedTree {
         proc.restrict(Propagation::Private)?;
         let root = DetachedTree::bind(pod_directory, false)?;
         root.restrict(Propagation::Private)?;
-        let pod_directory = pod_directory.to_owned();
-        let namespace = on_thread(move || Ok(enter_new_namespace(root, proc, &pod_directory))).await??;
+        let namespace = on_thread(move || Ok(enter_new_namespace(root, proc))).await??;
         Ok(SharedTree { directory, namespace: Arc::new(namespace) })
     }
 
@@ -157,31 +160,23 @@ fn mount_points(container: &Path) -> Vec<PathBuf> {
 }
 
 /// Leaves the calling thread in a new namespace whose root is `root`, and gives that namespace.
-fn enter_new_namespace(
-    root: DetachedTree,
-    proc: DetachedTree,
-    pod_directory: &Path,
-) -> Result<OwnedFd, TreeError> {
+fn enter_new_namespace(root: DetachedTree, proc: DetachedTree) -> Result<OwnedFd, TreeError> {
     let failed = |step| move |source| TreeError::Namespace { step, source };
     let remount = |path: &str, flags| mount(None::<&str>, path, None::<&str>, flags, None::<&str>);
 
-    unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).map_err(failed("unshare"))?;
-    remount("/", MsFlags::MS_REC | MsFlags::MS_PRIVATE).map_err(failed("make it private"))?;
-    // Taken before the root changes: afterwards nothing here can be opened any more.
-    let namespace = fs::File::open("/proc/thread-self/ns/mnt")
-        .map_err(|source| TreeError::Create { path: PathBuf::from("/proc/thread-self/ns/mnt"), source })?;
-
-    root.attach(pod_directory)?;
-    chdir(pod_directory).map_err(failed("enter the pod's directory"))?;
+    let namespace = small_namespace::enter_new()?;
+    let [point, ..] = small_namespace::POINTS;
+    root.attach(Path::new(point))?;
+    chdir(point).map_err(failed("enter the pod's directory"))?;
     // Both names are the new root; the old one ends up on top of it and is what umount finds.
     pivot_root(".", ".").map_err(failed("pivot_root"))?;
-    umount2(".", MntFlags::MNT_DETACH).map_err(failed("detach the host's file systems"))?;
+    umount2(".", MntFlags::MNT_DETACH).map_err(failed("detach the root it began with"))?;
     chdir("/").map_err(failed("enter the new root"))?;
 
     proc.attach(Path::new("/proc"))?;
     mount(Some(TREE), TREE, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(failed("bind the tree"))?;
     remount(TREE, MsFlags::MS_SHARED).map_err(failed("share the tree"))?;
-    Ok(namespace.into())
+    Ok(namespace)
 }
 
 #[cfg(test)]
@@ -210,8 +205,10 @@ mod tests {
         tree.inside(move || fs::read_to_string(path)).await.unwrap()
     }
 
-    fn host_mounts() -> String {
-        fs::read_to_string("/proc/self/mountinfo").unwrap()
+    /// The host's mounts at or below `path`.
+    fn host_mounts(path: &Path) -> Vec<String> {
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        table.lines().filter(|line| line.contains(path.to_str().unwrap())).map(str::to_owned).collect()
     }
 
     #[tokio::test]
@@ -224,7 +221,6 @@ mod tests {
         for name in ["upper", "work", "scratch"] {
             fs::create_dir(directory.0.join(name)).unwrap();
         }
-        let before = host_mounts();
         let path = |name: &str| directory.0.join(name);
         let tree = SharedTree::create(&path("pod")).await.unwrap();
 
@@ -254,7 +250,7 @@ mod tests {
         let refused = tree.inside(|| fs::write("/shared/c1/mounts/0/new", "x")).await.unwrap();
         assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EROFS));
 
-        assert_eq!(host_mounts(), before, "the host must not see the pod's mounts");
+        assert_eq!(host_mounts(&directory.0), [""; 0], "the host must not see the pod's mounts");
         assert_eq!(fs::read_dir(path("pod/shared/c1/rootfs")).unwrap().count(), 0);
 
         tree.remove("c1").await.unwrap();
