@@ -91,25 +91,35 @@ pub fn timestamp(ns: i64) -> MessageField<Timestamp> {
 #[derive(Debug, Clone)]
 pub struct Publisher {
     namespace: Arc<str>,
-    queue: mpsc::UnboundedSender<Envelope>,
+    /// `None` where nobody listens.
+    queue: Option<mpsc::UnboundedSender<Envelope>>,
     waiting: Arc<AtomicUsize>,
     /// Number of events that are done with, one way or the other.
     done: watch::Receiver<()>,
 }
 
 impl Publisher {
-    /// Publishes to the containerd at `address` (its ttrpc socket) for a containerd namespace. Must be called in a
-    /// runtime.
+    /// Publishes to the containerd at `address` (its ttrpc socket; empty for nobody) for a containerd namespace. Must be
+    /// called in a runtime.
     pub fn start(address: &str, namespace: &str) -> Publisher {
-        let (queue, receiver) = mpsc::unbounded_channel();
         let waiting = Arc::new(AtomicUsize::new(0));
         let (done_sender, done) = watch::channel(());
+        if address.is_empty() {
+            return Publisher { namespace: namespace.into(), queue: None, waiting, done };
+        }
+        let (queue, receiver) = mpsc::unbounded_channel();
         tokio::spawn(forward_all(Forwarder::new(address), receiver, waiting.clone(), done_sender));
-        Publisher { namespace: namespace.into(), queue, waiting, done }
+        Publisher { namespace: namespace.into(), queue: Some(queue), waiting, done }
+    }
+
+    /// The containerd namespace.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
     }
 
     /// Queues an event. Never waits.
     pub fn publish(&self, event: Event) {
+        let Some(queue) = &self.queue else { return };
         let (topic, type_name) = event.names();
         if self.waiting.load(Ordering::Relaxed) >= MAX_WAITING {
             log::error!("{MAX_WAITING} events wait for containerd: {topic} is lost");
@@ -127,7 +137,7 @@ impl Publisher {
             ..Default::default()
         };
         self.waiting.fetch_add(1, Ordering::Relaxed);
-        if self.queue.send(envelope).is_err() {
+        if queue.send(envelope).is_err() {
             log::error!("the event queue is gone: {topic} is lost");
         }
     }
@@ -311,6 +321,15 @@ mod tests {
         publisher.publish(start("1"));
         let started = std::time::Instant::now();
         publisher.flush(Duration::from_millis(50)).await;
+        assert!(started.elapsed() < Duration::from_secs(5));
+    }
+
+    #[tokio::test]
+    async fn nobody_is_told_where_nobody_listens() {
+        let publisher = Publisher::start("", "ns");
+        publisher.publish(start("1"));
+        let started = std::time::Instant::now();
+        publisher.flush(Duration::from_secs(60)).await;
         assert!(started.elapsed() < Duration::from_secs(5));
     }
 

@@ -1,5 +1,6 @@
 //! The runtime options that containerd passes along: which configuration file, and the shim's own cgroup.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use containerd_shim_protos::shim::oci::Options as RuncOptions;
@@ -30,6 +31,9 @@ impl Default for RuntimeOptions {
     }
 }
 
+/// Environment variables in which the shim's server finds what `start` was passed.
+const ENVIRONMENT: [&str; 2] = ["BULKHEAD_CONFIG_FILE", "BULKHEAD_CONFIG_BODY"];
+
 /// Options that can't be understood.
 #[derive(Debug, thiserror::Error)]
 pub enum OptionsError {
@@ -51,6 +55,27 @@ impl Classify for OptionsError {
 }
 
 impl RuntimeOptions {
+    /// The environment of the shim's server that hands the configuration on to it. The cgroup is dealt with by then.
+    pub fn to_environment(&self) -> [(&'static str, Option<OsString>); 2] {
+        let (file, body) = match &self.config {
+            Source::Default => (None, None),
+            Source::File(path) => (Some(path.clone().into_os_string()), None),
+            Source::Inline(body) => (None, Some(OsString::from(body))),
+        };
+        [(ENVIRONMENT[0], file), (ENVIRONMENT[1], body)]
+    }
+
+    /// What [`RuntimeOptions::to_environment`] has made.
+    pub fn from_environment() -> RuntimeOptions {
+        let [file, body] = ENVIRONMENT.map(std::env::var_os);
+        let config = match (file, body) {
+            (Some(path), _) => Source::File(PathBuf::from(path)),
+            (None, Some(body)) => Source::Inline(body.to_string_lossy().into_owned()),
+            (None, None) => Source::Default,
+        };
+        RuntimeOptions { config, shim_cgroup: String::new() }
+    }
+
     /// Reads the options of a request; an empty message stands for none.
     pub fn from_any(any: &Any) -> Result<RuntimeOptions, OptionsError> {
         if any.type_url.is_empty() {

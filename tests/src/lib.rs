@@ -14,6 +14,7 @@ pub mod leaks;
 pub mod node;
 pub mod process;
 pub mod runner;
+pub mod sandbox;
 pub mod shim;
 pub mod stdio;
 pub mod volume;

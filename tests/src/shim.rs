@@ -96,7 +96,35 @@ impl ShimHost {
         let log = bundle.path.join("log");
         mkfifo(&log, Mode::S_IRWXU).explain(|| format!("make FIFO {}", log.display()))?;
         let log = Reader::new(log, Reading::AtOnce)?;
-        let output = self.invoke(bundle, &["start"])?.success("shim start")?;
+        let address = self.start_action(bundle, None)?;
+        let client = Client::connect(&address).explain(|| format!("connect to the shim at {address}"))?;
+        Ok(Shim { bundle: bundle.clone(), address, client: TaskClient::new(client), log })
+    }
+
+    /// Speaks to a shim that serves already, about the container of `bundle`.
+    ///
+    /// # Errors
+    /// When it can't be reached.
+    pub fn join(&self, bundle: &Bundle, address: &str) -> Outcome<Shim> {
+        let log = bundle.path.join("log.member");
+        if !log.exists() {
+            mkfifo(&log, Mode::S_IRWXU).explain(|| format!("make FIFO {}", log.display()))?;
+        }
+        let log = Reader::new(log, Reading::AtOnce)?;
+        let client = Client::connect(address).explain(|| format!("connect to the shim at {address}"))?;
+        let (bundle, address) = (bundle.clone(), address.to_owned());
+        Ok(Shim { bundle, address, client: TaskClient::new(client), log })
+    }
+
+    /// Runs `start` in a bundle, with the runtime options that name `config`; gives the address in its reply.
+    ///
+    /// # Errors
+    /// When it fails, or its answer is not what containerd understands.
+    pub fn start_action(&self, bundle: &Bundle, config: Option<&Path>) -> Outcome<String> {
+        let options = config.map(|config| runtime_options(config).write_to_bytes());
+        let options =
+            options.transpose().explain(|| "encode the runtime options".into())?.unwrap_or_default();
+        let output = self.invoke_with(bundle, &["start"], &options)?.success("shim start")?;
         ensure!(
             output.stderr.is_empty(),
             "shim start wrote to stderr, which containerd takes for the reply: {}",
@@ -110,8 +138,7 @@ impl ShimHost {
             reply["version"] == 3 && reply["protocol"] == "ttrpc",
             "shim start offers {reply}, not ttrpc in version 3"
         );
-        let client = Client::connect(address).explain(|| format!("connect to the shim at {address}"))?;
-        Ok(Shim { bundle: bundle.clone(), address: address.to_owned(), client: TaskClient::new(client), log })
+        Ok(address.to_owned())
     }
 
     /// Runs the shim's `delete`, as containerd does after a shim died.
@@ -130,6 +157,10 @@ impl ShimHost {
     /// # Errors
     /// When it does not end in time.
     pub fn invoke(&self, bundle: &Bundle, arguments: &[&str]) -> Outcome<Output> {
+        self.invoke_with(bundle, arguments, b"")
+    }
+
+    fn invoke_with(&self, bundle: &Bundle, arguments: &[&str], input: &[u8]) -> Outcome<Output> {
         let socket = self.path().join("events.sock");
         let mut command = Command::new(self.layout.find(self.program)?);
         command
@@ -143,7 +174,7 @@ impl ShimHost {
             .env("NAMESPACE", NAMESPACE)
             .env("TTRPC_ADDRESS", &socket)
             .env("MAX_SHIM_VERSION", "3");
-        process::run(&mut command, b"", CALL_LIMIT)
+        process::run(&mut command, input, CALL_LIMIT)
     }
 }
 
@@ -412,7 +443,11 @@ impl Shim {
     }
 }
 
-fn call<T>(
+/// Makes a call, and takes its refusal for what it is.
+///
+/// # Errors
+/// The refusal, or that there is no answer within `limit`.
+pub fn call<T>(
     call: &'static str,
     limit: Duration,
     request: impl FnOnce(context::Context) -> ttrpc::Result<T>,

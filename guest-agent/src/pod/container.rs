@@ -5,13 +5,13 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bulkhead_agent_protocol::{StatsResponse, Stdio};
+use bulkhead_agent_protocol::{StatsResponse, Stdio, cgroup};
 
 use super::process::{NewProcess, Process, signal_number};
 use super::{Pod, PodError, check_id};
+use crate::container::cgroup::Cgroup;
 use crate::container::cgroup::device_filter::{AttachedFilter, DeviceFilter};
 use crate::container::cgroup::resources::Limits;
-use crate::container::cgroup::{Cgroup, stats};
 use crate::container::launch::Job;
 use crate::container::namespaces::Kind;
 use crate::container::plan::ContainerPlan;
@@ -239,7 +239,7 @@ impl Container {
 
     /// What it uses.
     pub fn stats(&self) -> StatsResponse {
-        stats::read(&self.cgroup)
+        cgroup::read(&|name| self.cgroup.read(name).unwrap_or_default())
     }
 
     /// Whether processes were killed for want of memory since the last call.

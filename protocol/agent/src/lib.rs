@@ -13,6 +13,8 @@ pub const SHARED_DIR: &str = "/run/bulkhead/shared";
 /// Where file systems on disks are mounted in the guest, each in a directory with the number of its slot.
 pub const DISKS_DIR: &str = "/run/bulkhead/disks";
 
+pub mod cgroup;
+
 mod agent {
     #![allow(warnings, clippy::all, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     include!(concat!(env!("OUT_DIR"), "/agent.rs"));

@@ -28,6 +28,7 @@ pub(super) enum Protocol {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct StartRequest {
     pub protocol: Protocol,
+    /// Where events go; empty for nowhere.
     pub ttrpc_address: String,
     pub grpc_address: String,
     pub socket_dir: Option<String>,
@@ -42,8 +43,6 @@ pub(super) enum RequestError {
     Input(#[source] io::Error),
     #[error("what containerd passes on standard input is for {0:?}, not for this container")]
     OtherContainer(String),
-    #[error("containerd did not tell its ttrpc address: set TTRPC_ADDRESS")]
-    NoAddress,
     #[error(transparent)]
     Options(#[from] OptionsError),
 }
@@ -79,25 +78,17 @@ impl StartRequest {
         environment: Environment,
         speaks_v3: impl FnOnce() -> bool,
     ) -> Result<StartRequest, RequestError> {
-        let request = match bootstrap_params(input, flags)? {
-            Some(params) => from_bootstrap(params, flags)?,
-            None => {
-                let grpc =
-                    if flags.address.is_empty() { environment.grpc_address } else { flags.address.clone() };
-                StartRequest {
-                    protocol: if speaks_v3() { Protocol::Json } else { Protocol::Address },
-                    ttrpc_address: environment.ttrpc_address,
-                    grpc_address: grpc,
-                    socket_dir: None,
-                    debug: flags.debug,
-                    options: RuntimeOptions::from_any(&Any::parse_from_bytes(input).unwrap_or_default())?,
-                }
-            }
-        };
-        if request.ttrpc_address.is_empty() {
-            return Err(RequestError::NoAddress);
+        match bootstrap_params(input, flags)? {
+            Some(params) => from_bootstrap(params, flags, environment),
+            None => Ok(StartRequest {
+                protocol: if speaks_v3() { Protocol::Json } else { Protocol::Address },
+                ttrpc_address: environment.ttrpc_address,
+                grpc_address: first(&[&flags.address, &environment.grpc_address]),
+                socket_dir: None,
+                debug: flags.debug,
+                options: RuntimeOptions::from_any(&Any::parse_from_bytes(input).unwrap_or_default())?,
+            }),
         }
-        Ok(request)
     }
 
     /// The answer: where the Task API is served.
@@ -131,7 +122,16 @@ fn bootstrap_params(input: &[u8], flags: &Flags) -> Result<Option<BootstrapParam
     if nothing_else { Ok(None) } else { Err(RequestError::OtherContainer(params.instance_id)) }
 }
 
-fn from_bootstrap(params: BootstrapParams, flags: &Flags) -> Result<StartRequest, RequestError> {
+/// The first that says something.
+fn first(candidates: &[&str]) -> String {
+    candidates.iter().find(|candidate| !candidate.is_empty()).copied().unwrap_or_default().to_owned()
+}
+
+fn from_bootstrap(
+    params: BootstrapParams,
+    flags: &Flags,
+    environment: Environment,
+) -> Result<StartRequest, RequestError> {
     let mut options = RuntimeOptions::default();
     for extension in params.extensions {
         let any = extension.value.into_option().unwrap_or_default();
@@ -144,8 +144,8 @@ fn from_bootstrap(params: BootstrapParams, flags: &Flags) -> Result<StartRequest
     }
     Ok(StartRequest {
         protocol: Protocol::Bootstrap,
-        ttrpc_address: params.containerd_ttrpc_address,
-        grpc_address: params.containerd_grpc_address,
+        ttrpc_address: first(&[&params.containerd_ttrpc_address, &environment.ttrpc_address]),
+        grpc_address: first(&[&params.containerd_grpc_address, &flags.address, &environment.grpc_address]),
         socket_dir: params.socket_dir.filter(|directory| !directory.is_empty()),
         // The more negative, the more is wanted; debug is -4.
         debug: flags.debug || params.log_level.value() <= -4,
@@ -241,8 +241,20 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_needed() {
-        let error = StartRequest::parse(b"", &flags(), Environment::default(), || true).unwrap_err();
-        assert!(matches!(error, RequestError::NoAddress));
+    fn addresses_that_the_parameters_lack_are_the_environments() {
+        let params =
+            BootstrapParams { instance_id: "c1".into(), namespace: "default".into(), ..Default::default() };
+        let input = params.write_to_bytes().unwrap();
+        let request = StartRequest::parse(&input, &flags(), environment(), || false).unwrap();
+        assert_eq!(request.protocol, Protocol::Bootstrap);
+        assert_eq!(request.ttrpc_address, "/run/c.sock.ttrpc");
+        assert_eq!(request.grpc_address, "/run/c.sock");
+    }
+
+    #[test]
+    fn without_any_address_there_is_nobody_to_publish_to() {
+        let nobody = Flags { address: String::new(), ..flags() };
+        let request = StartRequest::parse(b"", &nobody, Environment::default(), || true).unwrap();
+        assert_eq!((request.ttrpc_address.as_str(), request.grpc_address.as_str()), ("", ""));
     }
 }

@@ -17,7 +17,9 @@ use ttrpc::asynchronous::transport::Listener;
 
 use super::start::socket_path;
 use crate::events::Publisher;
-use crate::task::service::services;
+use crate::options::RuntimeOptions;
+use crate::sandbox;
+use crate::task;
 use crate::task::shim::Shim;
 
 /// What the server says when it is ready.
@@ -36,7 +38,7 @@ pub(super) enum ServeError {
         #[source]
         source: io::Error,
     },
-    #[error("can't serve the Task API")]
+    #[error("can't serve containerd")]
     Serve(#[source] ttrpc::Error),
 }
 
@@ -107,7 +109,10 @@ async fn serve(flags: &Flags, listener: UnixListener, report: OwnedFd) -> Result
     let least_logged = if flags.debug { LevelFilter::Debug } else { LevelFilter::Off };
     let shim = Arc::new(Shim::new(publisher, least_logged));
     let listener = Listener::try_from(listener).map_err(setup("listen"))?;
-    let mut server = Server::new().add_listener(listener).register_service(services(&shim));
+    let mut server = Server::new()
+        .add_listener(listener)
+        .register_service(task::service::services(&shim))
+        .register_service(sandbox::service::services(&shim, RuntimeOptions::from_environment()));
     server.start().await.map_err(ServeError::Serve)?;
 
     fs::File::from(report).write_all(READY).map_err(setup("report to the start action"))?;

@@ -175,6 +175,12 @@ fn spawn_server(
         .stdin(OwnedFd::from(listener))
         .stdout(OwnedFd::from(writer))
         .stderr(Stdio::null());
+    for (name, value) in request.options.to_environment() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
     if request.debug {
         command.arg("-debug");
     }

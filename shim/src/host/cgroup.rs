@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use bulkhead_agent_protocol::{StatsResponse, cgroup as figures};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
@@ -105,6 +106,11 @@ fn expand_slice(slice: &str) -> Option<PathBuf> {
 }
 
 impl PodCgroup {
+    /// The cgroup's directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Makes the cgroup `path` (from [`resolve`]) and its missing parents. One that exists is taken if nobody is in it.
     pub fn create(path: &Path, limits: &Limits) -> Result<PodCgroup, CgroupError> {
         make(path)?;
@@ -251,6 +257,11 @@ pub fn missing_parents(path: &Path) -> Vec<PathBuf> {
         .collect();
     missing.reverse();
     missing
+}
+
+/// What all that is in a cgroup uses.
+pub fn stats(path: &Path) -> StatsResponse {
+    figures::read(&|file| fs::read_to_string(path.join(file)).unwrap_or_default())
 }
 
 /// Moves a process into a cgroup that exists (runtime option `ShimCgroup`).

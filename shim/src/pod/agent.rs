@@ -24,6 +24,9 @@ pub const MAX_IO_ENTRIES: usize = 256;
 /// An error message of the agent, in bytes.
 const MAX_MESSAGE: usize = 2048;
 
+/// What reading from a connection that the other end closed is called by the runtime.
+const HUNG_UP: &str = "early eof";
+
 /// For what the agent does in memory.
 const QUICK: Duration = Duration::from_secs(5);
 
@@ -99,6 +102,15 @@ pub struct Exit {
     pub at_ns: i64,
 }
 
+/// The end of a process, and what it says of its container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ended {
+    /// How it ended.
+    pub exit: Exit,
+    /// Whether a process of its container was killed for want of memory by then.
+    pub oom_killed: bool,
+}
+
 impl Agent {
     /// Speaks to the agent over `stream`. What is sent waits there until the agent is up.
     pub fn new(stream: UnixStream) -> Agent {
@@ -139,10 +151,19 @@ impl Agent {
                 message: untrusted(status.message(), MAX_MESSAGE),
             },
             other => {
-                log::debug!("agent connection: {other}");
-                self.lost.send_replace(true);
+                self.note_loss(&other);
                 AgentError::Lost
             }
+        }
+    }
+
+    /// Every call that waits for an answer finds the loss out, but it is told once. That the other end hung up is the pod's
+    /// end, which is told with its reason.
+    fn note_loss(&self, error: &ttrpc::Error) {
+        let is_new = !self.lost.send_replace(true);
+        let error = error.to_string();
+        if is_new && !error.contains(HUNG_UP) {
+            log::debug!("the connection to the agent is lost: {error}");
         }
     }
 
@@ -202,11 +223,12 @@ impl Agent {
     }
 
     /// Waits, without a limit, until a process has ended.
-    pub async fn wait(&self, container: &str, exec: &str) -> Result<Exit, AgentError> {
+    pub async fn wait(&self, container: &str, exec: &str) -> Result<Ended, AgentError> {
         let request = process(container, exec);
         let answer =
             self.client.wait(Context::default(), &request).await.map_err(|error| self.classify(error))?;
-        Ok(Exit { status: answer.exit_status, at_ns: answer.exited_at_ns })
+        let exit = Exit { status: answer.exit_status, at_ns: answer.exited_at_ns };
+        Ok(Ended { exit, oom_killed: answer.oom_killed })
     }
 
     /// Sends a signal to a process, or to every process of a container.

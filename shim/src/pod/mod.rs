@@ -20,7 +20,7 @@ pub mod tree;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -299,6 +299,11 @@ impl Pod {
     /// The guest's agent.
     pub fn agent(&self) -> &Agent {
         &self.agent
+    }
+
+    /// Its cgroup on the host, with all that is of it there.
+    pub fn cgroup(&self) -> Option<&Path> {
+        self.cgroup.as_ref().map(PodCgroup::path)
     }
 
     /// The tree that the guest shares with the host.

@@ -241,7 +241,8 @@ pub fn translate_resources(
     serialize("the resources object", &resources)
 }
 
-fn parse<T: serde::de::DeserializeOwned>(what: &'static str, json: &[u8]) -> Result<T, SpecError> {
+/// Reads an object that is called `what` in errors.
+pub(crate) fn parse<T: serde::de::DeserializeOwned>(what: &'static str, json: &[u8]) -> Result<T, SpecError> {
     if json.len() > MAX_SPEC {
         return Err(SpecError::TooLarge { what, length: json.len() });
     }

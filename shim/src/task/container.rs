@@ -6,14 +6,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use containerd_shim_protos::events::task::TaskExit;
+use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use tokio::sync::watch;
 
 use super::disks::ContainerDisks;
 use super::stdio::{ProcessIo, Stdio};
 use crate::events::{Event, Publisher, timestamp};
 use crate::pod::Pod;
-use crate::pod::agent::{AgentError, Exit};
+use crate::pod::agent::{AgentError, Ended, Exit};
 use crate::pod::state::ExitRecord;
 
 /// What a process is reported to have ended with when its pod died under it: killed.
@@ -123,6 +123,8 @@ pub struct Container {
     pub disks: ContainerDisks,
     /// Whether it is frozen.
     pub paused: AtomicBool,
+    /// Whether containerd knows that something in it was killed for want of memory.
+    oom_told: AtomicBool,
     execs: Mutex<BTreeMap<String, Arc<Process>>>,
 }
 
@@ -144,6 +146,7 @@ impl Container {
             own_pid_namespace,
             disks,
             paused: AtomicBool::new(false),
+            oom_told: AtomicBool::new(false),
             execs: Mutex::default(),
         }
     }
@@ -164,7 +167,7 @@ impl Container {
             // The pod's death knows the time better than a broken connection.
             biased;
             death = self.pod.died() => Exit { status: KILLED, at_ns: death.at_ns },
-            exit = self.ask(&process) => exit,
+            exit = self.ask(&process, &publisher) => exit,
         };
         if process.exec_id.is_empty() && self.own_pid_namespace {
             self.await_execs(exit, &publisher).await;
@@ -172,11 +175,24 @@ impl Container {
         self.report(&process, exit, &publisher).await;
     }
 
-    async fn ask(&self, process: &Process) -> Exit {
+    /// Tells containerd that a process in it was killed for want of memory.
+    pub fn report_oom(&self, publisher: &Publisher) {
+        self.oom_told.store(true, Ordering::Relaxed);
+        log::warn!("container {}: a process was killed for want of memory", self.id);
+        publisher.publish(Event::Oom(TaskOOM { container_id: self.id.clone(), ..Default::default() }));
+    }
+
+    async fn ask(&self, process: &Process, publisher: &Publisher) -> Exit {
         let mut failures = 0;
         loop {
             match self.pod.agent().wait(&self.id, &process.exec_id).await {
-                Ok(exit) => return plausible(exit, crate::pod::now_ns()),
+                Ok(Ended { exit, oom_killed }) => {
+                    // The event of its own may be on its way still, and whoever hears of the exit wants to know why.
+                    if oom_killed && !self.oom_told.load(Ordering::Relaxed) {
+                        self.report_oom(publisher);
+                    }
+                    return plausible(exit, crate::pod::now_ns());
+                }
                 // The pod's death follows.
                 Err(AgentError::Lost) => std::future::pending().await,
                 Err(error) => {

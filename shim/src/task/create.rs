@@ -79,8 +79,19 @@ impl Shim {
         if !bundle.is_absolute() {
             return Err(ApiError::invalid(format!("the bundle {bundle:?} is not an absolute path")));
         }
-        let spec = spec::read(&bundle)?;
-        let role = Role::of(&spec)?;
+        let mut spec = spec::read(&bundle)?;
+        let mut role = Role::of(&spec)?;
+        if let (Some(sandbox), Some(pod)) = (&slot.sandbox, &slot.pod) {
+            if !sandbox.ready {
+                let message = format!("the sandbox {:?} has not been started", pod.id());
+                return Err(ApiError::precondition(message));
+            }
+            sandbox.complete(&mut spec);
+            // Whoever asks here for a container wants it in the sandbox, whether Kubernetes knows of it or not.
+            if role == Role::Single {
+                role = Role::Member(pod.id().to_owned());
+            }
+        }
         let existing = pod_for(slot, &request.id, &role)?;
 
         let namespaces = PodNamespaces {
@@ -134,6 +145,9 @@ impl Shim {
                     slot.pod = Some(pod.clone());
                     slot.first_process = own_pid_namespace.then_some(guest_pid);
                     self.watch_pod(&pod);
+                }
+                if let Some(sandbox) = slot.sandbox.as_mut() {
+                    sandbox.is_set_up();
                 }
                 let init = Arc::new(Process::new("", stdio, pod.host_pid(), io));
                 Ok(Arc::new(Container::new(&request.id, bundle, pod, init, own_pid_namespace, disks)))

@@ -10,4 +10,4 @@ pub mod stats;
 pub mod stdio;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

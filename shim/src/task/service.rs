@@ -58,7 +58,7 @@ pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
 }
 
 /// Carries a call out even if nobody waits for it any more.
-async fn complete<T: Send + 'static>(
+pub(crate) async fn complete<T: Send + 'static>(
     work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
 ) -> ttrpc::Result<T> {
     match tokio::spawn(work).await {
@@ -238,11 +238,11 @@ impl Task for TaskService {
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
         let shim = self.shim.clone();
         complete(async move {
-            // Asked after the deletion of each task: the pod goes with the last one only.
+            // Asked after the deletion of each task: the pod goes with the last one only, and a sandbox not even then.
             if shim.release_if_empty().await {
                 shim.exit();
             } else {
-                log::debug!("shutdown asked for by {}: containers are left, ignored", request.id);
+                log::debug!("shutdown asked for by {}: the pod is still there, ignored", request.id);
             }
             Ok(())
         })

@@ -4,16 +4,16 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use containerd_shim_protos::events::task::TaskOOM;
 use log::LevelFilter;
 use tokio::sync::watch;
 
 use super::container::{Container, Process};
 use crate::error::ApiError;
-use crate::events::{Event, Publisher};
+use crate::events::Publisher;
 use crate::limit::RateLimit;
 use crate::pod::Pod;
 use crate::pod::agent::AgentError;
+use crate::sandbox::members::Members;
 
 /// Events of the guest that are passed on at once, and then one in each interval.
 const EVENT_BURST: u32 = 32;
@@ -27,8 +27,10 @@ const FLUSH_LIMIT: Duration = Duration::from_secs(3);
 pub struct Slot {
     /// The pod, alive or dead.
     pub pod: Option<Arc<Pod>>,
-    /// The first container's first process, as the guest counts it, if it has a PID namespace of its own.
+    /// The process in the guest whose PID namespace is the pod's: the first container's first one, if it has one of its own.
     pub first_process: Option<u32>,
+    /// Set if the pod is a sandbox of the Sandbox API, which ends it: others go with their last container.
+    pub sandbox: Option<Members>,
 }
 
 /// The state behind the Task API.
@@ -81,10 +83,10 @@ impl Shim {
         tokio::spawn(container.clone().watch(process.clone(), self.publisher.clone()));
     }
 
-    /// Releases the pod if no container is left in it; tells whether none is.
+    /// Releases the pod if no container is left in it and it is no sandbox; tells whether there is none any more.
     pub async fn release_if_empty(&self) -> bool {
         let mut slot = self.slot.lock().await;
-        if !self.containers().is_empty() {
+        if slot.sandbox.is_some() || !self.containers().is_empty() {
             return false;
         }
         if let Some(pod) = slot.pod.take() {
@@ -100,6 +102,11 @@ impl Shim {
         if let Some(pod) = pod {
             pod.stop().await;
         }
+        self.await_containers().await;
+    }
+
+    /// Answers when every container of a pod that ends is reported as ended.
+    pub async fn await_containers(&self) {
         let containers: Vec<_> = self.containers().values().cloned().collect();
         for container in containers {
             container.init.ended().await;
@@ -128,12 +135,10 @@ impl Shim {
                 event = pod.agent().next_event() => event,
             };
             match event {
-                Ok(event) if event.has_oom() && self.containers().contains_key(event.oom()) => {
-                    log::warn!("container {}: a process was killed for want of memory", event.oom());
-                    self.publisher.publish(Event::Oom(TaskOOM {
-                        container_id: event.oom().into(),
-                        ..Default::default()
-                    }));
+                Ok(event) if event.has_oom() => {
+                    if let Ok(container) = self.container(event.oom()) {
+                        container.report_oom(&self.publisher);
+                    }
                 }
                 Ok(_) => {}
                 // The pod's death follows.

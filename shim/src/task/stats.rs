@@ -1,8 +1,8 @@
-//! A container's figures, as containerd knows them from cgroup version 2.
+//! A container's or a pod's figures, as containerd knows them from cgroup version 2.
 
 use bulkhead_agent_protocol as api;
 use containerd_shim_protos::cgroups_v2::metrics::{
-    CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
+    CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PSIData, PSIStats, PidsStat,
 };
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
@@ -24,6 +24,9 @@ pub fn convert(stats: &api::StatsResponse) -> protobuf::Result<Any> {
             nr_periods: stats.cpu.periods,
             nr_throttled: stats.cpu.throttled,
             throttled_usec: stats.cpu.throttled_us,
+            nr_bursts: stats.cpu.bursts,
+            burst_usec: stats.cpu.burst_us,
+            psi: pressure(&stats.cpu.pressure),
             ..Default::default()
         }),
         memory: MessageField::some(memory(&stats.memory)),
@@ -33,15 +36,37 @@ pub fn convert(stats: &api::StatsResponse) -> protobuf::Result<Any> {
             max: stats.memory.events_max,
             oom: stats.memory.events_oom,
             oom_kill: stats.memory.events_oom_kill,
+            oom_group_kill: stats.memory.events_oom_group_kill,
             ..Default::default()
         }),
         io: MessageField::some(IOStat {
             usage: stats.io.iter().map(io_entry).collect(),
+            psi: pressure(&stats.io_pressure),
             ..Default::default()
         }),
         ..Default::default()
     };
     Ok(Any { type_url: TYPE.into(), value: metrics.write_to_bytes()?, ..Default::default() })
+}
+
+/// Pressure as far as the kernel that is asked knows it.
+fn pressure(stats: &MessageField<api::PressureStats>) -> MessageField<PSIStats> {
+    let line = |line: &MessageField<api::PressureLine>| {
+        let line = line.as_ref().map(|line| PSIData {
+            avg10: line.avg10,
+            avg60: line.avg60,
+            avg300: line.avg300,
+            total: line.total_us,
+            ..Default::default()
+        });
+        MessageField::from_option(line)
+    };
+    let stats = stats.as_ref().map(|stats| PSIStats {
+        some: line(&stats.some),
+        full: line(&stats.full),
+        ..Default::default()
+    });
+    MessageField::from_option(stats)
 }
 
 fn io_entry(io: &api::IoStats) -> IOEntry {
@@ -96,6 +121,9 @@ fn memory(memory: &api::MemoryStats) -> MemoryStat {
         usage_limit: memory.limit,
         swap_usage: memory.swap_usage,
         swap_limit: memory.swap_limit,
+        max_usage: memory.max_usage,
+        swap_max_usage: memory.max_swap_usage,
+        psi: pressure(&memory.pressure),
         ..Default::default()
     }
 }
@@ -108,6 +136,8 @@ mod tests {
     fn figures_arrive_where_containerd_looks_for_them() {
         let mut stats = api::StatsResponse::new();
         stats.cpu.mut_or_insert_default().usage_us = 5;
+        let pressure = stats.cpu.mut_or_insert_default().pressure.mut_or_insert_default();
+        pressure.some.mut_or_insert_default().total_us = 11;
         stats.pids.mut_or_insert_default().limit = u64::MAX;
         let memory = stats.memory.mut_or_insert_default();
         memory.usage = 7;
@@ -120,7 +150,8 @@ mod tests {
         let any = convert(&stats).unwrap();
         assert_eq!(any.type_url, "io.containerd.cgroups.v2.Metrics");
         let metrics = Metrics::parse_from_bytes(&any.value).unwrap();
-        assert_eq!(metrics.cpu.usage_usec, 5);
+        assert_eq!((metrics.cpu.usage_usec, metrics.cpu.psi.some.total), (5, 11));
+        assert!(metrics.cpu.psi.full.is_none() && metrics.io.psi.is_none(), "a kernel that knows none");
         assert_eq!(metrics.pids.limit, u64::MAX);
         assert_eq!((metrics.memory.usage, metrics.memory.anon), (7, 9));
         assert_eq!(metrics.memory.workingset_refault, u64::MAX);

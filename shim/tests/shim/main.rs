@@ -6,3 +6,5 @@ mod actions;
 mod common;
 #[cfg(test)]
 mod refusals;
+#[cfg(test)]
+mod sandbox;

@@ -30,6 +30,7 @@ pub mod lifecycle;
 pub mod oci;
 pub mod resources;
 pub mod rootfs;
+pub mod sandbox;
 pub mod template;
 
 /// The status of a task as containerd numbers it.
@@ -147,6 +148,7 @@ pub fn all() -> Vec<Case> {
         ctr::CASES,
         bad_input::CASES,
         death::CASES,
+        sandbox::CASES,
         template::CASES,
     ]
     .concat()

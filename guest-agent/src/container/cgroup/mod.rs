@@ -3,7 +3,6 @@
 pub mod device_filter;
 pub mod events;
 pub mod resources;
-pub mod stats;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,6 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bulkhead_agent_protocol::cgroup::flat_value;
 use tokio::time::{Instant, sleep};
 
 use crate::sys::path;
@@ -114,7 +114,8 @@ impl Cgroup {
         self.directory.as_fd()
     }
 
-    fn read(&self, name: &str) -> Result<String, CgroupError> {
+    /// Reads one of the group's files.
+    pub fn read(&self, name: &str) -> Result<String, CgroupError> {
         read(&self.file(name))
     }
 
@@ -226,16 +227,4 @@ fn write(path: &Path, value: &str) -> Result<(), CgroupError> {
     let open = fs::OpenOptions::new().write(true).open(path);
     open.and_then(|mut file| io::Write::write_all(&mut file, value.as_bytes()))
         .map_err(|source| CgroupError::Write { path: path.to_owned(), value: value.to_owned(), source })
-}
-
-/// The value of a key in a file of lines `key value`; 0 if it is missing.
-fn flat_value(text: &str, key: &str) -> u64 {
-    flat_lines(text).find(|(name, _)| *name == key).map_or(0, |(_, value)| value)
-}
-
-fn flat_lines(text: &str) -> impl Iterator<Item = (&str, u64)> {
-    text.lines().filter_map(|line| {
-        let (key, value) = line.split_once(' ')?;
-        Some((key, value.trim().parse().ok()?))
-    })
 }

@@ -3,7 +3,9 @@
 use bulkhead_agent_protocol::weight_of_shares;
 
 use super::super::spec::{self, Resources, items};
-use super::{Cgroup, CgroupError, Hierarchy, flat_value, read};
+use bulkhead_agent_protocol::cgroup::flat_value;
+
+use super::{Cgroup, CgroupError, Hierarchy, read};
 
 /// A limit that can't be carried out.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -24,6 +25,8 @@ use crate::pod::Pod;
 struct Script {
     /// Exit statuses by "container exec".
     exits: watch::Sender<HashMap<String, u32>>,
+    /// Whether what ends was killed for want of memory.
+    oom_killed: AtomicBool,
     calls: Mutex<Vec<(&'static str, String)>>,
     delays: Mutex<HashMap<&'static str, Duration>>,
     refusals: Mutex<HashMap<&'static str, (ttrpc::Code, String)>>,
@@ -54,6 +57,11 @@ struct FakeAgent(Arc<Script>, Arc<Channel>);
 
 #[async_trait]
 impl Agent for FakeAgent {
+    async fn configure(&self, _: &TtrpcContext, request: api::ConfigureRequest) -> ttrpc::Result<api::Empty> {
+        self.0.call("Configure", request.hostname).await?;
+        Ok(api::Empty::new())
+    }
+
     async fn create_container(
         &self,
         _: &TtrpcContext,
@@ -61,6 +69,9 @@ impl Agent for FakeAgent {
     ) -> ttrpc::Result<api::CreateProcessResponse> {
         let spec: serde_json::Value = serde_json::from_slice(&request.spec).unwrap();
         self.0.call("Root", spec["root"]["path"].as_str().unwrap_or_default().to_owned()).await?;
+        let mounts = spec["mounts"].as_array().cloned().unwrap_or_default();
+        let mounts = mounts.iter().filter_map(|mount| mount["destination"].as_str());
+        self.0.call("Mounts", mounts.collect::<Vec<_>>().join(" ")).await?;
         self.0.call("CreateContainer", request.container_id).await?;
         Ok(api::CreateProcessResponse { pid: 42, ..Default::default() })
     }
@@ -100,7 +111,13 @@ impl Agent for FakeAgent {
         loop {
             let status = exits.borrow_and_update().get(&key).copied();
             if let Some(exit_status) = status {
-                return Ok(api::WaitResponse { exit_status, exited_at_ns: 1, ..Default::default() });
+                let oom_killed = self.0.oom_killed.load(Ordering::Relaxed);
+                return Ok(api::WaitResponse {
+                    exit_status,
+                    exited_at_ns: 1,
+                    oom_killed,
+                    ..Default::default()
+                });
             }
             exits.changed().await.unwrap();
         }
@@ -211,6 +228,12 @@ impl Guest {
     pub fn exit(&self, container: &str, exec: &str, status: u32) {
         self.streams.lock().unwrap().clear();
         self.script.exit(container, exec, status);
+    }
+
+    /// A process ends because there is no memory left.
+    pub fn exit_without_memory(&self, container: &str) {
+        self.script.oom_killed.store(true, Ordering::Relaxed);
+        self.exit(container, "", 137);
     }
 
     /// What calls of this name were about.

@@ -1,6 +1,6 @@
 //! The state machine behind the Task API, with a guest that the tests play. (Real guests are for the end-to-end suite.)
 
-mod guest;
+pub(crate) mod guest;
 
 use std::fs;
 use std::path::PathBuf;
@@ -424,6 +424,17 @@ async fn a_flood_of_events_is_cut_and_unknown_containers_are_ignored() {
     assert!(!events.iter().any(|event| event == "oom ghost"));
     assert!(events.len() < 40, "{}", events.len());
     assert_eq!(stage.status("c").await, Status::CREATED);
+}
+
+#[tokio::test]
+async fn an_exit_for_want_of_memory_is_explained_before_it_is_told() {
+    let stage = Stage::new("memory").await;
+    stage.create("c").await;
+    stage.start("c", "").await.unwrap();
+    // The agent's own event has not come, and never will.
+    stage.guest.exit_without_memory("c");
+    assert_eq!(stage.wait("c", "").await, 137);
+    assert_eq!(stage.events().await, ["create c", "start c", "oom c", "exit c 137"]);
 }
 
 #[tokio::test]

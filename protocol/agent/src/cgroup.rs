@@ -1,8 +1,6 @@
-//! What a group uses, from the files of cgroup v2.
+//! What a group uses, from the files of cgroup v2: a container's in the guest, a pod's on the host.
 
-use bulkhead_agent_protocol::{CpuStats, IoStats, MemoryStats, PidsStats, StatsResponse};
-
-use super::{Cgroup, flat_lines, flat_value};
+use crate::{CpuStats, IoStats, MemoryStats, PidsStats, PressureLine, PressureStats, StatsResponse};
 
 /// A limit that is "max".
 const NO_LIMIT: u64 = u64::MAX;
@@ -10,12 +8,13 @@ const NO_LIMIT: u64 = u64::MAX;
 /// Most devices and memory figures that are reported.
 const MAX_ENTRIES: usize = 256;
 
-/// Reads the figures of a group. What a kernel does not have stays zero.
-pub fn read(cgroup: &Cgroup) -> StatsResponse {
-    let file = |name| cgroup.read(name).unwrap_or_default();
+/// Reads the figures of a group whose files `file` gives, empty where there is none. What a kernel does not have stays zero.
+pub fn read(file: &dyn Fn(&'static str) -> String) -> StatsResponse {
     let mut response = StatsResponse::new();
-    response.cpu = Some(cpu(&file("cpu.stat"))).into();
-    response.memory = Some(memory(&file)).into();
+    let mut cpu = cpu(&file("cpu.stat"));
+    cpu.pressure = pressure(&file("cpu.pressure")).into();
+    response.cpu = Some(cpu).into();
+    response.memory = Some(memory(file)).into();
     response.pids = Some(PidsStats {
         current: number(&file("pids.current")),
         limit: limit(&file("pids.max")),
@@ -23,7 +22,20 @@ pub fn read(cgroup: &Cgroup) -> StatsResponse {
     })
     .into();
     response.io = io(&file("io.stat"));
+    response.io_pressure = pressure(&file("io.pressure")).into();
     response
+}
+
+/// The value of a key in a file of lines `key value`; 0 if it is missing.
+pub fn flat_value(text: &str, key: &str) -> u64 {
+    flat_lines(text).find(|(name, _)| *name == key).map_or(0, |(_, value)| value)
+}
+
+fn flat_lines(text: &str) -> impl Iterator<Item = (&str, u64)> {
+    text.lines().filter_map(|line| {
+        let (key, value) = line.split_once(' ')?;
+        Some((key, value.trim().parse().ok()?))
+    })
 }
 
 fn cpu(text: &str) -> CpuStats {
@@ -34,6 +46,8 @@ fn cpu(text: &str) -> CpuStats {
         periods: flat_value(text, "nr_periods"),
         throttled: flat_value(text, "nr_throttled"),
         throttled_us: flat_value(text, "throttled_usec"),
+        bursts: flat_value(text, "nr_bursts"),
+        burst_us: flat_value(text, "burst_usec"),
         ..Default::default()
     }
 }
@@ -46,12 +60,16 @@ fn memory(file: &dyn Fn(&'static str) -> String) -> MemoryStats {
         limit: limit(&file("memory.max")),
         swap_usage: number(&file("memory.swap.current")),
         swap_limit: limit(&file("memory.swap.max")),
+        max_usage: number(&file("memory.peak")),
+        max_swap_usage: number(&file("memory.swap.peak")),
         stat: flat_lines(&stat).take(MAX_ENTRIES).map(|(key, value)| (key.to_owned(), value)).collect(),
         events_low: flat_value(&events, "low"),
         events_high: flat_value(&events, "high"),
         events_max: flat_value(&events, "max"),
         events_oom: flat_value(&events, "oom"),
         events_oom_kill: flat_value(&events, "oom_kill"),
+        events_oom_group_kill: flat_value(&events, "oom_group_kill"),
+        pressure: pressure(&file("memory.pressure")).into(),
         ..Default::default()
     }
 }
@@ -76,6 +94,28 @@ fn io(text: &str) -> Vec<IoStats> {
         Some(stats)
     };
     text.lines().filter_map(line).take(MAX_ENTRIES).collect()
+}
+
+/// Lines such as `some avg10=0.12 avg60=0.00 avg300=0.00 total=345`; `None` from a kernel without pressure information.
+fn pressure(text: &str) -> Option<PressureStats> {
+    let line = |name: &str| {
+        let fields = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?;
+        let mut pressure = PressureLine::new();
+        for (key, value) in fields.split_whitespace().filter_map(|field| field.split_once('=')) {
+            // A share of time, in percent.
+            let share = value.parse().ok().filter(|share| (0.0..=100.0).contains(share)).unwrap_or_default();
+            match key {
+                "avg10" => pressure.avg10 = share,
+                "avg60" => pressure.avg60 = share,
+                "avg300" => pressure.avg300 = share,
+                "total" => pressure.total_us = number(value),
+                _ => {}
+            }
+        }
+        Some(pressure)
+    };
+    let some = line("some")?;
+    Some(PressureStats { some: Some(some).into(), full: line("full").into(), ..Default::default() })
 }
 
 fn number(text: &str) -> u64 {
@@ -105,6 +145,17 @@ mod tests {
             (254, 1, 2, 3, 4)
         );
         assert_eq!((limit("max\n"), limit("12\n"), number("34\n")), (u64::MAX, 12, 34));
+    }
+
+    #[test]
+    fn pressure_is_told_where_the_kernel_knows_it() {
+        assert_eq!(pressure(""), None);
+        let both = pressure(
+            "some avg10=0.12 avg60=99.99 avg300=0.00 total=345\nfull avg10=0.00 avg60=-1 avg300=nan total=6\n",
+        )
+        .unwrap();
+        assert_eq!((both.some.avg10, both.some.avg60, both.some.total_us), (0.12, 99.99, 345));
+        assert_eq!((both.full.avg60, both.full.avg300, both.full.total_us), (0.0, 0.0, 6));
     }
 
     #[test]
