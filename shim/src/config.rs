@@ -54,6 +54,8 @@ pub struct Config {
     pub template_dir: PathBuf,
     /// How much disk space all templates together may take, bytes.
     pub template_limit: u64,
+    /// Whether what a pod sends has to come from the addresses that its network interfaces were given.
+    pub spoof_check: bool,
     /// What is logged.
     pub log_level: LevelFilter,
 }
@@ -106,6 +108,7 @@ struct File {
     templates: Option<Templates>,
     template_dir: Option<PathBuf>,
     template_limit: Option<String>,
+    spoof_check: Option<bool>,
     log_level: Option<String>,
 }
 
@@ -284,6 +287,7 @@ impl Config {
             )?,
             template_limit: quantity::parse_bytes(file.template_limit.as_deref().unwrap_or("8Gi"))
                 .map_err(ConfigError::TemplateLimit)?,
+            spoof_check: file.spoof_check.unwrap_or(true),
             log_level: match file.log_level.as_deref().unwrap_or("info") {
                 "error" => LevelFilter::Error,
                 "warn" => LevelFilter::Warn,
@@ -409,6 +413,7 @@ mod tests {
         assert_eq!(config.templates, Templates::Auto);
         assert_eq!(config.template_dir, Path::new("/var/lib/bulkhead/templates"));
         assert_eq!(config.template_limit, 8 << 30);
+        assert!(config.spoof_check);
         assert_eq!(config.log_level, LevelFilter::Info);
     }
 
@@ -430,6 +435,7 @@ mod tests {
             templates = "off"
             template_dir = "/t"
             template_limit = "1Gi"
+            spoof_check = false
             log_level = "debug"
             "#,
         )
@@ -449,6 +455,7 @@ mod tests {
                 templates: Templates::Off,
                 template_dir: "/t".into(),
                 template_limit: 1 << 30,
+                spoof_check: false,
                 log_level: LevelFilter::Debug,
             }
         );
@@ -482,6 +489,7 @@ mod tests {
             "vmm = ",
             "templates = \"on\"",
             "templates = true",
+            "spoof_check = \"yes\"",
             "template_dir = \"templates\"",
             "template_limit = \"much\"",
         ] {

@@ -15,6 +15,7 @@ pub mod host;
 pub mod id;
 pub mod limit;
 pub mod logging;
+pub mod net;
 pub mod options;
 pub mod pod;
 pub mod quantity;

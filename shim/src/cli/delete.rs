@@ -19,6 +19,7 @@ use crate::error::chain;
 use crate::events::timestamp;
 use crate::host::cgroup;
 use crate::host::process::{ProcessId, signal, wait_ended};
+use crate::net::{Namespace, release};
 use crate::pod::now_ns;
 use crate::pod::state::{self, ExitRecord, State};
 
@@ -26,6 +27,8 @@ use crate::pod::state::{self, ExitRecord, State};
 const KILL_LIMIT: Duration = Duration::from_secs(3);
 
 const CGROUP_LIMIT: Duration = Duration::from_secs(1);
+
+const NETWORK_LIMIT: Duration = Duration::from_secs(1);
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DeleteError {
@@ -112,6 +115,11 @@ fn end(state: &State, failures: &mut Vec<String>) {
         if !process_gone(pidfd, left) {
             failures.push(format!("process {} was killed but does not end", id.pid));
         }
+    }
+    if let Some(namespace) = state.network.as_ref().and_then(Namespace::find)
+        && let Err(error) = namespace.inside_blocking(NETWORK_LIMIT, release)
+    {
+        failures.push(chain(&error));
     }
     if let Some(path) = &state.cgroup {
         if let Err(error) = cgroup::remove(path, CGROUP_LIMIT) {

@@ -205,6 +205,12 @@ impl Agent {
         self.call("RemoveDisk", limit, self.client.remove_disk(Context::default(), &request)).await.map(drop)
     }
 
+    /// Has the guest take up the network interface in a slot.
+    pub async fn add_interface(&self, request: &api::AddInterfaceRequest) -> Result<(), AgentError> {
+        let answer = self.client.add_interface(Context::default(), request);
+        self.call("AddInterface", SLOW, answer).await.map(drop)
+    }
+
     /// Sets a container up; gives its first process's id in the guest.
     pub async fn create_container(&self, request: &api::CreateContainerRequest) -> Result<u32, AgentError> {
         let answer = self.client.create_container(Context::default(), request);

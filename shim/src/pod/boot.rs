@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use super::agent::{Agent, Greeting};
 use super::guest::{self, Backends, CONSOLE_KEPT, FileError, Files, Start};
 use super::machine::{Control, ControlListener, Jailed, MachineError, identity_args, socket_pair};
+use super::network::Network;
 use super::resources::Resources;
 use super::state::StateError;
 use super::tail::Tail;
@@ -27,6 +28,7 @@ use crate::error::{Classify, Code, chain};
 use crate::host::cgroup::{self, CgroupError, Limits, PodCgroup};
 use crate::host::process::ProcessId;
 use crate::host::spawn::check_program;
+use crate::net::NetError;
 use crate::template::{Found, Order, Recipe, Store, Template};
 
 /// A restored agent is there already: it answers within this time, or something is wrong with the template.
@@ -71,6 +73,9 @@ pub enum BootError {
     /// The cgroup.
     #[error("can't make the pod's cgroup")]
     Cgroup(#[from] CgroupError),
+    /// The network namespace.
+    #[error(transparent)]
+    Network(#[from] NetError),
     /// A file that every guest needs.
     #[error(transparent)]
     File(#[from] FileError),
@@ -94,6 +99,7 @@ impl Classify for BootError {
     fn code(&self) -> Code {
         match self {
             BootError::File(error) => error.code(),
+            BootError::Network(error) => error.code(),
             BootError::Refused { .. } | BootError::Cgroup(CgroupError::Occupied(_)) => {
                 Code::FAILED_PRECONDITION
             }
@@ -115,9 +121,17 @@ pub(super) async fn boot(
         check_program(program).map_err(MachineError::from)?;
     }
 
+    let network = spec.network.as_deref().map(|path| Network::open(path, &spec.config)).transpose();
+    let network = network.map_err(BootError::from)?;
+
     fs::create_dir(&spec.directory)
         .map_err(|source| BootError::Directory { path: spec.directory.clone(), source })?;
-    resources.record(|state| state.shim = ProcessId::current().ok()).map_err(BootError::from)?;
+    resources
+        .record(|state| {
+            state.shim = ProcessId::current().ok();
+            state.network = network.as_ref().map(|network| network.record().clone());
+        })
+        .map_err(BootError::from)?;
 
     let cgroup = match &spec.cgroup {
         Some(path) => Some(make_cgroup(path, &spec.limits.limits(), resources)?),
@@ -131,6 +145,10 @@ pub(super) async fn boot(
     let start = template.as_ref().map_or(Start::Cold, |(_, template)| Start::Template(template));
     // First of all: the host's kernel takes its time with the machine, in which the rest can be done.
     let prepared = vmm.prepare(start, resources)?;
+    if let Some(network) = network {
+        network.begin();
+        resources.network = Some(Arc::new(network));
+    }
     timeline.stamp("prepare");
 
     let tree = Arc::new(SharedTree::create(&spec.directory).await.map_err(BootError::from)?);

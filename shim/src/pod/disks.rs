@@ -123,11 +123,11 @@ impl Pod {
         }
     }
 
-    /// Has the VMM close the disk in a slot.
-    async fn take_out(&self, slot: u8) {
+    /// Has the VMM close what is behind the device in a slot.
+    pub(super) async fn take_out(&self, slot: u8) {
         match self.control.request("DetachDevice", &Request::DetachDevice { slot }, &[]).await {
             Ok(()) => self.slots.give_back(slot),
-            Err(error) => log::error!("a block device stays in the pod for now: {}", chain(&error)),
+            Err(error) => log::error!("a device stays in the pod for now: {}", chain(&error)),
         }
     }
 }

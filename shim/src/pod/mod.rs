@@ -10,6 +10,7 @@ pub mod disks;
 pub mod guest;
 pub mod limits;
 pub mod machine;
+pub mod network;
 pub mod resources;
 pub mod slots;
 pub mod state;
@@ -38,6 +39,7 @@ use self::boot::{BootError, Booted};
 use self::guest::FS_TAG;
 use self::limits::{Claim, PodLimits};
 use self::machine::{Control, ControlListener, MachineError, socket_pair};
+use self::network::Network;
 use self::resources::Resources;
 use self::timeline::{Timeline, now_us};
 use self::tree::SharedTree;
@@ -72,6 +74,8 @@ pub struct PodSpec {
     pub limits: PodLimits,
     /// Cgroup on the host; `None` on hosts without cgroup version 2.
     pub cgroup: Option<PathBuf>,
+    /// The pod's network namespace on the host, if it has one.
+    pub network: Option<PathBuf>,
     /// When the request for it arrived, on the clock of [`timeline::now_us`].
     pub received_us: u64,
 }
@@ -103,6 +107,7 @@ pub struct Pod {
     slots: slots::Slots,
     limits: PodLimits,
     cgroup: Option<PodCgroup>,
+    network: Option<Arc<Network>>,
     resources: tokio::sync::Mutex<Resources>,
     /// Set by [`Pod::stop`]: from then on the end of the pod is no accident.
     stopping: watch::Sender<bool>,
@@ -185,6 +190,7 @@ impl Pod {
             slots: slots::Slots::default(),
             limits: spec.limits,
             cgroup: booted.cgroup,
+            network: resources.network.clone(),
             resources: tokio::sync::Mutex::new(resources),
             stopping: watch::Sender::new(false),
             death: watch::Sender::new(None),

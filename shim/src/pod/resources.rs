@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::machine::{Jailed, MachineError};
+use super::network::Network;
 use super::state::State;
 use super::tail::Tail;
 use super::tree::SharedTree;
@@ -33,6 +34,7 @@ pub struct Resources {
     pub(super) fs_server: Option<Arc<Jailed>>,
     pub(super) vmm: Option<Arc<Jailed>>,
     pub(super) console: Option<Tail>,
+    pub(super) network: Option<Arc<Network>>,
     released: bool,
 }
 
@@ -45,6 +47,7 @@ impl Resources {
             fs_server: None,
             vmm: None,
             console: None,
+            network: None,
             released: false,
         }
     }
@@ -121,6 +124,9 @@ impl Resources {
             if let Some(process) = process {
                 reap(name, &process).await;
             }
+        }
+        if let Some(network) = self.network.take() {
+            network.release().await;
         }
         // Closes the namespace with all its mounts.
         self.tree = None;

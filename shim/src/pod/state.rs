@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::host::process::ProcessId;
+use crate::net::Record;
 
 /// The pod's directory in the bundle of the container that the pod was made for.
 pub const DIRECTORY: &str = "bulkhead";
@@ -26,6 +27,8 @@ pub struct State {
     pub vmm: Option<ProcessId>,
     /// The file server.
     pub fs_server: Option<ProcessId>,
+    /// The pod's network namespace, if its interfaces are joined to taps.
+    pub network: Option<Record>,
     /// The pod's cgroup.
     pub cgroup: Option<PathBuf>,
     /// Parents of the cgroup that the shim made, outermost first.

@@ -218,6 +218,13 @@ pub fn read(bundle: &Path) -> Result<Spec, SpecError> {
     parse("the specification config.json", &bytes)
 }
 
+/// The network namespace that a specification names, if it names one.
+pub fn network_namespace(spec: &Spec) -> Option<PathBuf> {
+    let mut namespaces = spec.linux().as_ref()?.namespaces().iter().flatten();
+    let network = namespaces.find(|namespace| namespace.typ() == LinuxNamespaceType::Network)?;
+    network.path().clone().filter(|path| !path.as_os_str().is_empty())
+}
+
 /// Reads a process object for an exec.
 pub fn read_process(json: &[u8]) -> Result<GuestProcess, SpecError> {
     let mut process: Process = parse("the process specification", json)?;

@@ -173,7 +173,9 @@ impl Shim {
         let limits = PodLimits::new(config.size, &new.demand, *new.role == Role::Single);
         limits.add(&new.id, new.claim);
         let cgroup = pod_cgroup(new.spec)?;
-        let spec = PodSpec { id: new.id, directory, config, limits, cgroup, received_us: new.received_us };
+        let network = spec::network_namespace(new.spec);
+        let received_us = new.received_us;
+        let spec = PodSpec { id: new.id, directory, config, limits, cgroup, network, received_us };
         Ok(Pod::launch(spec).await?)
     }
 
@@ -235,7 +237,10 @@ impl Order<'_> {
         let attach = async { files.attach(pod.tree(), self.id).await.map_err(ApiError::from) };
         if self.is_new {
             // The guest boots meanwhile.
-            let configure = async { pod.configure(&self.hostname).await.map_err(ApiError::from) };
+            let configure = async {
+                pod.configure(&self.hostname).await?;
+                pod.connect_network().await.map_err(ApiError::from)
+            };
             tokio::try_join!(attach, configure)?;
         } else {
             attach.await?;

@@ -27,6 +27,7 @@ pub mod disks;
 pub mod exec;
 pub mod io;
 pub mod lifecycle;
+pub mod network;
 pub mod oci;
 pub mod resources;
 pub mod rootfs;
@@ -144,6 +145,7 @@ pub fn all() -> Vec<Case> {
         resources::CASES,
         rootfs::CASES,
         disks::CASES,
+        network::CASES,
         control::CASES,
         ctr::CASES,
         bad_input::CASES,

@@ -1,0 +1,264 @@
+//! Networks of pods: what CNI plugins put into a pod's network namespace is what its containers have.
+
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::{Case, Container, Environment, Runtime};
+use crate::bundle;
+use crate::failure::{Explain, Outcome};
+use crate::netns::{Namespace, Network};
+use crate::node;
+use crate::process::{eventually, run};
+use crate::shim::{CALL_LIMIT, CreateOptions};
+use crate::stdio::Streams;
+use crate::{ensure, ensure_eq, fail};
+
+/// The cases of this theme.
+pub const CASES: &[Case] = &[
+    Case::new("network-none", none),
+    Case::new("network-bridge", |e| bridge(e, 1)),
+    Case::new("cold-network-bridge", |e| bridge(e, 1)).cold(),
+    Case::new("cold-network-two-vcpus", |e| bridge(e, 2)).cold(),
+    Case::new("network-ptp-and-a-second-interface", two_interfaces),
+    Case::new("network-pod-to-pod", pod_to_pod),
+    Case::new("network-spoofed-sources-stay-inside", spoofed).bulkhead_only(),
+    Case::new("network-death-of-the-shim", death_of_the_shim),
+    Case::new("network-death-of-the-vmm", death_of_the_vmm).bulkhead_only(),
+    Case::new("network-interface-goes-away", interface_goes_away),
+    Case::new("network-wrong-namespaces-are-refused", refused).bulkhead_only(),
+];
+
+/// How long a packet may take.
+const PACKET: &str = "-c 1 -W 3";
+
+fn specification(id: &str, namespace: &Namespace, script: &str) -> Value {
+    let mut spec = bundle::spec(id, bundle::shell(script));
+    let path = namespace.path();
+    spec["linux"]["namespaces"] = json!([{ "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" },
+                                         { "type": "network", "path": path }]);
+    spec
+}
+
+fn network(environment: &Environment, number: u8, mtu: u32) -> Outcome<Network> {
+    Ok(Network::bridge(environment.host()?.path(), number, mtu))
+}
+
+/// What a namespace has, in words that do not depend on who tells: busybox inside, maybe another `ip` outside.
+const LOOK: &str = r"ip link | sed -n 's/^[0-9]*: \([^:@]*\).* mtu \([0-9]*\).*/\1 mtu \2/p; s/.*link.ether \([^ ]*\).*/\1/p';
+    ip addr | grep -o 'inet6* [^ ]*' | sort;
+    ip route | sed 's/ proto [a-z]*//; s/  */ /g; s/ *$//' | sort;
+    ip -6 route | grep -o '^[^ ]* \(via [^ ]* \)*dev [^ ]*' | grep -v -e ^unreachable -e ^ff00 -e 'dev lo' | sort -u;";
+
+fn look(namespace: &Namespace) -> Outcome<String> {
+    namespace.run(LOOK)
+}
+
+fn none(environment: &mut Environment) -> Outcome<String> {
+    let output = environment.run_script("none", "ls /sys/class/net; ip addr | grep -c inet")?.success()?;
+    ensure_eq!(output, "lo\n2\n", "interfaces and addresses");
+    Ok("loopback only".into())
+}
+
+fn ping(address: &str) -> String {
+    format!("ping {PACKET} {address} >/dev/null && echo reached {address}")
+}
+
+fn bridge(environment: &mut Environment, vcpus: u8) -> Outcome<String> {
+    let network = network(environment, 71, 1450)?;
+    let id = environment.id("bridge");
+    let mut namespace = Namespace::new(&id)?;
+    let [v4, v6] = namespace.add(&network, "eth0")?;
+    let before = look(&namespace)?;
+    ensure!(before.contains("1450") && before.contains(&v4), "the namespace: {before}");
+    let mut spec = specification(&id, &namespace, "sleep 100000");
+    spec["linux"]["sysctl"] = json!({ "net.ipv4.ip_unprivileged_port_start": "7" });
+    if vcpus > 1 {
+        spec["annotations"] = json!({ "io.bulkhead.vcpus": vcpus.to_string() });
+    }
+    let container = environment.created(&id, &spec, Streams::default())?;
+    container.shim.start("")?;
+    let inside = container.exec_script("look", LOOK)?.success()?;
+    ensure_eq!(inside, before, "what the container sees of its network");
+    let script = format!(
+        "{} && {} && cat /proc/sys/net/ipv4/ip_unprivileged_port_start",
+        ping("10.71.0.1"),
+        ping("fd00:71::1")
+    );
+    let reached = container.exec_script("ping", &script)?.success()?;
+    ensure_eq!(reached, "reached 10.71.0.1\nreached fd00:71::1\n7\n", "the gateway, and a sysctl");
+    for address in [&v4, &v6] {
+        let output = run(Command::new("ping").args(["-c", "3", "-s", "1400", address]), b"", CALL_LIMIT)?;
+        output.success(&format!("ping {address} from the node"))?;
+    }
+    container.finish()?;
+    ensure_eq!(look(&namespace)?, before, "the namespace after the pod");
+    Ok(inside.lines().collect::<Vec<_>>().join("; "))
+}
+
+fn two_interfaces(environment: &mut Environment) -> Outcome<String> {
+    let ptp = Network::ptp(environment.host()?.path(), 72);
+    let bridge = network(environment, 73, 1500)?;
+    let id = environment.id("two");
+    let mut namespace = Namespace::new(&id)?;
+    namespace.add(&ptp, "eth0")?;
+    // The second network of a pod does not take the default route.
+    let [second, _] = match namespace.add(&bridge, "net1") {
+        Ok(addresses) => addresses,
+        Err(failure) => fail!("add a second interface: {}", failure.0),
+    };
+    let before = look(&namespace)?;
+    let script = format!("{LOOK} {}; {}", ping("10.72.0.1"), ping("10.73.0.1"));
+    let inside = environment.run_to_end(&id, &specification(&id, &namespace, &script))?.success()?;
+    ensure_eq!(
+        inside,
+        format!("{before}reached 10.72.0.1\nreached 10.73.0.1\n"),
+        "two interfaces, and their gateways"
+    );
+    Ok(format!("eth0 as ptp makes it, net1 {second} on a bridge"))
+}
+
+fn pod_to_pod(environment: &mut Environment) -> Outcome<String> {
+    let network = network(environment, 74, 1500)?;
+    let (server_id, client_id) = (environment.id("server"), environment.id("client"));
+    let mut server_namespace = Namespace::new(&server_id)?;
+    let [server, _] = server_namespace.add(&network, "eth0")?;
+    let mut client_namespace = Namespace::new(&client_id)?;
+    client_namespace.add(&network, "eth0")?;
+    let script =
+        "dd if=/dev/zero of=/big bs=1M count=4 2>/dev/null; echo hello >/index.html; httpd -f -p 80 -h /";
+    let spec = specification(&server_id, &server_namespace, script);
+    let container = environment.created(&server_id, &spec, Streams::default())?;
+    container.shim.start("")?;
+    let fetch = format!(
+        "for i in 1 2 3 4 5 6 7 8 9; do wget -q -O - http://{server}/ && break; sleep 1; done; wget -q -O - http://{server}/big | wc -c"
+    );
+    let spec = specification(&client_id, &client_namespace, &fetch);
+    let output = environment.run_to_end(&client_id, &spec)?.success()?;
+    ensure_eq!(output, "hello\n4194304\n", "what another pod fetched");
+    let output = run(
+        Command::new("wget").args(["-q", "-O", "-", &format!("http://{server}/index.html")]),
+        b"",
+        CALL_LIMIT,
+    )?;
+    ensure_eq!(output.success("wget from the node")?.stdout, "hello\n", "what the node fetched");
+    container.finish()?;
+    Ok(format!("{server} served 4 MiB to another pod, and the node"))
+}
+
+/// A pod that may change its interface, with an address that is not its own.
+fn spoofed(environment: &mut Environment) -> Outcome<String> {
+    let network = network(environment, 75, 1500)?;
+    for check in [true, false] {
+        let id = environment.id("spoof");
+        let mut namespace = Namespace::new(&id)?;
+        namespace.add(&network, "eth0")?;
+        let script = format!(
+            "{}; ip addr add 10.75.0.99/24 dev eth0; ping {PACKET} -I 10.75.0.99 10.75.0.1 >/dev/null; echo address $?; \
+             ip link set eth0 down; ip link set eth0 address 02:00:00:00:00:99; ip link set eth0 up; \
+             ping {PACKET} 10.75.0.1 >/dev/null; echo mac $?",
+            ping("10.75.0.1")
+        );
+        let mut spec = specification(&id, &namespace, &script);
+        for set in ["bounding", "effective", "permitted"] {
+            if let Some(set) = spec["process"]["capabilities"][set].as_array_mut() {
+                set.push("CAP_NET_ADMIN".into());
+            }
+        }
+        let host = environment.host()?;
+        let config = host.path().join("spoof.toml");
+        std::fs::write(&config, format!("spoof_check = {check}\n"))
+            .explain(|| format!("write {}", config.display()))?;
+        let bundle = host.bundle(&id, &spec)?;
+        let shim = host.start(&bundle)?;
+        let stdio = shim.stdio("init", Streams::default())?;
+        shim.create(&stdio, CreateOptions { config: Some(&config), ..CreateOptions::default() })?;
+        let container = Container { bundle, shim, stdio };
+        container.shim.start("")?;
+        container.shim.wait("", CALL_LIMIT)?;
+        let output = container.stdio.stdout.to_end(CALL_LIMIT)?;
+        container.finish()?;
+        let wanted = if check { "address 1\nmac 1\n" } else { "address 0\nmac 0\n" };
+        ensure_eq!(output, format!("reached 10.75.0.1\n{wanted}"), "with spoof_check = {check}");
+    }
+    Ok("another address and another MAC reach nobody, unless spoof_check is off".into())
+}
+
+/// What the namespace has to be after a pod that did not end in order: as CNI left it.
+fn expect_as_before(namespace: &Namespace, before: &str, address: &str) -> Outcome {
+    eventually("the namespace is as it was", Duration::from_secs(10), || {
+        ensure_eq!(look(namespace)?, before, "the namespace");
+        Ok(())
+    })?;
+    // What the node sends comes to the namespace itself again.
+    let output = run(Command::new("ping").args(["-c", "1", "-W", "3", address]), b"", CALL_LIMIT)?;
+    output.success("ping the namespace").map(drop)
+}
+
+fn running(environment: &Environment) -> Outcome<(Network, Namespace, String, String, Container)> {
+    let network = network(environment, 76, 1500)?;
+    let id = environment.id("death");
+    let mut namespace = Namespace::new(&id)?;
+    let [address, _] = namespace.add(&network, "eth0")?;
+    let before = look(&namespace)?;
+    let spec = specification(&id, &namespace, "sleep 100000");
+    let container = environment.created(&id, &spec, Streams::default())?;
+    container.shim.start("")?;
+    Ok((network, namespace, address, before, container))
+}
+
+fn death_of_the_shim(environment: &mut Environment) -> Outcome<String> {
+    let (_network, namespace, address, before, container) = running(environment)?;
+    let shim = container.shim.pid()?;
+    node::kill_hard(shim)?;
+    environment.host()?.delete(&container.bundle)?;
+    expect_as_before(&namespace, &before, &address)?;
+    container.bundle.remove()?;
+    Ok("nothing of the pod is left in its namespace".into())
+}
+
+fn death_of_the_vmm(environment: &mut Environment) -> Outcome<String> {
+    let (_network, namespace, address, before, container) = running(environment)?;
+    let vmm = node::descendants(container.shim.pid()?, "bulkhead-vmm");
+    let [vmm] = &vmm[..] else { fail!("the VMMs: {vmm:?}") };
+    node::kill_hard(vmm.pid)?;
+    container.shim.wait("", CALL_LIMIT)?;
+    expect_as_before(&namespace, &before, &address)?;
+    container.finish()?;
+    Ok("nothing of the pod is left in its namespace".into())
+}
+
+fn interface_goes_away(environment: &mut Environment) -> Outcome<String> {
+    let (_network, namespace, _, _, container) = running(environment)?;
+    namespace.run("ip link del eth0")?;
+    let output =
+        container.exec_script("after", &format!("ping {PACKET} 10.76.0.1 >/dev/null; echo alive"))?;
+    ensure_eq!(output.stdout, "alive\n", "the pod");
+    container.finish()?;
+    Ok("the pod goes on without its interface".into())
+}
+
+fn refused(environment: &mut Environment) -> Outcome<String> {
+    let mut errors = Vec::new();
+    for (path, words) in [
+        ("/run/netns/of-nobody", "can't open the pod's network namespace /run/netns/of-nobody"),
+        ("/dev/null", "/dev/null is no network namespace"),
+        ("/proc/1/ns/net", "host network is not possible"),
+    ] {
+        let id = environment.id("refused");
+        let mut spec = bundle::spec(&id, bundle::process(&["true"]));
+        spec["linux"]["namespaces"] = json!([{ "type": "mount" }, { "type": "network", "path": path }]);
+        let host = environment.host()?;
+        let bundle = host.bundle(&id, &spec)?;
+        let shim = host.start(&bundle)?;
+        let stdio = shim.stdio("init", Streams::default())?;
+        let created = shim.create(&stdio, CreateOptions::default());
+        Container { bundle, shim, stdio }.release()?;
+        let Err(error) = created else { fail!("a pod was made in {path}") };
+        ensure!(error.to_string().contains(words), "the error for {path}: {error}");
+        errors.push(error.to_string());
+    }
+    debug_assert_eq!(environment.runtime, Runtime::Bulkhead);
+    Ok(errors.join("; "))
+}
