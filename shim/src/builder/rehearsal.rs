@@ -105,6 +105,7 @@ async fn run(config: Config, memory: u64, directory: &Path) -> Result<Vec<u8>, R
         limits: PodLimits::new(config.size, &Demand::default(), true),
         config,
         cgroup: None,
+        network: None,
         received_us: now_us(),
     };
     let pod = Pod::launch(pod_spec).await?;

@@ -228,6 +228,7 @@ impl Pod {
             config,
             limits,
             cgroup: None,
+            network: None,
             received_us: 0,
         };
         let pod = Pod::assemble(spec, booted, Resources::new(directory), Timeline::new(now_us()));
