@@ -80,6 +80,7 @@ impl Order {
             templates: Templates::Auto,
             template_dir: self.directory.clone(),
             template_limit: self.limit,
+            spoof_check: true,
             log_level: log::LevelFilter::Info,
         }
     }
