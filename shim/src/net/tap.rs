@@ -95,9 +95,10 @@ fn open() -> io::Result<File> {
 
 /// Sets what the kernel may leave to us, all that it knows.
 fn set_offloads(file: &File) -> io::Result<NetOffloads> {
-    // SAFETY: the argument is a number.
     let set = |flags: libc::c_uint| {
-        check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags)) })
+        let flags = libc::c_ulong::from(flags);
+        // SAFETY: the argument is a number.
+        check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, flags) })
     };
     // Since Linux 6.2.
     if set(CHECKSUM_AND_TSO | USO).is_ok() {
