@@ -120,13 +120,13 @@ impl Namespace {
     pub fn for_test() -> Namespace {
         let thread = std::thread::spawn(|| {
             nix::sched::unshare(CloneFlags::CLONE_NEWNET).unwrap();
-            let path = PathBuf::from(format!(
+            // The namespace outlives the thread by this descriptor.
+            let fd = File::open("/proc/thread-self/ns/net").unwrap();
+            PathBuf::from(format!(
                 "/proc/{}/fd/{}",
                 std::process::id(),
-                // The namespace outlives the thread by this descriptor.
-                std::os::fd::IntoRawFd::into_raw_fd(File::open("/proc/thread-self/ns/net").unwrap())
-            ));
-            path
+                std::os::fd::IntoRawFd::into_raw_fd(fd)
+            ))
         });
         Namespace::open(&thread.join().unwrap()).unwrap()
     }
