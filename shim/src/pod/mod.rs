@@ -39,7 +39,7 @@ use self::boot::{BootError, Booted};
 use self::guest::FS_TAG;
 use self::limits::{Claim, PodLimits};
 use self::machine::{Control, ControlListener, MachineError, socket_pair};
-use self::network::Network;
+use self::network::{Network, NetworkError};
 use self::resources::Resources;
 use self::timeline::{Timeline, now_us};
 use self::tree::SharedTree;
@@ -138,6 +138,9 @@ pub enum PodError {
     /// The agent refused its configuration.
     #[error("the agent refused its configuration")]
     Configure(#[source] agent::AgentError),
+    /// The network does not get into it.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// No randomness for the guest.
     #[error("can't read random bytes for the guest")]
     Entropy(#[source] std::io::Error),
@@ -154,6 +157,7 @@ impl Classify for PodError {
             PodError::Dead(_) => Code::FAILED_PRECONDITION,
             PodError::NoAgent { .. } => Code::DEADLINE_EXCEEDED,
             PodError::Configure(error) | PodError::Restored(error) => error.code(),
+            PodError::Network(error) => error.code(),
             PodError::Entropy(_) | PodError::Stream(_) => Code::INTERNAL,
         }
     }
@@ -236,7 +240,7 @@ impl Pod {
         pod
     }
 
-    /// Waits for the agent and makes the guest this pod's.
+    /// Waits for the agent and makes the guest this pod's, with its network.
     pub async fn configure(&self, hostname: &str) -> Result<(), PodError> {
         if !self.is_up.load(Ordering::Relaxed) {
             let left = BOOT_LIMIT.saturating_sub(self.launched.elapsed());
@@ -265,12 +269,10 @@ impl Pod {
             ..Default::default()
         };
         match self.while_alive(self.agent.configure(&request)).await? {
-            Ok(()) => {
-                self.timeline.stamp("configure");
-                Ok(())
-            }
-            Err(error) => Err(self.explain(error).await),
+            Ok(()) => self.timeline.stamp("configure"),
+            Err(error) => return Err(self.explain(error).await),
         }
+        self.while_alive(self.connect_network()).await?.map_err(PodError::from)
     }
 
     /// An answer of the agent, or the end of the pod.

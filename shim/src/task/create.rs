@@ -237,10 +237,7 @@ impl Order<'_> {
         let attach = async { files.attach(pod.tree(), self.id).await.map_err(ApiError::from) };
         if self.is_new {
             // The guest boots meanwhile.
-            let configure = async {
-                pod.configure(&self.hostname).await?;
-                pod.connect_network().await.map_err(ApiError::from)
-            };
+            let configure = async { pod.configure(&self.hostname).await.map_err(ApiError::from) };
             tokio::try_join!(attach, configure)?;
         } else {
             attach.await?;

@@ -92,9 +92,24 @@ fn bridge(environment: &mut Environment, vcpus: u8) -> Outcome<String> {
         let output = run(Command::new("ping").args(["-c", "3", "-s", "1400", address]), b"", CALL_LIMIT)?;
         output.success(&format!("ping {address} from the node"))?;
     }
+    let took = if environment.runtime == Runtime::Bulkhead { start_took(&container)? } else { String::new() };
     container.finish()?;
     ensure_eq!(look(&namespace)?, before, "the namespace after the pod");
-    Ok(inside.lines().collect::<Vec<_>>().join("; "))
+    Ok(format!("{took}{}", inside.lines().collect::<Vec<_>>().join("; ")))
+}
+
+/// What the network cost the pod's start, of the shim's own account.
+fn start_took(container: &Container) -> Outcome<String> {
+    let log = container.shim.log.until("timeline id=", CALL_LIMIT)?;
+    let at = |phase: &str| -> Outcome<u64> {
+        let after = log.split_once(&format!(" {phase}=")).map(|(_, after)| after);
+        let digits = after.and_then(|after| after.split([' ', '\n', '"']).next());
+        digits
+            .and_then(|digits| digits.parse().ok())
+            .explain(|| format!("no {phase} in the timeline: {log:?}"))
+    };
+    let (begin, configured, connected) = (at("containerd")?, at("configure")?, at("network")?);
+    Ok(format!("{} us of {} us until then; ", connected - configured, connected - begin))
 }
 
 fn two_interfaces(environment: &mut Environment) -> Outcome<String> {
