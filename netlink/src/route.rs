@@ -38,7 +38,7 @@ pub struct Route {
     pub source: Option<IpAddr>,
     /// The interface's number.
     pub index: Option<u32>,
-    /// How many ways there are if more than one: this is the first.
+    /// How many ways there are to the destination in one route of the kernel's: this is one of them.
     pub ways: usize,
     /// The table that it is in.
     pub table: u32,
@@ -67,6 +67,7 @@ pub struct Route {
 struct Way {
     gateway: Option<IpAddr>,
     index: Option<u32>,
+    flags: u32,
 }
 
 impl Way {
@@ -103,7 +104,8 @@ impl Route {
         }
     }
 
-    fn parse(answer: &Answer) -> Option<Route> {
+    /// A route for each way.
+    fn parse(answer: &Answer) -> Option<Vec<Route>> {
         let body = &answer.body;
         if answer.kind != libc::RTM_NEWROUTE {
             return None;
@@ -125,6 +127,7 @@ impl Route {
             ..Route::new(0, anywhere, prefix)
         };
         let mut way = Way::default();
+        let mut ways = Vec::new();
         for (kind, value) in Attributes::behind(body, HEADER) {
             match kind {
                 RTA_DST => route.destination = ip(value)?,
@@ -133,17 +136,21 @@ impl Route {
                 RTA_TABLE => route.table = number32(value)?,
                 RTA_PREF => route.preference = value.first().copied(),
                 RTA_METRICS => route.read_metrics(value),
-                RTA_MULTIPATH => {
-                    let (first, flags, ways) = first_way(value)?;
-                    way = first;
-                    route.flags |= flags;
-                    route.ways = ways;
-                }
+                RTA_MULTIPATH => ways = all_ways(value),
                 kind => way.read(kind, value),
             }
         }
-        (route.gateway, route.index) = (way.gateway, way.index);
-        Some(route)
+        if ways.is_empty() {
+            ways.push(way);
+        }
+        route.ways = ways.len();
+        let through = |way: Way| Route {
+            gateway: way.gateway,
+            index: way.index,
+            flags: route.flags | way.flags,
+            ..route.clone()
+        };
+        Some(ways.into_iter().map(through).collect())
     }
 
     fn read_metrics(&mut self, value: &[u8]) {
@@ -157,20 +164,17 @@ impl Route {
     }
 }
 
-/// The first of several next hops, its flags, and how many there are.
-fn first_way(mut value: &[u8]) -> Option<(Way, u32, usize)> {
-    let mut first = None;
-    let mut ways = 0;
+/// Several next hops.
+fn all_ways(mut value: &[u8]) -> Vec<Way> {
+    let mut ways = Vec::new();
     while let Some(length) = number16(value).map(usize::from) {
         let Some(hop) = value.get(..length).filter(|hop| hop.len() >= HOP) else { break };
-        let mut way = Way { gateway: None, index: number32(&hop[4..]) };
+        let mut way = Way { gateway: None, index: number32(&hop[4..]), flags: u32::from(hop[2]) };
         Attributes::behind(hop, HOP).for_each(|(kind, value)| way.read(kind, value));
-        first.get_or_insert((way, u32::from(hop[2])));
-        ways += 1;
+        ways.push(way);
         value = value.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
-    let (way, flags) = first?;
-    Some((way, flags, ways))
+    ways
 }
 
 impl Socket {
@@ -184,12 +188,12 @@ impl Socket {
             let mut header = [0; HEADER];
             header[0] = family as u8;
             let answers = self.list(&Message::new(libc::RTM_GETROUTE, 0, &header))?;
-            routes.extend(answers.iter().filter_map(Route::parse));
+            routes.extend(answers.iter().filter_map(Route::parse).flatten());
         }
         Ok(routes)
     }
 
-    /// Adds a route, unless it is there.
+    /// Adds a route behind those to the same destination, unless it is there.
     ///
     /// # Errors
     /// What the kernel says.
@@ -206,7 +210,7 @@ impl Socket {
             route.kind,
         ]);
         header[8..].copy_from_slice(&route.flags.to_ne_bytes());
-        let mut message = Message::new(libc::RTM_NEWROUTE, libc::NLM_F_CREATE | libc::NLM_F_EXCL, &header);
+        let mut message = Message::new(libc::RTM_NEWROUTE, libc::NLM_F_CREATE | libc::NLM_F_APPEND, &header);
         message.put_u32(RTA_TABLE, route.table);
         if route.prefix > 0 {
             message.put_ip(RTA_DST, route.destination);

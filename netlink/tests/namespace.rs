@@ -117,6 +117,27 @@ fn addresses_routes_and_neighbours_come_back() {
         assert!(found.contains(route), "{route:?} is not among {found:#?}");
     }
 
+    // A second way, which IPv6 joins to the first.
+    for gateway in ["10.9.9.8", "fd00::9"] {
+        let anywhere = if gateway.contains(':') { "::" } else { "10.7.0.0" };
+        let prefix = if gateway.contains(':') { 0 } else { 16 };
+        let metric = if gateway.contains(':') { 1024 } else { 77 };
+        let flags = if gateway.contains(':') { 0 } else { 4 };
+        let route =
+            Route { gateway: Some(ip(gateway)), metric, flags, ..Route::new(one, ip(anywhere), prefix) };
+        socket.add_route(&route).unwrap();
+        let found = socket.routes().unwrap();
+        let ways: Vec<_> = found
+            .iter()
+            .filter(|found| {
+                (found.destination, found.prefix) == (route.destination, prefix) && found.metric == metric
+            })
+            .collect();
+        assert_eq!(ways.len(), 2, "{ways:#?}");
+        assert_eq!(ways[1].gateway, route.gateway);
+        assert_eq!(ways[1].ways, if anywhere == "::" { 2 } else { 1 });
+    }
+
     let neighbour = Neighbour { index: one, address: ip("10.1.0.1"), mac: [2, 0, 0, 0, 0, 9] };
     socket.add_neighbour(&neighbour).unwrap();
     socket.add_neighbour(&neighbour).unwrap();

@@ -119,13 +119,13 @@ impl Interface {
             kind => is_first && KINDS.contains(&kind),
         };
         for route in others.into_iter().filter(here) {
-            if route.ways > 1 {
+            // Of IPv6 the kernel makes one again.
+            if route.ways > 1 && route.destination.is_ipv4() {
                 log::warn!(
-                    "of {} ways to {}/{} the pod gets the one through {}",
+                    "the {} ways to {}/{} are used one after the other in the pod",
                     route.ways,
                     route.destination,
-                    route.prefix,
-                    self.name
+                    route.prefix
                 );
             }
             self.routes.push(route.clone());

@@ -20,7 +20,7 @@ pub const CASES: &[Case] = &[
     Case::new("network-none", none),
     Case::new("network-bridge", |e| bridge(e, 1)),
     Case::new("cold-network-bridge", |e| bridge(e, 1)).cold(),
-    Case::new("cold-network-two-vcpus", |e| bridge(e, 2)).cold(),
+    Case::new("network-two-vcpus", |e| bridge(e, 2)).bulkhead_only(),
     Case::new("network-ptp-and-a-second-interface", two_interfaces),
     Case::new("network-pod-to-pod", pod_to_pod),
     Case::new("network-spoofed-sources-stay-inside", spoofed).bulkhead_only(),
@@ -55,6 +55,19 @@ fn look(namespace: &Namespace) -> Outcome<String> {
     namespace.run(LOOK)
 }
 
+/// A container that runs, of a pod with a configuration of its own.
+fn started_with(environment: &Environment, id: &str, spec: &Value, config: &str) -> Outcome<Container> {
+    let host = environment.host()?;
+    let file = host.path().join(format!("{id}.toml"));
+    std::fs::write(&file, config).explain(|| format!("write {}", file.display()))?;
+    let bundle = host.bundle(id, spec)?;
+    let shim = host.start(&bundle)?;
+    let stdio = shim.stdio("init", Streams::default())?;
+    shim.create(&stdio, CreateOptions { config: Some(&file), ..CreateOptions::default() })?;
+    shim.start("")?;
+    Ok(Container { bundle, shim, stdio })
+}
+
 fn none(environment: &mut Environment) -> Outcome<String> {
     let output = environment.run_script("none", "ls /sys/class/net; ip addr | grep -c inet")?.success()?;
     ensure_eq!(output, "lo\n2\n", "interfaces and addresses");
@@ -74,11 +87,13 @@ fn bridge(environment: &mut Environment, vcpus: u8) -> Outcome<String> {
     ensure!(before.contains("1450") && before.contains(&v4), "the namespace: {before}");
     let mut spec = specification(&id, &namespace, "sleep 100000");
     spec["linux"]["sysctl"] = json!({ "net.ipv4.ip_unprivileged_port_start": "7" });
-    if vcpus > 1 {
-        spec["annotations"] = json!({ "io.bulkhead.vcpus": vcpus.to_string() });
-    }
-    let container = environment.created(&id, &spec, Streams::default())?;
-    container.shim.start("")?;
+    let container = if vcpus > 1 {
+        started_with(environment, &id, &spec, &format!("vcpus = {vcpus}\ntemplates = \"off\"\n"))?
+    } else {
+        let container = environment.created(&id, &spec, Streams::default())?;
+        container.shim.start("")?;
+        container
+    };
     let inside = container.exec_script("look", LOOK)?.success()?;
     ensure_eq!(inside, before, "what the container sees of its network");
     let script = format!(
@@ -181,16 +196,7 @@ fn spoofed(environment: &mut Environment) -> Outcome<String> {
                 set.push("CAP_NET_ADMIN".into());
             }
         }
-        let host = environment.host()?;
-        let config = host.path().join("spoof.toml");
-        std::fs::write(&config, format!("spoof_check = {check}\n"))
-            .explain(|| format!("write {}", config.display()))?;
-        let bundle = host.bundle(&id, &spec)?;
-        let shim = host.start(&bundle)?;
-        let stdio = shim.stdio("init", Streams::default())?;
-        shim.create(&stdio, CreateOptions { config: Some(&config), ..CreateOptions::default() })?;
-        let container = Container { bundle, shim, stdio };
-        container.shim.start("")?;
+        let container = started_with(environment, &id, &spec, &format!("spoof_check = {check}\n"))?;
         container.shim.wait("", CALL_LIMIT)?;
         let output = container.stdio.stdout.to_end(CALL_LIMIT)?;
         container.finish()?;
