@@ -1,4 +1,5 @@
 //! Against the kernel, each test in a network namespace of its own (as root).
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::fs::File;
 use std::net::IpAddr;
