@@ -56,6 +56,8 @@ pub struct Config {
     pub template_limit: u64,
     /// Whether what a pod sends has to come from the addresses that its network interfaces were given.
     pub spoof_check: bool,
+    /// Whether containers that bring no system call filter get our default one.
+    pub default_seccomp: bool,
     /// What is logged.
     pub log_level: LevelFilter,
 }
@@ -109,6 +111,7 @@ struct File {
     template_dir: Option<PathBuf>,
     template_limit: Option<String>,
     spoof_check: Option<bool>,
+    default_seccomp: Option<bool>,
     log_level: Option<String>,
 }
 
@@ -288,6 +291,7 @@ impl Config {
             template_limit: quantity::parse_bytes(file.template_limit.as_deref().unwrap_or("8Gi"))
                 .map_err(ConfigError::TemplateLimit)?,
             spoof_check: file.spoof_check.unwrap_or(true),
+            default_seccomp: file.default_seccomp.unwrap_or(false),
             log_level: match file.log_level.as_deref().unwrap_or("info") {
                 "error" => LevelFilter::Error,
                 "warn" => LevelFilter::Warn,
@@ -414,6 +418,7 @@ mod tests {
         assert_eq!(config.template_dir, Path::new("/var/lib/bulkhead/templates"));
         assert_eq!(config.template_limit, 8 << 30);
         assert!(config.spoof_check);
+        assert!(!config.default_seccomp);
         assert_eq!(config.log_level, LevelFilter::Info);
     }
 
@@ -436,6 +441,7 @@ mod tests {
             template_dir = "/t"
             template_limit = "1Gi"
             spoof_check = false
+            default_seccomp = true
             log_level = "debug"
             "#,
         )
@@ -456,6 +462,7 @@ mod tests {
                 template_dir: "/t".into(),
                 template_limit: 1 << 30,
                 spoof_check: false,
+                default_seccomp: true,
                 log_level: LevelFilter::Debug,
             }
         );

@@ -15,17 +15,21 @@ use rustix::io::Errno;
 
 use super::directory::{fitting, list};
 use super::host::{ActingAs, FdName};
-use super::{SharedTree, host_flags, open_options, transfer};
+use super::nodes::Node;
+use super::{SharedTree, host_flags, open_options, set_id, transfer, xattrs};
 
 /// The longest value or list of names of extended attributes (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
 const MAX_XATTR: usize = 64 * 1024;
 
-/// Extended attributes that a container's files may have. Others are the host's: labels of its security modules, and
-/// what overlayfs keeps in `trusted.overlay.*`.
-fn is_guests_xattr(name: &CStr) -> bool {
-    let name = name.to_bytes();
-    name.starts_with(b"user.")
-        || matches!(name, b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default")
+/// `FUSE_OPEN_KILL_SUIDGID`.
+const OPEN_KILL_SUIDGID: u32 = 1 << 0;
+
+/// `FUSE_WRITE_KILL_SUIDGID`.
+const WRITE_KILL_SUIDGID: u32 = 1 << 2;
+
+/// Whether a file that is opened to be truncated loses its set-id bits.
+fn kills_set_id(open_flags: u32) -> bool {
+    open_flags & OPEN_KILL_SUIDGID != 0
 }
 
 fn mode(bits: u32) -> Mode {
@@ -57,7 +61,10 @@ impl SharedTree {
             }
             Err(Errno::EXIST) if args.flags & libc::O_EXCL as u32 == 0 => {
                 let entry = self.look_up(parent, name)?;
-                let opened = self.inodes.get(entry.inode).and_then(|inode| self.open_inode(&inode, flags));
+                let opened = self
+                    .inodes
+                    .get(entry.inode)
+                    .and_then(|inode| self.open_inode(&inode, flags, kills_set_id(args.fuse_flags)));
                 match opened {
                     Ok(file) => (entry, file),
                     Err(errno) => {
@@ -144,7 +151,9 @@ impl FileSystem for SharedTree {
         let inode = self.inodes.get(node)?;
         let name = FdName::new(inode.as_fd());
         if valid.contains(SetattrValid::MODE) {
-            fs::chmodat(&self.own_fds, name.as_c_str(), mode(attr.st_mode), AtFlags::empty())?;
+            // A device node's mark stays.
+            let mark = if inode.node.is_some() { Mode::SVTX } else { Mode::empty() };
+            fs::chmodat(&self.own_fds, name.as_c_str(), mode(attr.st_mode) | mark, AtFlags::empty())?;
         }
         if valid.intersects(SetattrValid::UID | SetattrValid::GID) {
             let uid = valid.contains(SetattrValid::UID).then(|| Uid::from_raw(attr.st_uid));
@@ -154,10 +163,13 @@ impl FileSystem for SharedTree {
         }
         if valid.contains(SetattrValid::SIZE) {
             let size = u64::try_from(attr.st_size).map_err(|_| Errno::FBIG)?;
+            let kill = valid.contains(SetattrValid::KILL_SUIDGID);
+            let truncate =
+                |file: &dyn AsFd| set_id::keep(&self.own_fds, &inode, kill, || fs::ftruncate(file, size));
             match handle {
-                Some(handle) => fs::ftruncate(&self.handles.get(handle, node)?.file, size)?,
+                Some(handle) => truncate(&self.handles.get(handle, node)?.file)?,
                 None if inode.kind == FileType::RegularFile => {
-                    fs::ftruncate(self.own_fds.reopen(&*inode, OFlags::WRONLY)?, size)?;
+                    truncate(&self.own_fds.reopen(&*inode, OFlags::WRONLY)?)?;
                 }
                 None => return Err(Errno::INVAL.into()),
             }
@@ -189,13 +201,30 @@ impl FileSystem for SharedTree {
         parent: u64,
         name: &CStr,
         node_mode: u32,
-        _rdev: u32,
+        rdev: u32,
         _umask: u32,
     ) -> io::Result<Entry> {
+        let device = match node_mode & libc::S_IFMT {
+            // A whiteout, which drives nothing.
+            libc::S_IFCHR if rdev == 0 => None,
+            libc::S_IFCHR => Some(Node::new(FileType::CharacterDevice, rdev)),
+            libc::S_IFBLK => Some(Node::new(FileType::BlockDevice, rdev)),
+            _ => None,
+        };
+        if let Some(device) = device {
+            let directory = self.inodes.get(parent)?;
+            self.inodes.check_room()?;
+            {
+                let _acting = ActingAs::new(ctx.uid, ctx.gid)?;
+                device.create(&*directory, name, mode(node_mode), &self.own_fds, &directory.mount.nodes)?;
+            }
+            return Ok(self.look_up(parent, name)?);
+        }
         let kind = match node_mode & libc::S_IFMT {
             0 | libc::S_IFREG => FileType::RegularFile,
             libc::S_IFIFO => FileType::Fifo,
             libc::S_IFSOCK => FileType::Socket,
+            libc::S_IFCHR => FileType::CharacterDevice,
             _ => return Err(Errno::PERM.into()),
         };
         let directory = self.inodes.get(parent)?;
@@ -242,8 +271,7 @@ impl FileSystem for SharedTree {
         flags: u32,
     ) -> io::Result<()> {
         let flags = RenameFlags::from_bits_retain(flags);
-        // A whiteout is a device node.
-        if !(RenameFlags::NOREPLACE | RenameFlags::EXCHANGE).contains(flags) {
+        if !(RenameFlags::NOREPLACE | RenameFlags::EXCHANGE | RenameFlags::WHITEOUT).contains(flags) {
             return Err(Errno::INVAL.into());
         }
         let (old, new) = (self.inodes.get(old_parent)?, self.inodes.get(new_parent)?);
@@ -262,9 +290,9 @@ impl FileSystem for SharedTree {
         _ctx: &Context,
         node: u64,
         flags: u32,
-        _fuse_flags: u32,
+        fuse_flags: u32,
     ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
-        let (handle, options) = SharedTree::open(self, node, host_flags(flags))?;
+        let (handle, options) = SharedTree::open(self, node, host_flags(flags), kills_set_id(fuse_flags))?;
         Ok((Some(handle), options, None))
     }
 
@@ -306,12 +334,14 @@ impl FileSystem for SharedTree {
         _lock_owner: Option<u64>,
         _delayed_write: bool,
         flags: u32,
-        _fuse_flags: u32,
+        fuse_flags: u32,
     ) -> io::Result<usize> {
-        // Set-id bits go with every write: the host's kernel keeps them only for CAP_FSETID in the initial namespace.
         let handle = self.handles.get(handle, node)?;
+        let inode = self.inodes.get(node)?;
         let append = flags & libc::O_APPEND as u32 != 0;
-        transfer::write(&handle.file, request, size as usize, offset, append)
+        set_id::keep(&self.own_fds, &inode, fuse_flags & WRITE_KILL_SUIDGID != 0, || {
+            transfer::write(&handle.file, request, size as usize, offset, append)
+        })
     }
 
     fn fsync(&self, _ctx: &Context, node: u64, datasync: bool, handle: u64) -> io::Result<()> {
@@ -328,8 +358,11 @@ impl FileSystem for SharedTree {
         offset: u64,
         length: u64,
     ) -> io::Result<()> {
-        let handle = self.handles.get(handle, node)?;
-        Ok(fs::fallocate(&handle.file, FallocateFlags::from_bits_retain(bits), offset, length)?)
+        let (handle, inode) = (self.handles.get(handle, node)?, self.inodes.get(node)?);
+        // The guest's kernel has taken set-id bits away before, if they are to go.
+        Ok(set_id::keep(&self.own_fds, &inode, false, || {
+            fs::fallocate(&handle.file, FallocateFlags::from_bits_retain(bits), offset, length)
+        })?)
     }
 
     fn release(
@@ -362,40 +395,31 @@ impl FileSystem for SharedTree {
     }
 
     fn setxattr(&self, _ctx: &Context, node: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
-        if !is_guests_xattr(name) {
-            return Err(Errno::OPNOTSUPP.into());
-        }
+        let name = xattrs::on_host(name).ok_or(Errno::OPNOTSUPP)?;
         let inode = self.inodes.get(node)?;
         let flags = fs::XattrFlags::from_bits_retain(flags);
-        Ok(fs::setxattr(FdName::new(inode.as_fd()).as_c_str(), name, value, flags)?)
+        Ok(fs::setxattr(FdName::new(inode.as_fd()).as_c_str(), &*name, value, flags)?)
     }
 
     fn getxattr(&self, _ctx: &Context, node: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
-        if !is_guests_xattr(name) {
-            return Err(Errno::NODATA.into());
-        }
+        let name = xattrs::on_host(name).ok_or(Errno::NODATA)?;
         let inode = self.inodes.get(node)?;
         let path = FdName::new(inode.as_fd());
         if size == 0 {
-            return Ok(GetxattrReply::Count(fs::getxattr_query(path.as_c_str(), name)? as u32));
+            return Ok(GetxattrReply::Count(fs::getxattr_query(path.as_c_str(), &*name)? as u32));
         }
         let mut value = vec![0; (size as usize).min(MAX_XATTR)];
-        let length = fs::getxattr(path.as_c_str(), name, &mut value[..])?;
+        let length = fs::getxattr(path.as_c_str(), &*name, &mut value[..])?;
         value.truncate(length);
         Ok(GetxattrReply::Value(value))
     }
 
-    fn listxattr(&self, _ctx: &Context, node: u64, size: u32) -> io::Result<ListxattrReply> {
+    fn listxattr(&self, ctx: &Context, node: u64, size: u32) -> io::Result<ListxattrReply> {
         let inode = self.inodes.get(node)?;
         let mut names = vec![0; MAX_XATTR];
         let length = fs::listxattr(FdName::new(inode.as_fd()).as_c_str(), &mut names[..])?;
         names.truncate(length);
-        let shown: Vec<u8> = names
-            .split_inclusive(|&byte| byte == 0)
-            .filter(|name| CStr::from_bytes_with_nul(name).is_ok_and(is_guests_xattr))
-            .flatten()
-            .copied()
-            .collect();
+        let shown = xattrs::in_guest(&names, ctx.uid == 0);
         match size as usize {
             0 => Ok(ListxattrReply::Count(shown.len() as u32)),
             room if room < shown.len() => Err(Errno::RANGE.into()),
@@ -404,15 +428,13 @@ impl FileSystem for SharedTree {
     }
 
     fn removexattr(&self, _ctx: &Context, node: u64, name: &CStr) -> io::Result<()> {
-        if !is_guests_xattr(name) {
-            return Err(Errno::OPNOTSUPP.into());
-        }
+        let name = xattrs::on_host(name).ok_or(Errno::OPNOTSUPP)?;
         let inode = self.inodes.get(node)?;
-        Ok(fs::removexattr(FdName::new(inode.as_fd()).as_c_str(), name)?)
+        Ok(fs::removexattr(FdName::new(inode.as_fd()).as_c_str(), &*name)?)
     }
 
     fn opendir(&self, _ctx: &Context, node: u64, _flags: u32) -> io::Result<(Option<u64>, OpenOptions)> {
-        let (handle, options) = SharedTree::open(self, node, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let (handle, options) = SharedTree::open(self, node, OFlags::RDONLY | OFlags::DIRECTORY, false)?;
         Ok((Some(handle), options))
     }
 
@@ -445,7 +467,12 @@ impl FileSystem for SharedTree {
         Ok(list(&handle, offset, fitting(size, true), |listed| {
             let entry = self.look_up_listed(node, listed)?;
             let number = inode.mount.guest_number(listed.number);
-            let added = add_entry(listed.to_dir_entry(number), entry);
+            let mut told = listed.to_dir_entry(number);
+            if entry.inode != 0 {
+                // A file may stand for a device node.
+                told.type_ = (entry.attr.st_mode & libc::S_IFMT) >> 12;
+            }
+            let added = add_entry(told, entry);
             if !matches!(added, Ok(1..)) && entry.inode != 0 {
                 // Not told, so the guest won't forget it.
                 self.inodes.forget(entry.inode, 1);

@@ -9,8 +9,6 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Statx, StatxFlags, Uid, o
 use rustix::io::{Errno, Result};
 use rustix::thread::{set_thread_res_gid, set_thread_res_uid};
 
-use super::inodes::Key;
-
 /// `/proc/self/fd`, by which a held `O_PATH` descriptor is opened for real, or named where only a path will do.
 #[derive(Debug)]
 pub struct OwnFds(OwnedFd);
@@ -68,14 +66,35 @@ impl Attributes {
         statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW, wanted).map(Attributes)
     }
 
-    /// Tells files apart.
-    pub fn key(&self) -> Key {
-        Key { device: self.device(), number: self.0.stx_ino, mount: self.0.stx_mnt_id }
+    /// Its number on its file system.
+    pub fn number(&self) -> u64 {
+        self.0.stx_ino
+    }
+
+    /// The mount it was reached by.
+    pub fn mount_id(&self) -> u64 {
+        self.0.stx_mnt_id
     }
 
     /// Device number, major and minor.
     pub fn device(&self) -> (u32, u32) {
         (self.0.stx_dev_major, self.0.stx_dev_minor)
+    }
+
+    /// Its type and permissions.
+    pub fn mode(&self) -> u32 {
+        self.0.stx_mode.into()
+    }
+
+    /// How many names it has.
+    pub fn links(&self) -> u32 {
+        self.0.stx_nlink
+    }
+
+    /// Whether it is marked as one that may stand for a device node.
+    pub fn is_marked(&self) -> bool {
+        let Statx { stx_size, stx_mode, .. } = self.0;
+        stx_size == 0 && u32::from(stx_mode) & (libc::S_IFMT | libc::S_ISVTX) == libc::S_IFREG | libc::S_ISVTX
     }
 
     /// What it is.

@@ -2,15 +2,22 @@
 //!
 //! An inode's descriptor keeps its file from going away, so while it is here no other file can have the same device,
 //! inode number and mount: the key is safe to compare. Node ids are never used twice.
+//!
+//! A file is one inode whichever mounts it is reached by, as it is on the host: so locks, FIFOs, sockets and shared memory
+//! work through all of them. A directory is one per mount, since what is mounted below it may differ.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::FileType;
 use rustix::io::{Errno, Result};
 
+use super::host::Attributes;
 use super::mounts::Mount;
+use super::nodes::Node;
+use super::set_id;
 
 /// The node id of the shared directory itself (`FUSE_ROOT_ID`).
 pub const ROOT: u64 = 1;
@@ -18,12 +25,12 @@ pub const ROOT: u64 = 1;
 /// Identifies a file on the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Key {
-    /// Its file system.
-    pub device: (u32, u32),
+    /// Its file system: the slot of its [`Mount`].
+    pub slot: u16,
     /// Its number there.
     pub number: u64,
-    /// The mount it was reached by: the same file below two mounts counts as two, since one may be read-only.
-    pub mount: u64,
+    /// The mount a directory was reached by.
+    pub mount: Option<u64>,
 }
 
 /// Where in the shared tree an inode was first found, as far as that matters.
@@ -42,23 +49,53 @@ pub enum Place {
 pub struct Inode {
     path_fd: OwnedFd,
     key: Key,
+    mount_id: u64,
     /// What it is; fixed for an inode's life.
     pub kind: FileType,
     /// Where it was found.
     pub place: Place,
     /// The mount it is on.
     pub mount: Arc<Mount>,
+    /// The device node that it stands for.
+    pub node: Option<Node>,
+    /// Whether it had set-id bits when it was last looked at.
+    set_id: AtomicBool,
 }
 
 impl Inode {
-    /// Wraps an `O_PATH` descriptor.
-    pub fn new(path_fd: OwnedFd, key: Key, kind: FileType, place: Place, mount: Arc<Mount>) -> Self {
-        Inode { path_fd, key, kind, place, mount }
+    /// Wraps an `O_PATH` descriptor of a file with these attributes.
+    pub fn new(path_fd: OwnedFd, attributes: &Attributes, place: Place, mount: Arc<Mount>) -> Self {
+        let (kind, mount_id) = (attributes.kind(), attributes.mount_id());
+        let key = Key {
+            slot: mount.slot(),
+            number: attributes.number(),
+            mount: (kind == FileType::Directory).then_some(mount_id),
+        };
+        Inode { path_fd, key, mount_id, kind, place, mount, node: None, set_id: AtomicBool::new(false) }
     }
 
-    /// Which mount of the host it is on.
+    /// The same, standing for a device node.
+    pub fn standing_for(mut self, node: Option<Node>) -> Self {
+        if let Some(node) = node {
+            self.kind = node.kind;
+        }
+        self.node = node;
+        self
+    }
+
+    /// Whether it may have set-id bits.
+    pub fn has_set_id(&self) -> bool {
+        self.set_id.load(Ordering::Relaxed)
+    }
+
+    /// Notes what its mode is.
+    pub fn note_mode(&self, mode: u32) {
+        self.set_id.store(set_id::has(mode), Ordering::Relaxed);
+    }
+
+    /// Which mount of the host it was reached by.
     pub fn mount_id(&self) -> u64 {
-        self.key.mount
+        self.mount_id
     }
 }
 

@@ -16,7 +16,10 @@ mod handles;
 mod host;
 mod inodes;
 mod mounts;
+mod nodes;
+mod set_id;
 mod transfer;
+mod xattrs;
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -31,6 +34,7 @@ use handles::Handles;
 use host::{Attributes, OwnFds, open_entry};
 use inodes::{Inode, Inodes, Place};
 use mounts::{Mounts, Sharing};
+use nodes::Node;
 
 /// The name of a container's root file system in its directory; its mount belongs to the guest alone.
 const ROOTFS: &[u8] = b"rootfs";
@@ -38,8 +42,12 @@ const ROOTFS: &[u8] = b"rootfs";
 /// The part of the descriptors that may be inodes; the rest may be open files, but for [`SPARE_FDS`].
 const INODE_SHARE: (usize, usize) = (3, 4);
 
-/// Descriptors that are neither: the socket, the root, one or two per request under way.
+/// Descriptors that are neither: the socket, the root, one or two per request under way, and files that stand for devices
+/// on old file systems, which may be [`KEPT_SHARE`] of these.
 const SPARE_FDS: usize = 64;
+
+/// See [`SPARE_FDS`].
+const KEPT_SHARE: usize = 32;
 
 /// The shared directory.
 pub struct SharedTree {
@@ -69,9 +77,9 @@ impl SharedTree {
         let own_fds = OwnFds::new(own_fds)?;
         let attributes = Attributes::of(&root)?;
         let mounts = Mounts::default();
-        let key = attributes.key();
-        let mount = mounts.get(attributes.device(), key.mount, Sharing::WithHost)?;
-        let root = Inode::new(root, key, attributes.kind(), Place::Top, mount);
+        let mount = mounts.get(attributes.device(), is_read_only(&root)?, Sharing::WithHost)?;
+        let root = Inode::new(root, &attributes, Place::Top, mount);
+        nodes::limit_kept(KEPT_SHARE);
         let room = open_files.saturating_sub(SPARE_FDS);
         let for_inodes = room / INODE_SHARE.1 * INODE_SHARE.0;
         Ok(SharedTree {
@@ -94,9 +102,13 @@ impl SharedTree {
         let source = self.handles.get(handle, node)?;
         let (node, handle, mut to) = range.to;
         let destination = self.handles.get(handle, node)?;
+        let inode = self.inodes.get(node)?;
         // Bounded, so that one request can't keep a worker for long.
         let length = range.length.min(MAX_COPY) as usize;
-        copy_file_range(&source.file, Some(&mut from), &destination.file, Some(&mut to), length)
+        // The guest's kernel has taken set-id bits away before, if they are to go.
+        set_id::keep(&self.own_fds, &inode, false, || {
+            copy_file_range(&source.file, Some(&mut from), &destination.file, Some(&mut to), length)
+        })
     }
 
     fn look_up(&self, parent: u64, name: &CStr) -> Result<Entry> {
@@ -115,23 +127,26 @@ impl SharedTree {
     /// Makes a file known to the guest that was found (or created) in `parent`.
     fn enter(&self, path_fd: OwnedFd, parent: &Inode, name: &CStr) -> Result<Entry> {
         let attributes = Attributes::of(&path_fd)?;
-        let key = attributes.key();
-        let crossed = key.mount != parent.mount_id();
+        let crossed = attributes.mount_id() != parent.mount_id();
         let place = match parent.place {
             Place::Top if !crossed => Place::Container,
             _ => Place::Below,
         };
-        let sharing = match parent.place {
-            Place::Container if crossed && name.to_bytes() == ROOTFS => Sharing::GuestOnly,
-            _ if crossed => Sharing::WithHost,
-            _ => parent.mount.sharing,
+        let mount = if crossed {
+            let is_rootfs = parent.place == Place::Container && name.to_bytes() == ROOTFS;
+            let sharing = if is_rootfs { Sharing::GuestOnly } else { Sharing::WithHost };
+            self.mounts.get(attributes.device(), is_read_only(&path_fd)?, sharing)?
+        } else {
+            parent.mount.clone()
         };
-        let mount = self.mounts.get(attributes.device(), key.mount, sharing)?;
-        let (node, inode) = self.inodes.look_up(Inode::new(path_fd, key, attributes.kind(), place, mount))?;
+        let stands_for =
+            if attributes.is_marked() { Node::of(&path_fd, attributes.number(), &mount.nodes) } else { None };
+        let found = Inode::new(path_fd, &attributes, place, mount).standing_for(stands_for);
+        let (node, inode) = self.inodes.look_up(found)?;
         Ok(Entry {
             inode: node,
             generation: 0,
-            attr: attributes.to_stat(inode.mount.guest_number(key.number)),
+            attr: shown(&attributes, &inode),
             attr_flags: 0,
             attr_timeout: inode.mount.sharing.timeout(),
             // The name is an entry of the parent's file system, whatever is mounted there.
@@ -141,24 +156,41 @@ impl SharedTree {
 
     fn attributes(&self, inode: &Inode) -> Result<(libc::stat64, Duration)> {
         let attributes = Attributes::of(inode)?;
-        let number = inode.mount.guest_number(attributes.key().number);
-        Ok((attributes.to_stat(number), inode.mount.sharing.timeout()))
+        Ok((shown(&attributes, inode), inode.mount.sharing.timeout()))
     }
 
     /// Opens a regular file or directory and nothing else.
-    fn open(&self, node: u64, flags: OFlags) -> Result<(u64, OpenOptions)> {
+    fn open(&self, node: u64, flags: OFlags, kill: bool) -> Result<(u64, OpenOptions)> {
         self.handles.check_room()?;
         let inode = self.inodes.get(node)?;
-        let file = self.open_inode(&inode, flags)?;
+        let file = self.open_inode(&inode, flags, kill)?;
         Ok((self.handles.insert(node, file)?, open_options(&inode)))
     }
 
-    fn open_inode(&self, inode: &Inode, flags: OFlags) -> Result<File> {
+    fn open_inode(&self, inode: &Inode, flags: OFlags, kill: bool) -> Result<File> {
         match inode.kind {
+            FileType::RegularFile if flags.contains(OFlags::TRUNC) => {
+                set_id::keep(&self.own_fds, inode, kill, || self.own_fds.reopen(inode.as_fd(), flags))
+            }
             FileType::RegularFile | FileType::Directory => self.own_fds.reopen(inode.as_fd(), flags),
             _ => Err(Errno::NXIO),
         }
     }
+}
+
+/// Whether the mount by which a file was reached is read-only.
+fn is_read_only(file: impl AsFd) -> Result<bool> {
+    Ok(rustix::fs::fstatvfs(file)?.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY))
+}
+
+/// Attributes as the guest is to see them.
+fn shown(attributes: &Attributes, inode: &Inode) -> libc::stat64 {
+    inode.note_mode(attributes.mode());
+    let mut stat = attributes.to_stat(inode.mount.guest_number(attributes.number()));
+    if let Some(node) = inode.node {
+        node.show(&mut stat);
+    }
+    stat
 }
 
 /// The most bytes that one copy request moves.

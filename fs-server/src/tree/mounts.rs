@@ -1,14 +1,17 @@
-//! The mounts of the shared tree: what tells their inode numbers apart, and how long the guest may cache them.
+//! What the guest sees of the host's file systems: what tells their inode numbers apart, and how long the guest may cache
+//! them.
 //!
-//! The guest sees one file system with one device number, so a file's number there must be unique across all mounts
-//! of the tree: each mount gets a small slot number, which is put into the upper bits. It stays the same while the guest
-//! knows any file of the mount, and is free for another mount afterwards, so pods may mount and unmount for ever.
+//! For the guest all volumes are one file system with one device number, so a file's number must be unique across all
+//! file systems in the tree: each gets a small slot number, which is put into the upper bits. It stays the same while the
+//! guest knows any file of it, and is free for another one afterwards, so pods may mount and unmount for ever.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use rustix::io::{Errno, Result};
+
+use super::nodes::Kept;
 
 /// Bits of an inode number below the slot. Numbers that need more (overlayfs marks its layers in the topmost bits)
 /// are mixed with the slot, and stay unique as long as slots are small.
@@ -18,7 +21,7 @@ const NUMBER_BITS: u32 = 48;
 const MAX_SLOTS: u16 = u16::MAX;
 
 /// Who may change a mount's files.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Sharing {
     /// The host too (volumes, `ConfigMap`s): the guest must look again soon.
     WithHost,
@@ -39,23 +42,30 @@ impl Sharing {
     }
 }
 
-/// One mount.
+/// A file system of the host as the guest may use it. The same one by a read-only mount counts as another.
 #[derive(Debug)]
 pub struct Mount {
     slot: u16,
     /// Who may change its files.
     pub sharing: Sharing,
+    /// Device nodes on it that its file system has no room for.
+    pub nodes: Kept,
 }
 
 impl Mount {
-    /// The number by which the guest knows the file with this number on this mount.
+    /// Which of the file systems that the guest knows it is.
+    pub fn slot(&self) -> u16 {
+        self.slot
+    }
+
+    /// The number by which the guest knows the file with this number on it.
     pub fn guest_number(&self, number: u64) -> u64 {
         number ^ (u64::from(self.slot) << NUMBER_BITS)
     }
 }
 
-/// A mount on the host: device and mount id.
-type MountKey = ((u32, u32), u64);
+/// A device, whether it may only be read, and who may change it.
+type MountKey = ((u32, u32), bool, Sharing);
 
 /// All mounts that the guest knows files of.
 #[derive(Default)]
@@ -64,18 +74,19 @@ pub struct Mounts {
 }
 
 impl Mounts {
-    /// The mount, new if it isn't known; `sharing` counts only then.
-    pub fn get(&self, device: (u32, u32), mount: u64, sharing: Sharing) -> Result<Arc<Mount>> {
+    /// The file system, new if it isn't known.
+    pub fn get(&self, device: (u32, u32), read_only: bool, sharing: Sharing) -> Result<Arc<Mount>> {
+        let key = (device, read_only, sharing);
         // The map is sound after each statement, whoever may have panicked.
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(mount) = known.get(&(device, mount)).and_then(Weak::upgrade) {
+        if let Some(mount) = known.get(&key).and_then(Weak::upgrade) {
             return Ok(mount);
         }
         known.retain(|_, mount| mount.strong_count() > 0);
         let used: BTreeSet<u16> = known.values().filter_map(Weak::upgrade).map(|mount| mount.slot).collect();
         let slot = (0..MAX_SLOTS).find(|slot| !used.contains(slot)).ok_or(Errno::NFILE)?;
-        let new = Arc::new(Mount { slot, sharing });
-        known.insert((device, mount), Arc::downgrade(&new));
+        let new = Arc::new(Mount { slot, sharing, nodes: Kept::default() });
+        known.insert(key, Arc::downgrade(&new));
         Ok(new)
     }
 }
@@ -85,24 +96,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn equal_numbers_of_two_mounts_differ_for_the_guest() {
+    fn equal_numbers_of_two_file_systems_differ_for_the_guest() {
         let mounts = Mounts::default();
-        let one = mounts.get((0, 1), 10, Sharing::WithHost).unwrap();
-        let other = mounts.get((0, 1), 11, Sharing::WithHost).unwrap();
-        assert_ne!(one.guest_number(42), other.guest_number(42));
-        let layer_bit = 1 << 62;
-        assert_ne!(one.guest_number(42 | layer_bit), other.guest_number(42));
-        assert_ne!(one.guest_number(42 | layer_bit), other.guest_number(42 | layer_bit));
-        let again = mounts.get((0, 1), 10, Sharing::WithHost).unwrap();
+        let one = mounts.get((0, 1), false, Sharing::WithHost).unwrap();
+        for other in [
+            ((0, 2), false, Sharing::WithHost),
+            ((0, 1), true, Sharing::WithHost),
+            ((0, 1), false, Sharing::GuestOnly),
+        ] {
+            let other = mounts.get(other.0, other.1, other.2).unwrap();
+            assert_ne!(one.guest_number(42), other.guest_number(42));
+            let layer_bit = 1 << 62;
+            assert_ne!(one.guest_number(42 | layer_bit), other.guest_number(42));
+            assert_ne!(one.guest_number(42 | layer_bit), other.guest_number(42 | layer_bit));
+        }
+        let again = mounts.get((0, 1), false, Sharing::WithHost).unwrap();
         assert_eq!(one.guest_number(42), again.guest_number(42));
     }
 
     #[test]
-    fn slots_are_used_again_when_a_mount_is_forgotten() {
+    fn slots_are_used_again_when_a_file_system_is_forgotten() {
         let mounts = Mounts::default();
-        let _stays = mounts.get((0, 1), 1, Sharing::WithHost).unwrap();
-        for mount in 2..200_000 {
-            let passing = mounts.get((0, 1), mount, Sharing::GuestOnly).unwrap();
+        let _stays = mounts.get((0, 1), false, Sharing::WithHost).unwrap();
+        for minor in 2..200_000 {
+            let passing = mounts.get((0, minor), false, Sharing::GuestOnly).unwrap();
             assert_eq!(passing.slot, 1);
         }
     }

@@ -102,6 +102,78 @@ fn mode_owner_and_size_change() {
     assert_eq!(u64_at(&server.fuse.call(op::LSEEK, file.node, &seek).unwrap(), 0), 4096);
 }
 
+/// `FUSE_WRITE_KILL_SUIDGID`.
+const KILL_SUIDGID: u32 = 4;
+
+#[test]
+fn set_id_bits_go_only_if_the_guest_says_so() {
+    let mut server = Server::start();
+    let rootfs = server.rootfs();
+    let (file, handle) = server.fuse.create(rootfs, "f", libc::O_RDWR, 0o6755).unwrap();
+    let write = |server: &mut Server, flags: u32| {
+        let mut body = [handle.to_le_bytes(), 0u64.to_le_bytes()].concat();
+        body.extend(bytes(&[4, flags, 0, 0, 0, 0]));
+        body.extend(b"text");
+        server.fuse.call(op::WRITE, file.node, &body).unwrap();
+        server.fuse.getattr(file.node).unwrap().mode & 0o7777
+    };
+    assert_eq!(write(&mut server, 0), 0o6755);
+    let attr = server.fuse.setattr(file.node, FATTR_SIZE, 2, 0, (0, 0)).unwrap();
+    assert_eq!((attr.size, attr.mode & 0o7777), (2, 0o6755), "truncated");
+    server.fuse.open(file.node, libc::O_WRONLY | libc::O_TRUNC).unwrap();
+    assert_eq!(server.fuse.getattr(file.node).unwrap().mode & 0o7777, 0o6755, "opened to be truncated");
+    assert_eq!(write(&mut server, KILL_SUIDGID), 0o755);
+    assert_eq!(write(&mut server, 0), 0o755, "they don't come back");
+    let attr = server.fuse.setattr(file.node, FATTR_MODE, 0, 0o4755, (0, 0)).unwrap();
+    assert_eq!(attr.mode & 0o7777, 0o4755);
+    let attr = server.fuse.setattr(file.node, FATTR_SIZE | 0x800, 1, 0, (0, 0)).unwrap();
+    assert_eq!(attr.mode & 0o7777, 0o755, "FATTR_KILL_SUIDGID");
+}
+
+#[test]
+fn device_nodes_are_the_guests_alone() {
+    let mut server = Server::start();
+    let rootfs = server.rootfs();
+    // Tmpfs has user attributes since Linux 6.6; the directory that the tests are in may have them before.
+    for parent in [rootfs, server.node("c1/mounts/0")] {
+        let make = |server: &mut Server, name: &str, mode: u32, number: u32| {
+            let body = [bytes(&[mode, number, 0, 0]), name_bytes(name)].concat();
+            server.fuse.call(op::MKNOD, parent, &body).map(|body| entry(&body))
+        };
+        server.fuse.ids = (5, 6);
+        let null = make(&mut server, "null", libc::S_IFCHR | 0o640, 0x103).unwrap();
+        server.fuse.ids = (0, 0);
+        assert_eq!((null.attr.mode, null.attr.uid), (libc::S_IFCHR | 0o640, 5));
+        let disk = make(&mut server, "disk", libc::S_IFBLK | 0o600, 0x800).unwrap();
+        assert_eq!(disk.attr.mode, libc::S_IFBLK | 0o600);
+        assert_eq!(make(&mut server, "disk", libc::S_IFBLK | 0o600, 0x800).map(|_| ()), Err(libc::EEXIST));
+        let attr = server.fuse.setattr(null.node, FATTR_MODE, 0, 0o666, (0, 0)).unwrap();
+        assert_eq!(attr.mode, libc::S_IFCHR | 0o666);
+        // Nobody can make it an ordinary file, nor open it.
+        assert_eq!(server.fuse.open(null.node, libc::O_RDWR), Err(libc::ENXIO));
+        assert_eq!(server.fuse.setattr(null.node, FATTR_SIZE, 1, 0, (0, 0)), Err(libc::EINVAL));
+        server.fuse.forget(null.node, 1);
+        let again = server.fuse.lookup(parent, "null").unwrap();
+        assert_eq!(again.attr.mode, libc::S_IFCHR | 0o666, "also when it was forgotten meanwhile");
+        let rename = [&parent.to_le_bytes()[..], b"null\0moved\0"].concat();
+        server.fuse.call(op::RENAME, parent, &rename).unwrap();
+        assert_eq!(server.fuse.lookup(parent, "moved").unwrap().node, again.node);
+        // An ordinary file does not become one by its looks.
+        let (file, _) = server.fuse.create(parent, "file", libc::O_RDWR, 0o1644).unwrap();
+        assert_eq!(file.attr.mode, libc::S_IFREG | 0o1644);
+    }
+    for name in ["moved", "disk"] {
+        let on_host = fs::symlink_metadata(server.path("c1/rootfs").join(name)).unwrap();
+        assert!(on_host.is_file() && on_host.len() == 0, "{name}");
+    }
+    let whiteout = [bytes(&[libc::S_IFCHR, 0, 0, 0]), name_bytes("whiteout")].concat();
+    let whiteout = entry(&server.fuse.call(op::MKNOD, rootfs, &whiteout).unwrap());
+    assert_eq!(whiteout.attr.mode & libc::S_IFMT, libc::S_IFCHR);
+    let on_host = fs::symlink_metadata(server.path("c1/rootfs/whiteout")).unwrap();
+    assert_eq!(on_host.rdev(), 0);
+    server.assert_alive();
+}
+
 #[test]
 fn appending_truncating_and_unlinked_files_work() {
     let mut server = Server::start();
@@ -139,7 +211,11 @@ fn links_and_renames_work() {
     let rename2 = |flags: u32| [&rootfs.to_le_bytes()[..], &bytes(&[flags, 0]), b"a\0d\0"].concat();
     assert_eq!(server.fuse.call(op::RENAME2, rootfs, &rename2(1)), Err(libc::EEXIST), "RENAME_NOREPLACE");
     assert_eq!(server.fuse.call(op::RENAME2, rootfs, &rename2(2)), Ok(Vec::new()), "RENAME_EXCHANGE");
-    assert_eq!(server.fuse.call(op::RENAME2, rootfs, &rename2(4)), Err(libc::EINVAL), "RENAME_WHITEOUT");
+    assert_eq!(
+        server.fuse.call(op::RENAME2, rootfs, &rename2(6)),
+        Err(libc::EINVAL),
+        "they exclude each other"
+    );
     assert_eq!(server.fuse.lookup(rootfs, "a").unwrap().node, directory.node);
     // A symbolic link as such can be linked and given away.
     symlink("target", server.path("c1/rootfs/s")).unwrap();
@@ -174,7 +250,12 @@ fn extended_attributes_of_the_guest_work_and_the_hosts_do_not() {
         capability,
         "a giant size costs nothing"
     );
-    for name in ["trusted.overlay.redirect", "security.selinux", "security.ima"] {
+    server.fuse.call(op::SETXATTR, file.node, &set("trusted.overlay.redirect", b"x")).unwrap();
+    let value = server.fuse.call(op::GETXATTR, file.node, &get("trusted.overlay.redirect", 64)).unwrap();
+    assert_eq!(value, b"x");
+    for name in
+        ["user.bulkhead.node", "user.bulkhead.trusted.overlay.redirect", "security.selinux", "security.ima"]
+    {
         assert_eq!(
             server.fuse.call(op::SETXATTR, file.node, &set(name, b"x")),
             Err(libc::EOPNOTSUPP),
@@ -183,7 +264,9 @@ fn extended_attributes_of_the_guest_work_and_the_hosts_do_not() {
         assert_eq!(server.fuse.call(op::GETXATTR, file.node, &get(name, 64)), Err(libc::ENODATA), "{name}");
     }
     let names = server.fuse.call(op::LISTXATTR, file.node, &bytes(&[4096, 0])).unwrap();
-    assert_eq!(names, b"security.capability\0");
+    let mut names: Vec<&[u8]> = names.split_inclusive(|&byte| byte == 0).collect();
+    names.sort_unstable();
+    assert_eq!(names, [&b"security.capability\0"[..], b"trusted.overlay.redirect\0"]);
     assert_eq!(server.fuse.call(op::LISTXATTR, file.node, &bytes(&[3, 0])), Err(libc::ERANGE));
 }
 
@@ -284,7 +367,20 @@ fn mounts_are_crossed_and_their_numbers_told_apart() {
     let handle = server.fuse.open(late, libc::O_RDONLY).unwrap();
     assert_eq!(server.fuse.read(late, handle, 0, 99).unwrap(), b"late");
     let bound = server.node("c2/hosts");
-    assert_ne!(bound, other.node, "the same file below another mount is another inode");
+    assert_eq!(bound, other.node, "a file is one, whatever mount it is reached by");
+    // Made read-only before it gets into the tree, as the shim does.
+    let aside = std::env::temp_dir().join(format!("bulkhead-fs-locked-{}", std::process::id()));
+    fs::write(&aside, "").unwrap();
+    fs::write(server.path("c2/locked"), "").unwrap();
+    mount(Some(&file), &aside, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+    let read_only = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    mount(None::<&str>, &aside, None::<&str>, read_only, None::<&str>).unwrap();
+    mount(Some(&aside), &server.path("c2/locked"), None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+    umount2(&aside, nix::mount::MntFlags::MNT_DETACH).unwrap();
+    fs::remove_file(&aside).unwrap();
+    let locked = server.node("c2/locked");
+    assert_ne!(locked, bound, "but for a read-only one");
+    assert_eq!(server.fuse.open(locked, libc::O_RDWR), Err(libc::EROFS));
     let handle = server.fuse.open(bound, libc::O_RDWR).unwrap();
     assert_eq!(server.fuse.read(bound, handle, 0, 99).unwrap(), b"volume");
     umount2(&server.path("c2/rootfs"), nix::mount::MntFlags::MNT_DETACH).unwrap();

@@ -25,6 +25,8 @@ pub struct DevicePlan {
     pub uid: u32,
     /// Group.
     pub gid: u32,
+    /// Whether it may be left out where the guest has no such device.
+    pub optional: bool,
 }
 
 /// A wrong device, or one that could not be made.
@@ -37,6 +39,8 @@ pub enum DeviceError {
     Number { path: PathBuf },
     #[error("linux.devices: {path:?} is not a plain absolute path")]
     Path { path: PathBuf },
+    #[error("linux.devices: {path:?}: the guest's kernel has no character device {major}:{minor}")]
+    Absent { path: PathBuf, major: u32, minor: u32 },
     #[error("can't make the device {path:?}")]
     Make { path: PathBuf, source: io::Error },
     #[error("can't make the link {path:?}")]
@@ -56,9 +60,23 @@ const LINKS: [(&str, &str); 5] = [
     ("ptmx", "pts/ptmx"),
 ];
 
-/// The default devices and those of the specification, which overrule the default ones.
-pub fn plan(devices: &[spec::Device]) -> Result<Vec<DevicePlan>, DeviceError> {
-    let own = devices.iter().map(DevicePlan::new).collect::<Result<Vec<_>, _>>()?;
+/// The major number of devices that are there or not as the kernel was built (`MISC_MAJOR`): FUSE, the TUN device.
+const MISC: u32 = 10;
+
+/// The default devices and those of the specification, which overrule the default ones. A container that may use any
+/// device was given all there are, and does without some.
+pub fn plan(devices: &[spec::Device], rules: &[spec::DeviceRule]) -> Result<Vec<DevicePlan>, DeviceError> {
+    let is_wild = |number: Option<i64>| number.is_none_or(|number| number < 0);
+    let may_use_any = rules.iter().any(|rule| {
+        rule.allow
+            && matches!(rule.kind.as_deref(), None | Some("" | "a"))
+            && is_wild(rule.major)
+            && is_wild(rule.minor)
+    });
+    let own = devices
+        .iter()
+        .map(|device| Ok(DevicePlan { optional: may_use_any, ..DevicePlan::new(device)? }))
+        .collect::<Result<Vec<_>, DeviceError>>()?;
     let default = DEFAULT.iter().map(|&(name, major, minor)| DevicePlan {
         path: Path::new("/dev").join(name),
         kind: libc::S_IFCHR,
@@ -67,6 +85,7 @@ pub fn plan(devices: &[spec::Device]) -> Result<Vec<DevicePlan>, DeviceError> {
         mode: 0o666,
         uid: 0,
         gid: 0,
+        optional: false,
     });
     let mut plan: Vec<DevicePlan> =
         default.filter(|device| !own.iter().any(|other| other.path == device.path)).collect();
@@ -97,12 +116,18 @@ impl DevicePlan {
             mode: device.file_mode.unwrap_or(0o666) & 0o7777,
             uid: device.uid.unwrap_or(0),
             gid: device.gid.unwrap_or(0),
+            optional: false,
         })
     }
 
     /// Makes the node inside `root`. Where nodes can't be made (a user namespace, a file system without devices) the
     /// guest's own node of that name is bound in its place, so this has to happen before the root is changed.
     pub fn make(&self, root: BorrowedFd<'_>) -> Result<(), DeviceError> {
+        if self.kind == libc::S_IFCHR && self.major == MISC && !self.guest_has_it() {
+            let absent =
+                DeviceError::Absent { path: self.path.clone(), major: self.major, minor: self.minor };
+            return if self.optional { Ok(()) } else { Err(absent) };
+        }
         let error = |source| DeviceError::Make { path: self.path.clone(), source };
         match self.make_node(root) {
             Ok(()) => Ok(()),
@@ -112,6 +137,10 @@ impl DevicePlan {
             },
             Err(other) => Err(error(other)),
         }
+    }
+
+    fn guest_has_it(&self) -> bool {
+        Path::new(&format!("/sys/dev/char/{}:{}", self.major, self.minor)).exists()
     }
 
     /// The guest's own node of that name, as a detached mount, if it is the same device.
@@ -182,7 +211,7 @@ mod tests {
     use super::*;
 
     fn device(json: &str) -> Result<Vec<DevicePlan>, DeviceError> {
-        plan(&[serde_json::from_str(json).unwrap()])
+        plan(&[serde_json::from_str(json).unwrap()], &[])
     }
 
     #[test]
@@ -200,6 +229,20 @@ mod tests {
         let null: Vec<_> = plan.iter().filter(|device| device.path == Path::new("/dev/null")).collect();
         assert_eq!(null.len(), 1);
         assert_eq!(null[0].mode, 0o444);
+    }
+
+    #[test]
+    fn devices_that_the_guest_lacks_are_refused_unless_they_came_unasked() {
+        use std::os::fd::AsFd;
+        let absent = r#"{"type": "c", "path": "/dev/no", "major": 10, "minor": 1048575}"#;
+        let devices = [serde_json::from_str(absent).unwrap()];
+        let make = |rules: &str| {
+            let plan = plan(&devices, &serde_json::from_str::<Vec<_>>(rules).unwrap()).unwrap();
+            let root = path::open_directory(Path::new("/")).unwrap();
+            plan.last().unwrap().make(root.as_fd())
+        };
+        assert!(make("[]").unwrap_err().to_string().contains("10:1048575"));
+        make(r#"[{"allow": true, "access": "rwm"}]"#).unwrap();
     }
 
     #[test]

@@ -4,11 +4,16 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use bulkhead_agent_protocol::SHM_SIZE_OPTION;
+
 use super::copy_up;
 use super::mount_options::{MountOptions, OptionError};
 use super::spec;
 use crate::sys::mount::{self, AttrChange, attr};
 use crate::sys::path::{self, Missing};
+
+/// The guest's own sysfs.
+const SYS: &str = "/sys";
 
 /// What is mounted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,6 +24,8 @@ pub enum Source {
         path: PathBuf,
         /// Whether mounts below it come along.
         recursive: bool,
+        /// How many bytes the guest's shared memory has to have room for.
+        room: Option<u64>,
     },
     /// A file system of its own.
     FileSystem {
@@ -82,15 +89,17 @@ impl MountPlan {
             return Err(MountError::IdMapped { destination });
         }
         let kind = mount.kind.as_deref().unwrap_or_default();
-        let options = match MountOptions::parse(spec::items(&mount.options), matches!(kind, "bind" | "rbind"))
-        {
+        let (asked, room) = split_room(mount);
+        let options = match MountOptions::parse(&asked, matches!(kind, "bind" | "rbind")) {
             Ok(options) => options,
             Err(source) => return Err(MountError::Options { destination, source }),
         };
         let source = match (options.bind, kind) {
             (Some(recursive), _) => match mount.source.as_deref() {
                 None | Some("") => return Err(MountError::NoSource { destination }),
-                Some(path) => Source::Bind { path: path.into(), recursive: recursive || kind == "rbind" },
+                Some(path) => {
+                    Source::Bind { path: path.into(), recursive: recursive || kind == "rbind", room }
+                }
             },
             (None, "" | "none") => return Err(MountError::NoType { destination }),
             (None, kind) => {
@@ -101,12 +110,22 @@ impl MountPlan {
     }
 
     /// Opens the source of a bind mount as a detached mount; `None` for a file system of its own.
-    pub fn open_source(&self) -> Result<Option<OwnedFd>, MountError> {
-        let Source::Bind { path, recursive } = &self.source else { return Ok(None) };
-        mount::clone_tree(path, *recursive).map(Some).map_err(|source| MountError::OpenSource {
-            path: path.clone(),
-            destination: self.destination.clone(),
-            source,
+    ///
+    /// A sysfs shows the network namespace, and only that one's owner may mount it. Where a container has users of its own
+    /// and the pod's network, it gets the guest's.
+    pub fn open_source(&self, own_users: bool) -> Result<Option<OwnedFd>, MountError> {
+        if let Source::FileSystem { kind, .. } = &self.source
+            && own_users
+            && kind == "sysfs"
+        {
+            return mount::clone_tree(Path::new(SYS), false).map(Some).map_err(|source| {
+                MountError::OpenSource { path: SYS.into(), destination: self.destination.clone(), source }
+            });
+        }
+        let Source::Bind { path, recursive, room } = &self.source else { return Ok(None) };
+        let make_room = || room.map_or(Ok(()), |bytes| mount::grow_tmpfs(path, bytes));
+        make_room().and_then(|()| mount::clone_tree(path, *recursive)).map(Some).map_err(|source| {
+            MountError::OpenSource { path: path.clone(), destination: self.destination.clone(), source }
         })
     }
 
@@ -120,7 +139,7 @@ impl MountPlan {
                 return Err(MountError::NoSource { destination: self.destination() });
             }
             (None, Source::FileSystem { kind, source }) => {
-                match self.new_file_system(kind, source.as_deref()) {
+                match self.new_file_system(root, kind, source.as_deref()) {
                     // Not every kernel has every file system; nothing a container does by itself needs this one.
                     Err(MountError::New { source, .. }) if kind == "mqueue" && is_unknown_type(&source) => {
                         return Ok(Mounted::Skipped(format!(
@@ -149,8 +168,19 @@ impl MountPlan {
         self.destination.clone()
     }
 
-    fn new_file_system(&self, kind: &str, source: Option<&str>) -> Result<OwnedFd, MountError> {
+    fn new_file_system(
+        &self,
+        root: BorrowedFd<'_>,
+        kind: &str,
+        source: Option<&str>,
+    ) -> Result<OwnedFd, MountError> {
         let mut data = self.options.data.clone();
+        if kind == "tmpfs"
+            && !data.iter().any(|option| option.starts_with("mode="))
+            && let Some(mode) = self.hidden_mode(root)
+        {
+            data.push(format!("mode={mode:o}"));
+        }
         // A file system on a device has to know; the attribute of the mount alone would come too late.
         if self.options.read_only() && source.is_some_and(|source| source.starts_with("/dev/")) {
             data.push("ro".to_owned());
@@ -160,6 +190,12 @@ impl MountPlan {
             destination: self.destination(),
             source,
         })
+    }
+
+    /// The mode of the directory that is mounted over, if there is one.
+    fn hidden_mode(&self, root: BorrowedFd<'_>) -> Option<libc::mode_t> {
+        let hidden = path::open_in_root(root, &self.destination, libc::O_PATH | libc::O_DIRECTORY).ok()?;
+        Some(path::stat(hidden.as_fd()).ok()?.st_mode & 0o7777)
     }
 
     /// Looks the mount point up, or makes it.
@@ -205,6 +241,22 @@ impl MountPlan {
     }
 }
 
+/// Takes the size that a bind of the guest's shared memory has to have out of a mount's options.
+fn split_room(mount: &spec::Mount) -> (Vec<String>, Option<u64>) {
+    let mut options = spec::items(&mount.options).to_vec();
+    let mut room = None;
+    if mount.source.as_deref() == Some("/dev/shm") {
+        options.retain(|option| match option.strip_prefix(SHM_SIZE_OPTION).map(str::parse) {
+            Some(Ok(bytes)) => {
+                room = Some(bytes);
+                false
+            }
+            _ => true,
+        });
+    }
+    (options, room)
+}
+
 /// What became of a mount.
 #[derive(Debug)]
 pub enum Mounted {
@@ -236,14 +288,23 @@ mod tests {
     #[test]
     fn kinds_of_mounts_are_told_apart() {
         let bind = plan(r#"{"destination": "/data", "source": "/srv", "options": ["rbind", "ro"]}"#).unwrap();
-        assert_eq!(bind.source, Source::Bind { path: "/srv".into(), recursive: true });
+        assert_eq!(bind.source, Source::Bind { path: "/srv".into(), recursive: true, room: None });
         let bind = plan(r#"{"destination": "data", "type": "bind", "source": "/srv"}"#).unwrap();
-        assert_eq!(bind.source, Source::Bind { path: "/srv".into(), recursive: false });
+        assert_eq!(bind.source, Source::Bind { path: "/srv".into(), recursive: false, room: None });
         assert_eq!(bind.destination, Path::new("/data"));
         let cgroup =
             plan(r#"{"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup"}"#).unwrap();
         let Source::FileSystem { kind, .. } = cgroup.source else { panic!("{:?}", cgroup.source) };
         assert_eq!(kind, "cgroup2");
+    }
+
+    #[test]
+    fn shared_memory_has_a_size() {
+        let plan = plan(
+            r#"{"destination": "/dev/shm", "type": "bind", "source": "/dev/shm", "options": ["rbind", "size=65536"]}"#,
+        );
+        let source = Source::Bind { path: "/dev/shm".into(), recursive: true, room: Some(65536) };
+        assert_eq!(plan.unwrap().source, source);
     }
 
     #[test]

@@ -88,7 +88,7 @@ impl ContainerPlan {
         let (hostname, domainname) =
             (named(&spec.hostname, "hostname")?, named(&spec.domainname, "domainname")?);
         let sysctl = linux.sysctl.clone().unwrap_or_default();
-        sysctl::check(sysctl.keys(), &namespaces)?;
+        sysctl::check(sysctl.keys())?;
         let no_resources = Resources::default();
         let resources = linux.resources.as_ref().unwrap_or(&no_resources);
         let process = spec.process.as_ref().ok_or(PlanError::Missing("process"))?;

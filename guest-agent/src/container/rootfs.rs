@@ -77,7 +77,7 @@ impl RootError {
             Self::Open { source, .. } | Self::Mount(MountError::OpenSource { source, .. }) => {
                 source.kind() == io::ErrorKind::NotFound
             }
-            Self::Mount(MountError::NotOrdinary { .. }) => true,
+            Self::Mount(MountError::NotOrdinary { .. }) | Self::Device(DeviceError::Absent { .. }) => true,
             _ => false,
         }
     }
@@ -97,22 +97,23 @@ impl RootPlan {
                 None => return Err(RootError::Propagation(name.to_owned())),
             },
         };
+        let rules = linux.resources.as_ref().map(|resources| items(&resources.devices)).unwrap_or_default();
         Ok(Self {
             path,
             read_only: readonly,
             propagation,
             mounts: items(&spec.mounts).iter().map(MountPlan::new).collect::<Result<_, _>>()?,
-            devices: devices::plan(items(&linux.devices))?,
+            devices: devices::plan(items(&linux.devices), rules)?,
             masked: items(&linux.masked_paths).to_vec(),
             read_only_paths: items(&linux.readonly_paths).to_vec(),
         })
     }
 
-    /// Opens the root and the sources of bind mounts.
-    pub fn open(&self) -> Result<OpenedRoot, RootError> {
+    /// Opens the root and the sources of bind mounts. With `own_users` the container has a user namespace of its own.
+    pub fn open(&self, own_users: bool) -> Result<OpenedRoot, RootError> {
         let root = mount::clone_tree(&self.path, true)
             .map_err(|source| RootError::Open { path: self.path.clone(), source })?;
-        let sources = self.mounts.iter().map(MountPlan::open_source).collect::<Result<_, _>>()?;
+        let sources = self.mounts.iter().map(|plan| plan.open_source(own_users)).collect::<Result<_, _>>()?;
         Ok(OpenedRoot { root, sources })
     }
 

@@ -5,7 +5,6 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
-use super::namespaces::{Kind, Namespaces};
 use crate::sys::{mount, path};
 
 /// A parameter that is not a container's to set, or that could not be set.
@@ -14,8 +13,8 @@ use crate::sys::{mount, path};
 pub enum SysctlError {
     #[error("linux.sysctl: {0:?} is not a parameter of a namespace")]
     NotNamespaced(String),
-    #[error("linux.sysctl: {name:?} needs a {kind} namespace of the container's own")]
-    NoNamespace { name: String, kind: Kind },
+    #[error("linux.sysctl: the guest's kernel has no parameter {0:?}")]
+    Missing(String),
     #[error("can't open the kernel parameters")]
     Open(#[source] io::Error),
     #[error("can't set the kernel parameter {name} to {value:?}")]
@@ -34,31 +33,18 @@ const IPC: [&str; 8] = [
     "kernel.shm_rmid_forced",
 ];
 
-/// Checks that every parameter belongs to a namespace. Those of the network are the pod's where the container shares
-/// its namespace, and the pod has the guest to itself.
-pub fn check<'a>(
-    names: impl Iterator<Item = &'a String>,
-    namespaces: &Namespaces,
-) -> Result<(), SysctlError> {
+/// Checks that every parameter belongs to a namespace. Where a container has none of its own, it is the guest's, which is
+/// the pod's: the pod has the guest to itself.
+pub fn check<'a>(names: impl Iterator<Item = &'a String>) -> Result<(), SysctlError> {
     for name in names {
         let normal = normal_form(name);
-        let kind = if relative_path(name).split('/').any(|part| matches!(part, "" | "." | "..")) {
-            None
-        } else if normal.starts_with("net.") {
-            continue;
-        } else if IPC.contains(&normal.as_str()) || normal.starts_with("fs.mqueue.") {
-            Some(Kind::Ipc)
-        } else if matches!(normal.as_str(), "kernel.domainname" | "kernel.hostname") {
-            Some(Kind::Uts)
-        } else {
-            None
-        };
-        match kind {
-            None => return Err(SysctlError::NotNamespaced(name.clone())),
-            Some(kind) if !namespaces.has(kind) => {
-                return Err(SysctlError::NoNamespace { name: name.clone(), kind });
-            }
-            Some(_) => {}
+        let is_plain = !relative_path(name).split('/').any(|part| matches!(part, "" | "." | ".."));
+        let is_namespaced = normal.starts_with("net.")
+            || normal.starts_with("fs.mqueue.")
+            || IPC.contains(&normal.as_str())
+            || matches!(normal.as_str(), "kernel.domainname" | "kernel.hostname");
+        if !(is_plain && is_namespaced) {
+            return Err(SysctlError::NotNamespaced(name.clone()));
         }
     }
     Ok(())
@@ -75,7 +61,10 @@ pub fn apply<'a>(parameters: impl Iterator<Item = (&'a String, &'a String)>) -> 
         let file = PathBuf::from(format!("sys/{}", relative_path(name)));
         path::open_beneath(proc.as_fd(), &file, libc::O_WRONLY)
             .and_then(|fd| fs::File::from(fd).write_all(value.as_bytes()))
-            .map_err(|source| SysctlError::Set { name: name.clone(), value: value.clone(), source })?;
+            .map_err(|source| match source.kind() {
+                io::ErrorKind::NotFound => SysctlError::Missing(name.clone()),
+                _ => SysctlError::Set { name: name.clone(), value: value.clone(), source },
+            })?;
     }
     Ok(())
 }
@@ -108,20 +97,25 @@ mod tests {
     use super::*;
 
     fn allowed(name: &str) -> bool {
-        let namespaces = r#"{"namespaces": [{"type": "mount"}, {"type": "ipc"}]}"#;
-        let namespaces = Namespaces::new(&serde_json::from_str(namespaces).unwrap()).unwrap();
-        check([name.to_owned()].iter(), &namespaces).is_ok()
+        check([name.to_owned()].iter()).is_ok()
     }
 
     #[test]
     fn only_parameters_of_namespaces_are_allowed() {
-        for name in ["net.ipv4.ip_forward", "net/ipv4/conf/eth0.1/rp_filter", "kernel.shmmax", "kernel/sem"] {
+        for name in [
+            "net.ipv4.ip_forward",
+            "net/ipv4/conf/eth0.1/rp_filter",
+            "kernel.shmmax",
+            "kernel/sem",
+            "kernel.hostname",
+            "fs.mqueue.msg_max",
+        ] {
             assert!(allowed(name), "{name}");
         }
         for name in [
             "kernel.panic",
             "vm.swappiness",
-            "kernel.hostname",
+            "kernel.hostname.x",
             "net",
             "kernel.sem.x",
             "../x",
@@ -143,6 +137,6 @@ mod tests {
     fn a_parameter_that_does_not_exist_is_an_error() {
         let parameter = [("net.bulkhead.nonsense".to_owned(), "1".to_owned())];
         let error = apply(parameter.iter().map(|(name, value)| (name, value))).unwrap_err();
-        assert!(matches!(error, SysctlError::Set { .. }), "{error}");
+        assert!(error.to_string().contains("has no parameter \"net.bulkhead.nonsense\""), "{error}");
     }
 }

@@ -34,7 +34,8 @@ const EARLY: [(&str, &str, MsFlags, &str); 8] = {
         ("tmpfs", "/run", no_devices, "mode=755"),
         ("tmpfs", "/tmp", no_devices, "mode=1777"),
         ("devpts", "/dev/pts", no_programs, "mode=620,ptmxmode=666,gid=5"),
-        ("tmpfs", "/dev/shm", nothing, "mode=1777"),
+        // As large as container engines make it.
+        ("tmpfs", "/dev/shm", nothing, "mode=1777,size=65536k"),
     ]
 };
 
@@ -50,9 +51,9 @@ pub fn mount_early() -> Result<(), FileSystemError> {
     Ok(())
 }
 
-/// Mounts the pod's shared tree. Devices in it are the host's and mean nothing here.
+/// Mounts the pod's shared tree. A device node in it means what its number means here, to a container that may use it.
 pub fn mount_shared(tag: &str) -> Result<(), FileSystemError> {
-    mount_one("virtiofs", tag, Path::new(SHARED_DIR), MsFlags::MS_NODEV, "")
+    mount_one("virtiofs", tag, Path::new(SHARED_DIR), MsFlags::empty(), "")
 }
 
 fn mount_one(

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use crate::sys::{check, fd};
 
 /// Connections of the host that may wait to be accepted.
-const BACKLOG: libc::c_int = 64;
+const BACKLOG: libc::c_int = 512;
 
 /// A connection that is being made.
 #[derive(Debug)]

@@ -236,7 +236,7 @@ impl Process {
         }
         for (from, to) in [(stdout, host.stdout), (stderr, host.stderr)] {
             match (from, to) {
-                (Some(from), Some(to)) => drop(tokio::spawn(copy_output(from, to, self.end()))),
+                (Some(from), Some(to)) => drop(tokio::spawn(copy_output(from, to))),
                 // A terminal that no one reads must not stop its process.
                 (Some(from), None) => drop(tokio::spawn(discard_output(from))),
                 (None, _) => {}

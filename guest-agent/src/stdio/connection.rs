@@ -79,6 +79,18 @@ impl Connection {
         let _ = self.0.ready(tokio::io::Interest::ERROR).await;
     }
 
+    /// Waits until the other side of a socket, which sends nothing, closes it.
+    pub async fn hung_up(&self) {
+        let mut unexpected = [0; 64];
+        while self.readable().await.is_ok() {
+            match self.try_read(&mut unexpected) {
+                Ok(0) => return,
+                Err(error) if !is_passing(&error) => return,
+                _ => {}
+            }
+        }
+    }
+
     /// The descriptor.
     pub fn fd(&self) -> &OwnedFd {
         self.0.get_ref()

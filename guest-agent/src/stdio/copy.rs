@@ -1,12 +1,11 @@
 //! Copies a process's standard streams.
 //!
-//! Buffers exist only while bytes flow. Output is copied until its end; after the process has ended, what it left in the
-//! pipe still goes out, but neither a grandchild that keeps the pipe open nor a host that does not read holds it for ever.
+//! Buffers exist only while bytes flow. Output is copied until its end or until the host has enough of it: what a process
+//! leaves running in the background may write for as long as it lives.
 
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -17,39 +16,22 @@ use super::connection::{Connection, is_passing};
 /// Bytes copied at a time.
 const BUFFER: usize = 32 * 1024;
 
-/// How long an empty pipe that someone else still holds is watched after the process has ended.
-const LINGER: Duration = Duration::from_secs(2);
-
-/// How long a host that does not read is waited for after the process has ended.
-const DRAIN_LIMIT: Duration = Duration::from_secs(60);
-
 /// How long input that is on its way is waited for when it is to be closed.
 const CLOSE_GRACE: Duration = Duration::from_millis(50);
 
-/// Copies a pipe or terminal to the host until its end. `ended` completes when the process has ended.
-pub async fn copy_output(from: Arc<Connection>, to: Connection, ended: impl Future<Output = ()>) {
-    let progress = Progress::default();
+/// Copies a pipe or terminal to the host until its end, or until the host closes the connection.
+pub async fn copy_output(from: Arc<Connection>, to: Connection) {
     let copy = async {
         while from.readable().await.is_ok() {
-            if !matches!(forward(&from, &to, &progress).await, Ok(Flow::Dry)) {
+            if !matches!(forward(&from, &to).await, Ok(Flow::Dry)) {
                 return;
             }
         }
     };
-    tokio::pin!(copy);
     tokio::select! {
         biased;
-        () = &mut copy => {}
-        () = ended => {
-            // However it goes, the end of the stream is next.
-            let _ = timeout(DRAIN_LIMIT, async {
-                tokio::select! {
-                    () = copy => {}
-                    () = progress.ceased() => {}
-                }
-            })
-            .await;
-        }
+        () = copy => {}
+        () = to.hung_up() => {}
     }
     to.shut_down_writing();
 }
@@ -62,26 +44,6 @@ pub async fn discard_output(from: Arc<Connection>) {
             Ok(0) => return,
             Err(error) if !is_passing(&error) => return,
             _ => {}
-        }
-    }
-}
-
-/// Whether bytes still flow.
-#[derive(Debug, Default)]
-struct Progress {
-    copied: AtomicUsize,
-    busy: AtomicBool,
-}
-
-impl Progress {
-    /// Completes when there has been nothing to copy for a while.
-    async fn ceased(&self) {
-        loop {
-            let before = self.copied.load(Relaxed);
-            sleep(LINGER).await;
-            if self.copied.load(Relaxed) == before && !self.busy.load(Relaxed) {
-                return;
-            }
         }
     }
 }
@@ -106,18 +68,17 @@ pub async fn copy_input(
     control: Arc<InputControl>,
     ended: impl Future<Output = ()>,
 ) {
-    let progress = Progress::default();
     let copy = async {
         loop {
             let ready = tokio::select! {
                 biased;
                 ready = from.readable() => ready,
                 () = control.close.notified() => {
-                    deliver_rest(&from, &to, &progress).await;
+                    deliver_rest(&from, &to).await;
                     return;
                 }
             };
-            if ready.is_err() || !matches!(forward(&from, &to, &progress).await, Ok(Flow::Dry)) {
+            if ready.is_err() || !matches!(forward(&from, &to).await, Ok(Flow::Dry)) {
                 return;
             }
         }
@@ -131,9 +92,9 @@ pub async fn copy_input(
 }
 
 /// Delivers what has arrived or is just arriving.
-async fn deliver_rest(from: &Connection, to: &Connection, progress: &Progress) {
+async fn deliver_rest(from: &Connection, to: &Connection) {
     while let Ok(Ok(())) = timeout(CLOSE_GRACE, from.readable()).await {
-        if !matches!(forward(from, to, progress).await, Ok(Flow::Dry)) {
+        if !matches!(forward(from, to).await, Ok(Flow::Dry)) {
             return;
         }
         // Readiness that turned out to be stale must not make this a busy loop.
@@ -149,17 +110,12 @@ enum Flow {
 }
 
 /// Forwards what is there.
-async fn forward(from: &Connection, to: &Connection, progress: &Progress) -> io::Result<Flow> {
+async fn forward(from: &Connection, to: &Connection) -> io::Result<Flow> {
     let mut buffer = vec![0; BUFFER];
     loop {
         match from.try_read(&mut buffer) {
             Ok(0) => return Ok(Flow::Ended),
-            Ok(length) => {
-                progress.busy.store(true, Relaxed);
-                to.write_all(buffer.get(..length).unwrap_or_default()).await?;
-                progress.busy.store(false, Relaxed);
-                progress.copied.fetch_add(length, Relaxed);
-            }
+            Ok(length) => to.write_all(buffer.get(..length).unwrap_or_default()).await?,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Flow::Dry),
             Err(error) if is_passing(&error) => {}
             // A terminal whose last user is gone.
@@ -194,23 +150,27 @@ mod tests {
             received
         });
         let from = Arc::new(Connection::new(reader.into()).unwrap());
-        // The process counts as ended from the start: what it wrote still has to arrive.
-        copy_output(from, to, std::future::ready(())).await;
+        copy_output(from, to).await;
         feeder.join().unwrap();
         assert_eq!(receiver.join().unwrap(), expected);
     }
 
-    #[tokio::test(flavor = "current_thread", start_paused = true)]
-    async fn a_pipe_that_stays_open_does_not_hold_the_end() {
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_pipe_that_stays_open_is_copied_until_the_host_has_enough() {
         let (reader, mut writer) = pipe().unwrap();
         let (to, mut host) = pair();
-        writer.write_all(b"last words").unwrap();
         let from = Arc::new(Connection::new(reader.into()).unwrap());
-        copy_output(from, to, std::future::ready(())).await;
-        let mut received = String::new();
-        host.read_to_string(&mut received).unwrap();
-        assert_eq!(received, "last words");
-        drop(writer);
+        let copying = tokio::spawn(copy_output(from, to));
+        for text in ["first words", "later ones"] {
+            sleep(Duration::from_millis(20)).await;
+            writer.write_all(text.as_bytes()).unwrap();
+            sleep(Duration::from_millis(20)).await;
+            let mut buffer = [0; 64];
+            let length = host.read(&mut buffer).unwrap();
+            assert_eq!(&buffer[..length], text.as_bytes());
+        }
+        drop(host);
+        timeout(Duration::from_secs(5), copying).await.unwrap().unwrap();
     }
 
     #[tokio::test(flavor = "current_thread")]

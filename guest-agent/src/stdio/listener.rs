@@ -16,7 +16,7 @@ use super::Connection;
 use crate::sys::{check, fd};
 
 /// Most connections that wait for their number or their process.
-const MAX_WAITING: usize = 256;
+const MAX_WAITING: usize = 512;
 
 /// How long the host may take to send a connection's number.
 const NUMBER_LIMIT: Duration = Duration::from_secs(10);

@@ -17,6 +17,8 @@ const FSMOUNT_CLOEXEC: u32 = 1;
 const FSCONFIG_SET_FLAG: u32 = 0;
 const FSCONFIG_SET_STRING: u32 = 1;
 const FSCONFIG_CMD_CREATE: u32 = 6;
+const FSCONFIG_CMD_RECONFIGURE: u32 = 7;
+const FSPICK_CLOEXEC: u32 = 1;
 
 /// Attributes of a mount, from `linux/mount.h`.
 pub mod attr {
@@ -150,6 +152,21 @@ pub fn new_file_system(
         .map_err(|error| with_log(&context, error))
 }
 
+/// Gives the tmpfs at `path` room for at least `bytes`.
+pub fn grow_tmpfs(path: &Path, bytes: u64) -> io::Result<()> {
+    let now = nix::sys::statvfs::statvfs(path)?;
+    if now.blocks().saturating_mul(now.fragment_size()) >= bytes {
+        return Ok(());
+    }
+    let path = c_path(path)?;
+    // SAFETY: `path` is a NUL-terminated string that outlives the call.
+    let context =
+        owned(unsafe { libc::syscall(libc::SYS_fspick, libc::AT_FDCWD, path.as_ptr(), FSPICK_CLOEXEC) })?;
+    fsconfig(&context, FSCONFIG_SET_STRING, Some("size"), Some(&bytes.to_string()))
+        .and_then(|()| fsconfig(&context, FSCONFIG_CMD_RECONFIGURE, None, None))
+        .map_err(|error| with_log(&context, error))
+}
+
 fn configure(context: &OwnedFd, source: Option<&str>, options: &[String]) -> io::Result<()> {
     if let Some(source) = source {
         fsconfig(context, FSCONFIG_SET_STRING, Some("source"), Some(source))?;
@@ -199,6 +216,18 @@ mod tests {
         let mount = new_file_system("tmpfs", Some("tmpfs"), &options, attr::NOSUID).unwrap();
         let metadata = std::fs::metadata(format!("/proc/self/fd/{}", mount.as_raw_fd())).unwrap();
         assert_eq!(std::os::unix::fs::PermissionsExt::mode(&metadata.permissions()) & 0o777, 0o700);
+    }
+
+    #[test]
+    fn a_tmpfs_grows_and_never_shrinks() {
+        let mount = new_file_system("tmpfs", None, &["size=64k".to_owned()], 0).unwrap();
+        let path = std::path::PathBuf::from(format!("/proc/self/fd/{}", mount.as_raw_fd()));
+        let blocks = || nix::sys::statvfs::statvfs(&path).unwrap().blocks();
+        let before = blocks();
+        grow_tmpfs(&path, 1024).unwrap();
+        assert_eq!(blocks(), before);
+        grow_tmpfs(&path, 128 << 10).unwrap();
+        assert_eq!(blocks(), 2 * before);
     }
 
     #[test]

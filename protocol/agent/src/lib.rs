@@ -10,6 +10,9 @@ pub const STDIO_PORT: u32 = 1025;
 /// Where the pod's shared tree is mounted in the guest.
 pub const SHARED_DIR: &str = "/run/bulkhead/shared";
 
+/// An option of a bind mount of the guest's `/dev/shm`, followed by a number: how many bytes it has to have room for.
+pub const SHM_SIZE_OPTION: &str = "size=";
+
 /// Where file systems on disks are mounted in the guest, each in a directory with the number of its slot.
 pub const DISKS_DIR: &str = "/run/bulkhead/disks";
 

@@ -128,7 +128,7 @@ async fn use_pod(pod: &Arc<Pod>, rootfs: &Path, memory: u64) -> Result<Vec<u8>, 
         .map_err(|error| RehearsalError::Translate(error.into()))?;
     let request = api::CreateContainerRequest {
         container_id: ID.to_owned(),
-        spec: guest.to_json(&[], None).map_err(|error| RehearsalError::Translate(error.into()))?,
+        spec: guest.to_json(&[], None, true).map_err(|error| RehearsalError::Translate(error.into()))?,
         stdio: MessageField::some(api::Stdio { stderr_stream: number, ..Default::default() }),
         ..Default::default()
     };

@@ -34,6 +34,15 @@ impl ProcessId {
         Ok(ProcessId { pid, start_time })
     }
 
+    /// The ids of its threads, in their order; its own comes first.
+    pub fn threads(&self) -> Vec<u32> {
+        let entries = fs::read_dir(format!("/proc/{}/task", self.pid)).into_iter().flatten().flatten();
+        let mut threads: Vec<u32> =
+            entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+        threads.sort_unstable();
+        threads
+    }
+
     /// A pidfd for this process, or `None` if it is gone.
     pub fn open(&self) -> io::Result<Option<OwnedFd>> {
         // SAFETY: pidfd_open takes integers only.

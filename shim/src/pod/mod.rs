@@ -103,6 +103,7 @@ pub struct Pod {
     is_up: AtomicBool,
     /// A template that there should be for the next pod like this.
     wanted: Option<Order>,
+    default_seccomp: bool,
     next_stream: AtomicU64,
     slots: slots::Slots,
     limits: PodLimits,
@@ -190,6 +191,7 @@ impl Pod {
             timeline,
             is_up: AtomicBool::new(booted.greeting.is_some()),
             wanted: booted.wanted,
+            default_seccomp: spec.config.default_seccomp,
             next_stream: AtomicU64::new(1),
             slots: slots::Slots::default(),
             limits: spec.limits,
@@ -349,10 +351,26 @@ impl Pod {
         &self.timeline
     }
 
-    /// The process that containerd is told as the pid of every task: it lives as long as the pod, and it is the only
-    /// number that can't be mistaken for another process of the host.
+    /// The process that containerd is told as the pid of the first task: it lives as long as the pod, and so its number
+    /// can't be mistaken for another process of the host.
     pub fn host_pid(&self) -> u32 {
         self.vmm.pid.unsigned_abs()
+    }
+
+    /// What containerd is told as the pid of a further task: a thread of the pod's processes, which live as long. A
+    /// container that is to share another one's processes names that one by its pid, so it is one that is not among
+    /// `taken` as long as there are any.
+    pub async fn task_pid(&self, taken: &[u32]) -> u32 {
+        let file_server = self.resources.lock().await.fs_server.as_ref().map(|process| process.child.id);
+        let processes = [Some(self.vmm), file_server];
+        let threads = processes.into_iter().flatten().flat_map(|process| process.threads());
+        let mut free = threads.filter(|thread| *thread != self.host_pid() && !taken.contains(thread));
+        free.next().unwrap_or_else(|| self.host_pid())
+    }
+
+    /// Whether containers without a system call filter get the default one.
+    pub fn default_seccomp(&self) -> bool {
+        self.default_seccomp
     }
 
     /// Why the pod is dead, if it is.

@@ -1,22 +1,13 @@
 //! Devices: the guest has its own, and those of the host stay there, but for block devices: these become disks of the guest.
 
-use std::path::Path;
-
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType};
 
 use super::SpecError;
 
-/// What every container has (runtime specification, "Default Devices"), by path and number.
-const DEFAULT: [(&str, i64, i64); 8] = [
-    ("/dev/null", 1, 3),
-    ("/dev/zero", 1, 5),
-    ("/dev/full", 1, 7),
-    ("/dev/random", 1, 8),
-    ("/dev/urandom", 1, 9),
-    ("/dev/tty", 5, 0),
-    ("/dev/console", 5, 1),
-    ("/dev/ptmx", 5, 2),
-];
+/// Character devices whose numbers mean the same in the guest: null, zero, full, random, urandom, tty, console, ptmx;
+/// the TUN device and FUSE.
+const SAME_IN_GUEST: [(i64, i64); 10] =
+    [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229)];
 
 /// The kinds of access that a rule can name.
 const ACCESS: [char; 3] = ['r', 'w', 'm'];
@@ -85,10 +76,9 @@ pub(super) fn translate(linux: &mut Linux) -> Result<Vec<HostDisk>, SpecError> {
 
 /// Whether a device means the same in the guest.
 fn is_the_guests(device: &LinuxDevice) -> bool {
+    let is_character = matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U);
     device.typ() == LinuxDeviceType::P
-        || DEFAULT.iter().any(|&(name, major, minor)| {
-            device.path() == Path::new(name) && (device.major(), device.minor()) == (major, minor)
-        })
+        || is_character && SAME_IN_GUEST.contains(&(device.major(), device.minor()))
 }
 
 /// The number of a block device.

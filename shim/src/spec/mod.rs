@@ -5,6 +5,7 @@
 //! asked for.
 
 mod devices;
+mod labels;
 mod mounts;
 mod namespaces;
 pub mod sandbox;
@@ -20,7 +21,7 @@ use oci_spec::runtime::{Hooks, Linux, LinuxNamespaceType, LinuxResources, Proces
 
 pub use devices::{DeviceNumber, DiskPlace, HostDisk};
 pub use mounts::HostMount;
-pub use namespaces::PodNamespaces;
+pub use namespaces::{Member, PodNamespaces};
 
 use crate::error::{Classify, Code};
 
@@ -133,6 +134,29 @@ pub enum SpecError {
         /// What it asks for.
         bytes: i64,
     },
+    /// Confinement that was asked for and that the guest can't give.
+    #[error(
+        "the container asks for the AppArmor profile {0:?}: it is loaded into the node's kernel, and a pod has a kernel of its own without AppArmor"
+    )]
+    AppArmor(String),
+    /// Mounts that would have to travel from the guest to the host.
+    #[error(
+        "the mount on {destination:?} is {option} (Bidirectional): what is mounted inside a pod can't appear on the node"
+    )]
+    Propagation {
+        /// Where.
+        destination: PathBuf,
+        /// The option.
+        option: String,
+    },
+    /// A namespace of a container that is not there.
+    #[error(
+        "the container is to join the namespace {path}, which is not that of a running container of this pod"
+    )]
+    NoSuchContainer {
+        /// Its path.
+        path: PathBuf,
+    },
     /// More than anybody needs.
     #[error("the container has {0} mounts: {MAX_MOUNTS} are possible")]
     TooManyMounts(usize),
@@ -186,12 +210,24 @@ pub struct GuestSpec {
 impl GuestSpec {
     /// For the agent. `places` are those of [`GuestSpec::disks`]; `root` is where the root file system is in the guest, if
     /// not in the shared tree.
-    pub fn to_json(&self, places: &[DiskPlace], root: Option<PathBuf>) -> Result<Vec<u8>, SpecError> {
+    /// With `default_filter`, a container without a system call filter gets the default one.
+    pub fn to_json(
+        &self,
+        places: &[DiskPlace],
+        root: Option<PathBuf>,
+        default_filter: bool,
+    ) -> Result<Vec<u8>, SpecError> {
         const WHAT: &str = "the specification";
-        if places.is_empty() && root.is_none() {
+        if places.is_empty() && root.is_none() && !default_filter {
             return serialize(WHAT, &self.spec);
         }
         let mut spec = self.spec.clone();
+        if default_filter {
+            let filter = seccomp::default_for(&spec)?;
+            if let Some(linux) = spec.linux_mut().as_mut().filter(|linux| linux.seccomp().is_none()) {
+                linux.set_seccomp(filter);
+            }
+        }
         if let (Some(path), Some(root)) = (root, spec.root_mut()) {
             root.set_path(path);
         }
@@ -228,7 +264,7 @@ pub fn network_namespace(spec: &Spec) -> Option<PathBuf> {
 /// Reads a process object for an exec.
 pub fn read_process(json: &[u8]) -> Result<GuestProcess, SpecError> {
     let mut process: Process = parse("the process specification", json)?;
-    clear_labels(&mut process);
+    labels::clear(&mut process)?;
     let console_size = console_size(&process);
     Ok(GuestProcess { json: serialize("the process specification", &process)?, console_size })
 }
@@ -263,9 +299,8 @@ fn serialize(what: &'static str, value: &impl serde::Serialize) -> Result<Vec<u8
 /// Translates the specification of the container `id`.
 pub fn translate(mut spec: Spec, id: &str, pod: &PodNamespaces) -> Result<GuestSpec, SpecError> {
     refuse_hooks(spec.hooks().as_ref())?;
-    let default_seccomp = seccomp::default_for(&spec)?;
     let process = spec.process_mut().as_mut().ok_or(SpecError::Missing("process"))?;
-    clear_labels(process);
+    labels::clear(process)?;
     let console_size = console_size(process);
 
     let host_mounts = match spec.mounts_mut() {
@@ -283,9 +318,6 @@ pub fn translate(mut spec: Spec, id: &str, pod: &PodNamespaces) -> Result<GuestS
         .any(|namespace| namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_none());
     let disks = devices::translate(linux)?;
     translate_linux(linux, id)?;
-    if linux.seccomp().is_none() {
-        linux.set_seccomp(default_seccomp);
-    }
 
     if shares_uts {
         // The pod's name is set already, and it is the pod's.
@@ -316,12 +348,6 @@ fn refuse_hooks(hooks: Option<&Hooks>) -> Result<(), SpecError> {
         Some((kind, _)) => Err(SpecError::Hooks(kind)),
         None => Ok(()),
     }
-}
-
-/// Labels name policies that are loaded into the host's kernel.
-fn clear_labels(process: &mut Process) {
-    process.set_apparmor_profile(None);
-    process.set_selinux_label(None);
 }
 
 fn console_size(process: &Process) -> Option<ConsoleSize> {

@@ -1,7 +1,7 @@
 //! Namespaces: the pod's own take the place of the host's.
 //!
-//! A pod has one network, one IPC and one host name, those of its guest. A PID namespace may be a container's own, or
-//! that of the pod's first container.
+//! A pod has one network, one IPC and one host name, those of its guest. A PID namespace may be a container's own, that of
+//! another container, or that of the pod's first container. What asks for the host's PID or IPC namespace gets the pod's.
 
 use std::path::{Path, PathBuf};
 
@@ -12,12 +12,28 @@ use super::SpecError;
 /// What a container can share with others of its pod.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PodNamespaces {
-    /// The process id that containerd was told for every container of the pod; none before the first.
-    pub host_pid: Option<u32>,
-    /// The process in the guest whose PID namespace stands for the one of `host_pid`, if that has its own.
+    /// The running containers of the pod.
+    pub members: Vec<Member>,
+    /// The process in the guest whose PID namespace is the pod's: that of its first container.
     pub first_process: Option<u32>,
     /// Whether the container is part of a Kubernetes pod (also as its sandbox).
     pub is_pod: bool,
+}
+
+impl PodNamespaces {
+    /// The process ids that containerd was told of.
+    pub fn taken_pids(&self) -> Vec<u32> {
+        self.members.iter().map(|member| member.host_pid).collect()
+    }
+}
+
+/// A running container, whose PID namespace another one may join.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Member {
+    /// The process id that containerd was told.
+    pub host_pid: u32,
+    /// Its first process, as the guest counts it.
+    pub guest_pid: u32,
 }
 
 /// Rewrites the namespaces of a container; tells whether it shares the guest's UTS namespace.
@@ -32,6 +48,17 @@ pub(super) fn translate(linux: &mut Linux, pod: &PodNamespaces) -> Result<bool, 
         if let Some(namespace) = translate_one(namespace, pod)? {
             kept.push(namespace);
         }
+    }
+    if !has(LinuxNamespaceType::Pid) {
+        kept.push(pods_pid(pod));
+    }
+    let joins_users = kept
+        .iter()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::User && namespace.path().is_some());
+    if joins_users {
+        // They are those that the namespace was made with.
+        linux.set_uid_mappings(None);
+        linux.set_gid_mappings(None);
     }
     let own_uts = kept.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Uts);
     linux.set_namespaces(Some(kept));
@@ -49,7 +76,8 @@ fn translate_one(
         (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, Some(_)) => Ok(None),
         (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, None) if pod.is_pod => Ok(None),
         (LinuxNamespaceType::Pid, Some(path)) => shared_pid(path, pod).map(Some),
-        (kind @ (LinuxNamespaceType::User | LinuxNamespaceType::Time), Some(path)) => {
+        (LinuxNamespaceType::User, Some(path)) => shared_users(path, pod).map(Some),
+        (kind @ LinuxNamespaceType::Time, Some(path)) => {
             Err(SpecError::HostNamespace { kind, path: path.clone() })
         }
         (kind, Some(_)) => Ok(Some(new(kind))),
@@ -57,18 +85,38 @@ fn translate_one(
     }
 }
 
-/// A PID namespace by path is the pod's if it is that of the process that stands for the pod.
-fn shared_pid(path: &Path, pod: &PodNamespaces) -> Result<LinuxNamespace, SpecError> {
-    let kind = LinuxNamespaceType::Pid;
-    let is_pods = pod.host_pid.is_some_and(|pid| path == Path::new(&format!("/proc/{pid}/ns/pid")));
+/// What "the host's" PID namespace is in a pod: the one of its first container.
+fn pods_pid(pod: &PodNamespaces) -> LinuxNamespace {
     match pod.first_process {
-        Some(process) if is_pods => {
-            let mut namespace = new(kind);
-            namespace.set_path(Some(PathBuf::from(format!("/proc/{process}/ns/pid"))));
-            Ok(namespace)
-        }
-        _ => Err(SpecError::HostNamespace { kind, path: path.to_owned() }),
+        Some(process) => joined_pid(process),
+        None => new(LinuxNamespaceType::Pid),
     }
+}
+
+/// A PID namespace by path is that of the container with this process id.
+fn shared_pid(path: &Path, pod: &PodNamespaces) -> Result<LinuxNamespace, SpecError> {
+    member(path, "pid", pod).map(|member| joined_pid(member.guest_pid))
+}
+
+/// And a user namespace as well.
+fn shared_users(path: &Path, pod: &PodNamespaces) -> Result<LinuxNamespace, SpecError> {
+    member(path, "user", pod).map(|member| joined(LinuxNamespaceType::User, "user", member.guest_pid))
+}
+
+/// The container whose namespace has this path.
+fn member<'a>(path: &Path, name: &str, pod: &'a PodNamespaces) -> Result<&'a Member, SpecError> {
+    let is_of = |member: &&Member| path == Path::new(&format!("/proc/{}/ns/{name}", member.host_pid));
+    pod.members.iter().find(is_of).ok_or_else(|| SpecError::NoSuchContainer { path: path.to_owned() })
+}
+
+fn joined_pid(process: u32) -> LinuxNamespace {
+    joined(LinuxNamespaceType::Pid, "pid", process)
+}
+
+fn joined(kind: LinuxNamespaceType, name: &str, process: u32) -> LinuxNamespace {
+    let mut namespace = new(kind);
+    namespace.set_path(Some(PathBuf::from(format!("/proc/{process}/ns/{name}"))));
+    namespace
 }
 
 fn new(kind: LinuxNamespaceType) -> LinuxNamespace {

@@ -46,7 +46,7 @@ fn added(object: &str, key: &str, value: Value) -> Value {
 fn translated_in(spec: Value, pod: &PodNamespaces) -> Result<(Value, GuestSpec), SpecError> {
     let spec = serde_json::from_value(spec).unwrap();
     let guest = translate(spec, "c1", pod)?;
-    Ok((serde_json::from_slice(&guest.to_json(&[], None).unwrap()).unwrap(), guest))
+    Ok((serde_json::from_slice(&guest.to_json(&[], None, false).unwrap()).unwrap(), guest))
 }
 
 fn translated(spec: Value) -> Result<(Value, GuestSpec), SpecError> {
@@ -82,13 +82,17 @@ fn nothing_of_the_host_is_left() {
 }
 
 #[test]
-fn the_default_filter_is_for_whoever_lacks_sys_admin() {
-    let (guest, _) = translated(minimal()).unwrap();
-    assert_eq!(guest["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
+fn the_default_filter_is_for_whoever_lacks_sys_admin_and_only_if_configured() {
+    let filtered = |spec: Value| -> Value {
+        let guest = translated(spec).unwrap().1;
+        serde_json::from_slice(&guest.to_json(&[], None, true).unwrap()).unwrap()
+    };
+    assert_eq!(translated(minimal()).unwrap().0["linux"].get("seccomp"), None);
+    assert_eq!(filtered(minimal())["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
     let privileged = with("/process/capabilities/bounding", json!(["CAP_SYS_ADMIN"]));
-    assert_eq!(translated(privileged).unwrap().0["linux"].get("seccomp"), None);
+    assert_eq!(filtered(privileged)["linux"].get("seccomp"), None);
     let allows = |capabilities: Value, call: &str| {
-        let (guest, _) = translated(with("/process/capabilities/bounding", capabilities)).unwrap();
+        let guest = filtered(with("/process/capabilities/bounding", capabilities));
         guest["linux"]["seccomp"]["syscalls"].as_array().unwrap().iter().any(|rule| {
             rule["action"] == "SCMP_ACT_ALLOW" && rule["names"].as_array().unwrap().contains(&json!(call))
         })
@@ -97,7 +101,7 @@ fn the_default_filter_is_for_whoever_lacks_sys_admin() {
     assert!(allows(json!(["CAP_SYS_MODULE"]), "init_module"));
     assert!(!allows(json!(["CAP_SYS_MODULE"]), "reboot"));
     let own = added("/linux", "seccomp", json!({"defaultAction": "SCMP_ACT_ALLOW"}));
-    assert_eq!(translated(own).unwrap().0["linux"]["seccomp"], json!({"defaultAction": "SCMP_ACT_ALLOW"}));
+    assert_eq!(filtered(own)["linux"]["seccomp"], json!({"defaultAction": "SCMP_ACT_ALLOW"}));
 }
 
 #[test]
@@ -119,7 +123,8 @@ fn containers_of_a_pod_share_its_namespaces() {
             {"type": "uts", "path": "/proc/77/ns/uts"}, {"type": "pid", "path": "/proc/77/ns/pid"}, {"type": "mount"}
         ]),
     );
-    let pod = PodNamespaces { host_pid: Some(77), first_process: Some(5), is_pod: true };
+    let members = vec![Member { host_pid: 77, guest_pid: 5 }, Member { host_pid: 78, guest_pid: 9 }];
+    let pod = PodNamespaces { members, first_process: Some(5), is_pod: true };
     let (guest, parsed) = translated_in(member.clone(), &pod).unwrap();
     assert_eq!(
         guest["linux"]["namespaces"],
@@ -128,11 +133,46 @@ fn containers_of_a_pod_share_its_namespaces() {
     assert_eq!(guest.get("hostname"), None);
     assert!(!parsed.own_pid_namespace);
 
-    let other = PodNamespaces { host_pid: Some(78), ..pod };
+    let mut debugger = member.clone();
+    debugger["linux"]["namespaces"][3]["path"] = json!("/proc/78/ns/pid");
+    let (guest, _) = translated_in(debugger, &pod).unwrap();
+    assert_eq!(guest["linux"]["namespaces"][0]["path"], "/proc/9/ns/pid");
+
+    let other = PodNamespaces { members: Vec::new(), ..pod };
     let error = translated_in(member, &other).unwrap_err();
-    assert!(matches!(error, SpecError::HostNamespace { .. }), "{error}");
-    let user = with("/linux/namespaces/0", json!({"type": "user", "path": "/proc/1/ns/user"}));
-    assert!(refused(user).contains("user namespace /proc/1/ns/user"));
+    assert!(matches!(error, SpecError::NoSuchContainer { .. }), "{error}");
+    let user = |pid: u32| {
+        let mut spec =
+            with("/linux/namespaces/0", json!({"type": "user", "path": format!("/proc/{pid}/ns/user")}));
+        spec["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": 1000, "size": 10}]);
+        spec
+    };
+    assert!(refused(user(1)).contains("namespace /proc/1/ns/user"));
+    let pod =
+        PodNamespaces { members: vec![Member { host_pid: 77, guest_pid: 5 }], ..PodNamespaces::default() };
+    let (guest, _) = translated_in(user(77), &pod).unwrap();
+    assert_eq!(guest["linux"]["namespaces"][0], json!({"type": "user", "path": "/proc/5/ns/user"}));
+    assert_eq!(guest["linux"].get("uidMappings"), None);
+}
+
+#[test]
+fn the_hosts_processes_are_those_of_the_pod() {
+    let host = with("/linux/namespaces", json!([{"type": "mount"}, {"type": "network"}]));
+    let (first, parsed) = translated(host.clone()).unwrap();
+    assert_eq!(first["linux"]["namespaces"], json!([{"type": "mount"}, {"type": "pid"}]));
+    assert!(parsed.own_pid_namespace);
+    let pod = PodNamespaces { first_process: Some(5), is_pod: true, ..PodNamespaces::default() };
+    let (next, parsed) = translated_in(host, &pod).unwrap();
+    assert_eq!(next["linux"]["namespaces"][1], json!({"type": "pid", "path": "/proc/5/ns/pid"}));
+    assert!(!parsed.own_pid_namespace);
+}
+
+#[test]
+fn a_profile_that_somebody_chose_is_missed() {
+    for default in ["", "unconfined", "cri-containerd.apparmor.d", "docker-default"] {
+        assert!(translated(with("/process/apparmorProfile", json!(default))).is_ok(), "{default}");
+    }
+    assert!(refused(with("/process/apparmorProfile", json!("my-profile"))).contains("\"my-profile\""));
 }
 
 #[test]
@@ -161,7 +201,7 @@ fn bind_mounts_move_into_the_shared_tree() {
         sources,
         ["proc", "/run/bulkhead/shared/c1/mounts/0", "/run/bulkhead/shared/c1/mounts/1", "/dev/shm"]
     );
-    assert_eq!(guest["mounts"][1]["options"], json!(["rbind", "ro"]));
+    assert_eq!(guest["mounts"][1]["options"], json!(["rbind", "ro"]), "nothing can be mounted below a file");
     assert_eq!(
         parsed.mounts,
         [
@@ -184,13 +224,45 @@ fn bind_mounts_move_into_the_shared_tree() {
 }
 
 #[test]
+fn a_read_only_volume_leaves_what_is_mounted_below_it_alone() {
+    let options = |source: &str, options: &[&str]| {
+        let mount = json!({"destination": "/x", "type": "bind", "source": source, "options": options});
+        translated(with_mount(mount)).unwrap().0["mounts"][0]["options"].clone()
+    };
+    let empty = std::env::temp_dir().join(format!("bulkhead-below-{}", std::process::id()));
+    fs::create_dir_all(&empty).unwrap();
+    let empty = empty.to_str().unwrap();
+    assert_eq!(options(empty, &["rbind", "ro"]), json!(["rbind", "ro"]));
+    // The host may mount something there later.
+    assert_eq!(options(empty, &["rbind", "ro", "rslave"]), json!(["rbind", "rslave"]));
+    fs::remove_dir(empty).unwrap();
+    // The host's side keeps the topmost mount read-only.
+    assert_eq!(options("/", &["rbind", "ro"]), json!(["rbind"]));
+    assert_eq!(options("/", &["bind", "ro"]), json!(["bind", "ro"]));
+    assert_eq!(options("/", &["rbind", "rro"]), json!(["rbind", "rro"]));
+}
+
+#[test]
+fn devices_as_sources_are_the_guests_own() {
+    let bind =
+        with_mount(json!({"destination": "/x", "type": "bind", "source": "/dev/null", "options": ["rbind"]}));
+    let (guest, parsed) = translated(bind).unwrap();
+    assert_eq!(guest["mounts"][0]["source"], "/dev/null");
+    assert!(parsed.mounts.is_empty());
+}
+
+#[test]
 fn what_cannot_be_shared_is_refused() {
     let bind = |source: &str| {
         with_mount(json!({"destination": "/x", "type": "bind", "source": source, "options": ["rbind"]}))
     };
     assert!(refused(bind("/nonexistent/volume")).contains("No such file"));
     assert!(refused(bind("relative")).contains("no absolute source"));
-    assert!(refused(bind("/dev/null")).contains("a device"));
+    assert!(refused(bind("/dev/kmsg")).contains("a device"));
+    let shared = with_mount(
+        json!({"destination": "/x", "type": "bind", "source": "/tmp", "options": ["rbind", "rshared"]}),
+    );
+    assert!(refused(shared).contains("rshared (Bidirectional)"));
     assert!(refused(bind("/proc")).contains("procfs"));
     assert!(refused(bind("/sys")).contains("sysfs"));
     let overlay = with_mount(json!({"destination": "/x", "type": "overlay", "source": "overlay"}));
@@ -199,13 +271,15 @@ fn what_cannot_be_shared_is_refused() {
 
 #[test]
 fn devices_of_the_host_are_refused_or_left_out() {
-    let fuse = json!([{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}]);
-    assert!(refused(added("/linux", "devices", fuse.clone())).contains("/dev/fuse"));
+    let kvm = json!([{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]);
+    assert!(refused(added("/linux", "devices", kvm.clone())).contains("/dev/kvm"));
     // Right name, wrong number.
-    let fake = json!([{"path": "/dev/null", "type": "c", "major": 1, "minor": 5}]);
+    let fake = json!([{"path": "/dev/null", "type": "c", "major": 4, "minor": 64}]);
     assert!(refused(added("/linux", "devices", fake)).contains("/dev/null"));
+    let fuse = json!([{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}]);
+    assert_eq!(translated(added("/linux", "devices", fuse)).unwrap().0["linux"]["devices"][0]["minor"], 229);
 
-    let mut privileged = added("/linux", "devices", fuse);
+    let mut privileged = added("/linux", "devices", kvm);
     privileged["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
     assert_eq!(translated(privileged).unwrap().0["linux"]["devices"], json!([]));
 
@@ -248,7 +322,7 @@ fn block_devices_become_disks_of_the_guest() {
         DiskPlace { host: number(7, 1), guest: number(254, 32) },
     ];
     let root = Some("/run/bulkhead/disks/2".into());
-    let placed: Value = serde_json::from_slice(&guest.to_json(&places, root).unwrap()).unwrap();
+    let placed: Value = serde_json::from_slice(&guest.to_json(&places, root, false).unwrap()).unwrap();
     assert_eq!(placed["root"], json!({"path": "/run/bulkhead/disks/2", "readonly": true}));
     let nodes: Vec<_> =
         placed["linux"]["devices"].as_array().unwrap().iter().map(|node| &node["minor"]).collect();
@@ -276,7 +350,7 @@ fn sizes_are_limited() {
 
 #[test]
 fn processes_and_resources_lose_what_is_the_hosts() {
-    let process = json!({"user": {"uid": 1, "gid": 1}, "cwd": "/", "args": ["true"], "apparmorProfile": "x",
+    let process = json!({"user": {"uid": 1, "gid": 1}, "cwd": "/", "args": ["true"], "apparmorProfile": "docker-default",
         "consoleSize": {"height": 24, "width": 80}});
     let read = read_process(&serde_json::to_vec(&process).unwrap()).unwrap();
     let guest: Value = serde_json::from_slice(&read.json).unwrap();

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 
 use super::disks::ContainerDisks;
 use super::stdio::{ProcessIo, Stdio};
+use crate::error::ApiError;
 use crate::events::{Event, Publisher, timestamp};
 use crate::pod::Pod;
 use crate::pod::agent::{AgentError, Ended, Exit};
@@ -50,6 +51,8 @@ pub struct Process {
     /// Held while the state changes and the event about it is queued, so that events come in the order of the states.
     pub transition: tokio::sync::Mutex<()>,
     io: Mutex<Option<ProcessIo>>,
+    /// Why it could not be set up, which its start tells.
+    refusal: Option<ApiError>,
 }
 
 impl Process {
@@ -62,7 +65,20 @@ impl Process {
             state: watch::Sender::new(State::Created),
             transition: tokio::sync::Mutex::new(()),
             io: Mutex::new(Some(io)),
+            refusal: None,
         }
+    }
+
+    /// A process that could not be set up. It is there all the same, until it is deleted: that an exec can't be carried out is
+    /// told when it is started.
+    pub fn refused(exec_id: &str, stdio: Stdio, pid: u32, refusal: ApiError) -> Process {
+        let process = Process::new(exec_id, stdio, pid, ProcessIo::default());
+        Process { refusal: Some(refusal), ..process }
+    }
+
+    /// Why it could not be set up.
+    pub fn refusal(&self) -> Option<&ApiError> {
+        self.refusal.as_ref()
     }
 
     /// Where it is.
@@ -117,6 +133,8 @@ pub struct Container {
     pub pod: Arc<Pod>,
     /// Its first process.
     pub init: Arc<Process>,
+    /// Its first process, as the guest counts it.
+    pub guest_pid: u32,
     /// Whether the end of the first process is the end of all.
     pub own_pid_namespace: bool,
     /// The disks that the pod has for it.
@@ -143,6 +161,7 @@ impl Container {
             bundle,
             pod,
             init,
+            guest_pid: 0,
             own_pid_namespace,
             disks,
             paused: AtomicBool::new(false),

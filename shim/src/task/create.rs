@@ -8,7 +8,7 @@ use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use oci_spec::runtime::Spec;
 
-use super::container::{Container, Process};
+use super::container::{Container, Process, State};
 use super::disks::{ContainerDisks, OpenDisks, RootDisk};
 use super::rootfs::{self, Files};
 use super::shim::{Shim, Slot};
@@ -26,7 +26,7 @@ use crate::pod::timeline::now_us;
 use crate::pod::{DEATH_LIMIT, Pod, PodSpec, state};
 use crate::sizing::Demand;
 use crate::spec::sandbox::Role;
-use crate::spec::{self, GuestSpec, PodNamespaces};
+use crate::spec::{self, GuestSpec, Member, PodNamespaces};
 
 impl Shim {
     /// Sets a container up; gives what containerd is told as its process id. Nothing of it is left when this fails.
@@ -95,7 +95,7 @@ impl Shim {
         let existing = pod_for(slot, &request.id, &role)?;
 
         let namespaces = PodNamespaces {
-            host_pid: existing.as_ref().map(|pod| pod.host_pid()),
+            members: self.members(),
             first_process: slot.first_process,
             is_pod: role != Role::Single,
         };
@@ -137,8 +137,7 @@ impl Shim {
             }
         };
         let own_pid_namespace = guest.own_pid_namespace;
-        let order =
-            Order { id: &request.id, is_new, hostname: spec.hostname().clone().unwrap_or_default(), guest };
+        let order = Order { id: &request.id, is_new, hostname: hostname(&spec), guest };
         match order.carry_out(&pod, files, disks, host_stdio).await {
             Ok(Made { guest_pid, io, disks }) => {
                 if is_new {
@@ -149,8 +148,11 @@ impl Shim {
                 if let Some(sandbox) = slot.sandbox.as_mut() {
                     sandbox.is_set_up();
                 }
-                let init = Arc::new(Process::new("", stdio, pod.host_pid(), io));
-                Ok(Arc::new(Container::new(&request.id, bundle, pod, init, own_pid_namespace, disks)))
+                let pid = if is_new { pod.host_pid() } else { pod.task_pid(&namespaces.taken_pids()).await };
+                let init = Arc::new(Process::new("", stdio, pid, io));
+                let mut container = Container::new(&request.id, bundle, pod, init, own_pid_namespace, disks);
+                container.guest_pid = guest_pid;
+                Ok(Arc::new(container))
             }
             Err(error) => {
                 if is_new {
@@ -162,6 +164,13 @@ impl Shim {
                 Err(error)
             }
         }
+    }
+
+    /// The containers that run, as others can refer to them.
+    fn members(&self) -> Vec<Member> {
+        let containers = self.containers();
+        let running = containers.values().filter(|other| !matches!(other.init.state(), State::Stopped(_)));
+        running.map(|other| Member { host_pid: other.init.pid, guest_pid: other.guest_pid }).collect()
     }
 
     /// Starts a pod: the one way in which pods come to be, whichever API asks.
@@ -206,6 +215,15 @@ pub struct NewPod<'a> {
     pub options: &'a RuntimeOptions,
     /// When the request arrived, on the clock of [`now_us`].
     pub received_us: u64,
+}
+
+/// The pod's host name: the node's where the specification has none, which is what a container without a name of its own
+/// sees elsewhere.
+fn hostname(spec: &Spec) -> String {
+    match spec.hostname() {
+        Some(name) if !name.is_empty() => name.clone(),
+        _ => nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default(),
+    }
 }
 
 /// What is to be set up in a pod.
@@ -269,7 +287,7 @@ impl Order<'_> {
         let (streams, io) = host_stdio.connect(pod, self.guest.console_size).await?;
         let message = api::CreateContainerRequest {
             container_id: self.id.to_owned(),
-            spec: self.guest.to_json(&disks.places, disks.root.clone())?,
+            spec: self.guest.to_json(&disks.places, disks.root.clone(), pod.default_seccomp())?,
             stdio: protobuf::MessageField::some(streams),
             ..Default::default()
         };

@@ -29,11 +29,12 @@ use super::create::explain;
 use super::rootfs;
 use super::shim::Shim;
 use super::stats;
-use super::stdio::{HostStdio, Stdio};
+use super::stdio::{BACKGROUND_IDLE, DRAIN_IDLE, HostStdio, Stdio};
 use crate::error::{ApiError, Code};
 use crate::events::{Event, timestamp};
 use crate::id;
-use crate::pod::agent::AgentError;
+use crate::pod::agent::{AgentError, Exit};
+use crate::pod::now_ns;
 use crate::sizing::Demand;
 use crate::spec;
 
@@ -42,6 +43,9 @@ const PIDS_LIMIT: Duration = Duration::from_secs(3);
 
 /// A process that was only set up ends at once when it is killed.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
+
+/// What a process that could not be set up is said to have ended with.
+const NOT_STARTED: u32 = 255;
 
 /// The Task API of one shim.
 pub struct TaskService {
@@ -281,6 +285,10 @@ fn ended(container: &Container) -> ApiError {
 async fn start(shim: &Shim, id: &str, exec_id: &str) -> Result<u32, ApiError> {
     let (container, process) = shim.process(id, exec_id)?;
     let _guard = process.transition.lock().await;
+    if let Some(refusal) = process.refusal() {
+        process.set_state(State::Stopped(Exit { status: NOT_STARTED, at_ns: now_ns() }));
+        return Err(refusal.clone());
+    }
     match process.state() {
         State::Created => {}
         State::Running => return Err(ApiError::precondition("the process has been started already")),
@@ -341,15 +349,25 @@ async fn exec(shim: &Shim, request: ExecProcessRequest) -> Result<(), ApiError> 
         stdio: MessageField::some(streams),
         ..Default::default()
     };
-    explain(&container.pod, container.pod.agent().create_exec(&message).await).await?;
-    let process = Arc::new(Process::new(&request.exec_id, stdio, container.init.pid, io));
+    let pid = container.init.pid;
+    let process = match explain(&container.pod, container.pod.agent().create_exec(&message).await).await {
+        Ok(_) => Process::new(&request.exec_id, stdio, pid, io),
+        // A program that does not exist, and whatever else is wrong with the process.
+        Err(error) if matches!(error.code, Code::INVALID_ARGUMENT | Code::INTERNAL) => {
+            Process::refused(&request.exec_id, stdio, pid, error)
+        }
+        Err(error) => return Err(error),
+    };
+    let process = Arc::new(process);
     container.execs().insert(request.exec_id.clone(), process.clone());
     shim.publisher.publish(Event::ExecAdded(TaskExecAdded {
         container_id: request.id,
         exec_id: request.exec_id,
         ..Default::default()
     }));
-    shim.watch(&container, &process);
+    if process.refusal().is_none() {
+        shim.watch(&container, &process);
+    }
     Ok(())
 }
 
@@ -369,12 +387,17 @@ async fn delete(shim: &Arc<Shim>, id: &str, exec_id: &str) -> Result<DeleteRespo
     let (container, process) = shim.process(id, exec_id)?;
     match process.state() {
         State::Running => return Err(ApiError::precondition("the process is running: kill it first")),
+        State::Created if process.refusal().is_some() => {
+            process.set_state(State::Stopped(Exit { status: NOT_STARTED, at_ns: now_ns() }));
+        }
         State::Created => kill_created(&container, &process).await?,
         State::Stopped(_) => {}
     }
     let exit = process.ended().await;
     if let Some(io) = process.take_io() {
-        io.finish().await;
+        // What an exec leaves running ends with its container.
+        let may_go_on = !exec_id.is_empty() && !matches!(container.init.state(), State::Stopped(_));
+        io.finish(if may_go_on { BACKGROUND_IDLE } else { DRAIN_IDLE }).await;
     }
     if container.pod.death().is_none() {
         match container.pod.agent().delete(id, exec_id).await {

@@ -28,8 +28,10 @@ use crate::spec::ConsoleSize;
 /// Bytes moved at once. The buffer exists only while there is something to move.
 const CHUNK: usize = 16 * 1024;
 
-/// After a process has ended, its output is given up when nothing was taken for this long,
-const DRAIN_IDLE: Duration = Duration::from_secs(3);
+/// When a process is deleted, its output is given up when there was none for this long: nothing is left to write any,
+pub const DRAIN_IDLE: Duration = Duration::from_secs(3);
+/// or for this long where the process may have left something running: containerd's own shim waits as long,
+pub const BACKGROUND_IDLE: Duration = Duration::from_secs(10);
 /// and after this in any case.
 const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 
@@ -214,14 +216,14 @@ impl ProcessIo {
         }
     }
 
-    /// Waits until all output has been taken, as long as somebody takes it, and ends the copying.
-    pub async fn finish(mut self) {
+    /// Waits until all output has been taken, or there was none for `idle`, and ends the copying.
+    pub async fn finish(mut self, idle: Duration) {
         let moved = self.moved.clone();
         let mut outputs = std::mem::take(&mut self.outputs);
         let stalled = async {
             let mut before = moved.load(Ordering::Relaxed);
             loop {
-                tokio::time::sleep(DRAIN_IDLE).await;
+                tokio::time::sleep(idle).await;
                 let now = moved.load(Ordering::Relaxed);
                 if now == before {
                     return;
@@ -232,7 +234,7 @@ impl ProcessIo {
         tokio::select! {
             biased;
             () = join(&mut outputs) => return,
-            () = stalled => log::warn!("nobody takes the output of a process that has ended: the rest is dropped"),
+            () = stalled => log::info!("output of a process that has ended is no longer waited for"),
             () = tokio::time::sleep(DRAIN_LIMIT) => {
                 log::warn!("the output of a process that has ended is dropped after {} s", DRAIN_LIMIT.as_secs());
             }
@@ -437,7 +439,7 @@ mod tests {
         guest.write_all(b"two").await.unwrap();
         let mut reader = pipe::OpenOptions::new().open_receiver(&path).unwrap();
         drop(guest);
-        io.finish().await;
+        io.finish(DRAIN_IDLE).await;
         let mut rest = Vec::new();
         reader.read_to_end(&mut rest).await.unwrap();
         assert_eq!(rest, b"two");
@@ -455,7 +457,7 @@ mod tests {
         tokio::time::sleep(READER_INTERVAL * 5).await;
         let reader = tokio::task::spawn_blocking(move || std::fs::read(path).unwrap());
         assert_eq!(tokio::time::timeout(DRAIN_IDLE, reader).await.unwrap().unwrap(), b"kept");
-        io.finish().await;
+        io.finish(DRAIN_IDLE).await;
     }
 
     #[tokio::test]
@@ -467,7 +469,7 @@ mod tests {
         let mut io = ProcessIo::default();
         io.outputs.push(tokio::spawn(copy_output(ours, output(&path), io.moved.clone())));
         drop((reader, guest));
-        tokio::time::timeout(DRAIN_IDLE / 2, io.finish()).await.unwrap();
+        tokio::time::timeout(DRAIN_IDLE / 2, io.finish(DRAIN_IDLE)).await.unwrap();
     }
 
     #[tokio::test(start_paused = true)]
@@ -481,7 +483,7 @@ mod tests {
             let _ = guest.write_all(&vec![0; 1 << 20]).await;
         });
         let started = tokio::time::Instant::now();
-        io.finish().await;
+        io.finish(DRAIN_IDLE).await;
         assert!(started.elapsed() <= DRAIN_IDLE * 3, "{:?}", started.elapsed());
         flood.abort();
         // And the FIFO is let go: a reader sees its end, behind what is left in it.
@@ -528,7 +530,7 @@ mod tests {
         io.outputs.push(tokio::spawn(copy_output(ours, sink, io.moved.clone())));
         guest.write_all(b"new").await.unwrap();
         drop(guest);
-        io.finish().await;
+        io.finish(DRAIN_IDLE).await;
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "old new");
     }
 

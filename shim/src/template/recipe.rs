@@ -81,6 +81,7 @@ impl Order {
             template_dir: self.directory.clone(),
             template_limit: self.limit,
             spoof_check: true,
+            default_seccomp: false,
             log_level: log::LevelFilter::Info,
         }
     }

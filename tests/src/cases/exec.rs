@@ -16,6 +16,8 @@ pub const CASES: &[Case] = &[
     Case::new("exec-same-namespaces", same_namespaces).on(Fixture::Pod),
     Case::new("exec-user-directory-environment", user_directory_environment).on(Fixture::Pod),
     Case::new("exec-several-at-once", several_at_once).on(Fixture::Pod),
+    Case::new("exec-sixty-at-once", sixty_at_once).on(Fixture::Pod),
+    Case::new("exec-left-in-the-background", left_in_background).on(Fixture::Pod),
     Case::new("exec-missing-program", missing_program).on(Fixture::Pod),
     Case::new("exec-kill", kill).on(Fixture::Pod),
     Case::new("exec-duplicate-id", duplicate_id).on(Fixture::Pod),
@@ -87,18 +89,45 @@ fn several_at_once(environment: &mut Environment) -> Outcome<String> {
     Ok(format!("{} execs, each with its own streams", names.len()))
 }
 
+fn sixty_at_once(environment: &mut Environment) -> Outcome<String> {
+    const COUNT: usize = 60;
+    let pod = environment.shared()?;
+    let names: Vec<String> = (0..COUNT).map(|_| environment.id("exec")).collect();
+    let mut running = Vec::new();
+    for name in &names {
+        let streams = Streams { stdin: true, ..Streams::default() };
+        running.push(pod.exec(name, &bundle::shell("read line; echo $line"), streams)?);
+    }
+    for (name, stdio) in names.iter().zip(&mut running) {
+        stdio.write(b"go\n")?;
+        ensure_eq!(pod.shim.wait(name, CALL_LIMIT)?.exit_status, 0, "exit status of {name}");
+        ensure_eq!(stdio.stdout.to_end(CALL_LIMIT)?, "go\n", "output of {name}");
+        pod.shim.delete(name)?;
+    }
+    Ok(format!("{COUNT} execs, all there at the same time"))
+}
+
+fn left_in_background(environment: &mut Environment) -> Outcome<String> {
+    let (pod, name) = (environment.shared()?, environment.id("exec"));
+    let stdio = pod.exec(&name, &bundle::shell("(sleep 5; echo later) & echo now"), Streams::default())?;
+    let exit = pod.shim.wait(&name, CALL_LIMIT)?;
+    ensure_eq!(exit.exit_status, 0, "exit status");
+    // containerd's clients delete an exec as soon as it has ended, and have its output until that returns.
+    pod.shim.delete(&name)?;
+    ensure_eq!(stdio.stdout.to_end(CALL_LIMIT)?, "now\nlater\n", "output");
+    Ok("what it left running was heard five seconds later".into())
+}
+
 fn missing_program(environment: &mut Environment) -> Outcome<String> {
     let (pod, name) = (environment.shared()?, environment.id("exec"));
     let stdio = pod.shim.stdio(&name, Streams::default())?;
-    // Either call may be the one that looks for the program.
-    let result = pod
-        .shim
-        .exec(&name, &bundle::process(&["/no/such/program"]), &stdio)
-        .and_then(|()| pod.shim.start(&name));
-    let Err(error) = result else { fail!("an exec of a program that does not exist was started") };
+    pod.shim.exec(&name, &bundle::process(&["/no/such/program"]), &stdio)?;
+    let Err(error) = pod.shim.start(&name) else {
+        fail!("an exec of a program that does not exist was started")
+    };
     ensure!(error.message.contains("/no/such/program"), "the error does not name the program: {error}");
     ensure!(error.message.contains("no such file"), "the error is not the one that runc gives: {error}");
-    let _ = pod.shim.delete(&name);
+    pod.shim.delete(&name)?;
     let after = environment.id("exec");
     ensure_eq!(pod.exec_script(&after, "echo alive")?.success()?, "alive\n", "an exec after the failed one");
     Ok(error.message)

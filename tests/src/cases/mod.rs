@@ -27,6 +27,7 @@ pub mod disks;
 pub mod exec;
 pub mod io;
 pub mod lifecycle;
+pub mod likeness;
 pub mod network;
 pub mod oci;
 pub mod resources;
@@ -144,6 +145,7 @@ pub fn all() -> Vec<Case> {
         oci::CASES,
         resources::CASES,
         rootfs::CASES,
+        likeness::CASES,
         disks::CASES,
         network::CASES,
         control::CASES,

@@ -1,11 +1,13 @@
 //! What the OCI specification asks for inside a container.
 
+use std::fs;
+
 use serde_json::json;
 
 use super::{Case, Environment, Fixture};
 use crate::bundle;
-use crate::failure::Outcome;
-use crate::shim::CreateOptions;
+use crate::failure::{Explain, Outcome};
+use crate::shim::{CALL_LIMIT, CreateOptions};
 use crate::stdio::Streams;
 use crate::{ensure, ensure_eq, fail};
 
@@ -164,9 +166,7 @@ fn no_modules(environment: &mut Environment) -> Outcome<String> {
     let mut process = bundle::shell(script);
     let all = ["CAP_SYS_MODULE", "CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE"];
     process["capabilities"] = json!({ "bounding": all, "effective": all, "permitted": all });
-    let mut spec = bundle::spec(&id, process);
-    // Without a filter of its own the container would get the default one, which refuses the call before the kernel does.
-    spec["linux"]["seccomp"] = json!({ "defaultAction": "SCMP_ACT_ALLOW" });
+    let spec = bundle::spec(&id, process);
     let output = environment.run_to_end(&id, &spec)?.success()?;
     ensure!(
         output.contains("kernel does not support requested operation"),
@@ -177,13 +177,21 @@ fn no_modules(environment: &mut Environment) -> Outcome<String> {
 }
 
 fn default_filter(environment: &mut Environment) -> Outcome<String> {
-    let output = environment
-        .run_script("filter", "grep ^Seccomp: /proc/self/status; unshare -U true 2>&1; true")?
-        .success()?;
-    ensure!(
-        output.contains("Seccomp:\t2"),
-        "a container whose specification has no filter got none: {output:?}"
-    );
+    let id = environment.id("filter");
+    let host = environment.host()?;
+    let config = host.path().join("filter.toml");
+    fs::write(&config, "default_seccomp = true\n").explain(|| format!("write {}", config.display()))?;
+    let script = "grep ^Seccomp: /proc/self/status; unshare -U true 2>&1; true";
+    let bundle = host.bundle(&id, &bundle::spec(&id, bundle::shell(script)))?;
+    let shim = host.start(&bundle)?;
+    let stdio = shim.stdio("init", Streams::default())?;
+    shim.create(&stdio, CreateOptions { config: Some(&config), ..CreateOptions::default() })?;
+    shim.start("")?;
+    shim.wait("", CALL_LIMIT)?;
+    let output = stdio.stdout.to_end(CALL_LIMIT)?;
+    super::Container { bundle, shim, stdio }.finish()?;
+    fs::remove_file(&config).explain(|| format!("remove {}", config.display()))?;
+    ensure!(output.contains("Seccomp:\t2"), "a container without a filter of its own got none: {output:?}");
     ensure!(output.contains("not permitted"), "a new user namespace was not refused: {output:?}");
-    Ok("a container whose specification has no filter gets the default one".into())
+    Ok("where it is configured, a container whose specification has no filter gets the default one".into())
 }

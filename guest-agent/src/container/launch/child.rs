@@ -50,6 +50,7 @@ impl ChildError {
     fn kind(&self) -> FailureKind {
         match self {
             Self::Executable(_) => FailureKind::Specification,
+            Self::Sysctl(SysctlError::Missing(_)) => FailureKind::Specification,
             Self::Root(error) if error.is_specification() => FailureKind::Specification,
             _ => FailureKind::Internal,
         }
@@ -129,7 +130,7 @@ fn set_up(setup: Setup<'_>, agent: &Agent, two_steps: bool) -> Result<std::conve
     reset_signals().step("reset the signals")?;
     match setup.job {
         Job::Container(plan) => {
-            let opened = plan.root.open()?;
+            let opened = plan.root.open(plan.namespaces.has(Kind::User))?;
             if two_steps {
                 let cgroup = plan.namespaces.join()?;
                 plan.namespaces.unshare_time()?;

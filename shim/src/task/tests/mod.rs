@@ -221,6 +221,33 @@ async fn the_events_of_a_container_come_in_order() {
 }
 
 #[tokio::test]
+async fn an_exec_that_cannot_be_set_up_fails_when_it_is_started() {
+    let stage = Stage::new("refused-exec").await;
+    stage.create("c").await;
+    stage.start("c", "").await.unwrap();
+    for exec in ["e", "f"] {
+        stage.guest.refuse("CreateExec", Code::INVALID_ARGUMENT, "executable file not found in $PATH");
+        stage.exec("c", exec).await.unwrap();
+    }
+    let (code, message) = refusal(stage.start("c", "e").await);
+    assert_eq!((code, message.as_str()), (Code::INVALID_ARGUMENT, "executable file not found in $PATH"));
+    assert_eq!(stage.wait("c", "e").await, 255, "whoever waits for it is not left waiting");
+    assert_eq!(stage.delete("c", "e").await.unwrap(), 255);
+    // One that was never started can be deleted as well.
+    assert_eq!(stage.delete("c", "f").await.unwrap(), 255);
+    // That the container is in no state for an exec is told at once.
+    stage.guest.refuse("CreateExec", Code::FAILED_PRECONDITION, "container c is stopped");
+    assert_eq!(refusal(stage.exec("c", "g").await).0, Code::FAILED_PRECONDITION);
+    stage.guest.exit("c", "", 0);
+    stage.wait("c", "").await;
+    stage.delete("c", "").await.unwrap();
+    assert_eq!(
+        stage.events().await,
+        ["create c", "start c", "exec-added c", "exec-added c", "exit c 0", "delete c"]
+    );
+}
+
+#[tokio::test]
 async fn a_root_file_system_on_a_disk_comes_and_goes_with_its_container() {
     let stage = Stage::new("disk").await;
     stage.create("shared").await;
@@ -408,7 +435,8 @@ async fn an_agent_that_does_not_answer_holds_up_nobody_else() {
     let pids = stage.client.pids(ctx(), &request);
     let (pids, status) = tokio::join!(pids, stage.status("c"));
     assert_eq!(status, Status::RUNNING);
-    assert_eq!(pids.unwrap().processes[0].pid, std::process::id());
+    let pid = pids.unwrap().processes[0].pid;
+    assert!(fs::exists(format!("/proc/self/task/{pid}")).unwrap(), "{pid} is none of the pod's threads");
     // containerd gives up after five seconds.
     assert!(started.elapsed() < Duration::from_secs(4));
 }

@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::stream::Stream;
 
 /// Connections that may be asked for ahead of the device thread.
-const MAX_REQUESTS: usize = 32;
+const MAX_REQUESTS: usize = 256;
 
 /// Opens connections to the guest, from another thread.
 #[derive(Debug)]

@@ -30,7 +30,7 @@ const FROM_GUEST: usize = 1;
 const QUEUE_SIZES: [u16; 3] = [128, 128, 8];
 
 /// The most connections at a time. With [`super::connection::BUFFER_SIZE`] it bounds the memory of all backlogs.
-const MAX_CONNECTIONS: usize = 128;
+const MAX_CONNECTIONS: usize = 512;
 
 /// The most `RST`s for unknown connections that wait for buffers of the guest; more are dropped.
 const MAX_RESETS: usize = 64;
