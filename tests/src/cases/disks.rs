@@ -255,7 +255,7 @@ fn come_and_go(environment: &mut Environment) -> Outcome<String> {
     }
     let (refused, created) = member(&volumes, "true")?;
     let Err(error) = created else { fail!("{} disks were attached", volumes.len()) };
-    ensure!(error.contains("as many as it can have"), "the error: {error}");
+    ensure!(error.contains("no slot left for a disk"), "the error: {error}");
     refused.bundle.remove()?;
     // The slots serve again, for other disks.
     let output = run(&volumes[SLOTS..], &(read("/dev/data0") + &write("second", "/dev/data0")))?;
