@@ -9,15 +9,15 @@ use serde_json::{Value, json};
 use crate::failure::{Explain, Outcome};
 use crate::process;
 
-/// Where Debian has the plugins.
+/// Where Debian has the plugins, unless they came with us.
 const PLUGINS: &str = "/usr/lib/cni";
 
 /// How long a plugin or a command may take.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// Whether the plugins are there.
-pub fn available() -> bool {
-    ["bridge", "host-local", "ptp"].iter().all(|name| Path::new(PLUGINS).join(name).exists())
+fn plugins() -> PathBuf {
+    let ours = std::env::current_exe().ok().and_then(|program| Some(program.parent()?.parent()?.join("cni")));
+    ours.filter(|ours| ours.is_dir()).unwrap_or_else(|| PathBuf::from(PLUGINS))
 }
 
 /// A network that the plugins know: its configuration.
@@ -114,13 +114,13 @@ impl Namespace {
     }
 
     fn plugin(&self, command: &str, config: &Value, interface: &str) -> Outcome<String> {
-        let plugin = Path::new(PLUGINS).join(config["type"].as_str().unwrap_or_default());
+        let plugin = plugins().join(config["type"].as_str().unwrap_or_default());
         let mut run = Command::new(&plugin);
         run.env("CNI_COMMAND", command)
             .env("CNI_CONTAINERID", &self.id)
             .env("CNI_NETNS", self.path())
             .env("CNI_IFNAME", interface)
-            .env("CNI_PATH", PLUGINS);
+            .env("CNI_PATH", plugins());
         let output = process::run(&mut run, config.to_string().as_bytes(), LIMIT)?;
         let said = output.said();
         output.success(&format!("{command} of {}: {said}", plugin.display())).map(|output| output.stdout)

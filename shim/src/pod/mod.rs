@@ -270,11 +270,15 @@ impl Pod {
             realtime_ns: now_ns(),
             ..Default::default()
         };
-        match self.while_alive(self.agent.configure(&request)).await? {
+        // The machine gets its interfaces meanwhile.
+        let both = async { tokio::join!(self.agent.configure(&request), self.attach_interfaces()) };
+        let (configured, attached) = self.while_alive(both).await?;
+        match configured {
             Ok(()) => self.timeline.stamp("configure"),
             Err(error) => return Err(self.explain(error).await),
         }
-        self.while_alive(self.connect_network()).await?.map_err(PodError::from)
+        self.while_alive(self.introduce_interfaces(attached?)).await??;
+        Ok(())
     }
 
     /// An answer of the agent, or the end of the pod.

@@ -12,7 +12,7 @@ use super::agent::AgentError;
 use super::machine::MachineError;
 use crate::config::Config;
 use crate::error::{Classify, Code, chain};
-use crate::net::{Joined, Namespace, NetError, Record, join_all, release};
+use crate::net::{Interface, Joined, Namespace, NetError, Record, join_all, release};
 
 /// Why a pod does not get its network.
 #[derive(Debug, thiserror::Error)]
@@ -125,24 +125,37 @@ impl Network {
     }
 }
 
+/// An interface that the machine has in a slot, and the guest does not know of yet.
+#[derive(Debug)]
+pub(super) struct Attached {
+    slot: u8,
+    interface: Interface,
+}
+
 impl Pod {
-    /// Gives the guest the interfaces of the pod's network namespace that it does not have yet: before the first container
-    /// starts, and whenever there may be others.
+    /// Gives the guest the interfaces of the pod's network namespace that it does not have yet: whenever there may be others
+    /// than at its start.
     pub async fn connect_network(&self) -> Result<(), NetworkError> {
-        let Some(network) = &self.network else { return Ok(()) };
-        let mut known = network.known.lock().await;
-        for joined in network.new_ones(&known).await? {
-            known.extend([joined.interface.index, joined.tap.index]);
-            self.attach_interface(joined).await?;
-        }
-        self.timeline.stamp("network");
-        Ok(())
+        let attached = self.attach_interfaces().await?;
+        self.introduce_interfaces(attached).await
     }
 
-    async fn attach_interface(&self, joined: Joined) -> Result<(), NetworkError> {
+    /// Puts interfaces into the machine, which needs no guest that listens.
+    pub(super) async fn attach_interfaces(&self) -> Result<Vec<Attached>, NetworkError> {
+        let Some(network) = &self.network else { return Ok(Vec::new()) };
+        let mut known = network.known.lock().await;
+        let mut attached = Vec::new();
+        for joined in network.new_ones(&known).await? {
+            known.extend([joined.interface.index, joined.tap.index]);
+            attached.push(self.attach_interface(joined).await?);
+        }
+        Ok(attached)
+    }
+
+    async fn attach_interface(&self, joined: Joined) -> Result<Attached, NetworkError> {
         let Joined { interface, tap } = joined;
-        let name = interface.name.clone();
-        let Some(slot) = self.slots.take_for_interface() else { return Err(NetworkError::NoSlot(name)) };
+        let name = || interface.name.clone();
+        let slot = self.slots.take_for_interface().ok_or_else(|| NetworkError::NoSlot(name()))?;
         let request = Request::AttachNet(AttachNet {
             slot,
             mac: interface.mac,
@@ -154,17 +167,28 @@ impl Pod {
         let queues: Vec<_> = tap.queues.iter().map(AsFd::as_fd).collect();
         if let Err(source) = self.control.request("AttachNet", &request, &queues).await {
             self.slots.give_back(slot);
-            return Err(NetworkError::Machine { name, source });
-        }
-        if let Err(source) = self.agent.add_interface(&interface.request(slot)).await {
-            self.take_out(slot).await;
-            return Err(NetworkError::Guest { name, source });
+            return Err(NetworkError::Machine { name: name(), source });
         }
         log::info!(
-            "the guest has the network interface {name}: {} queue pairs, UDP segmentation {}",
-            tap.queues.len(),
+            "the pod has the network interface {}: {} queue pairs, UDP segmentation {}",
+            interface.name,
+            queues.len(),
             if tap.offloads.uso { "on" } else { "off" }
         );
+        Ok(Attached { slot, interface })
+    }
+
+    /// Has the guest take interfaces up.
+    pub(super) async fn introduce_interfaces(&self, attached: Vec<Attached>) -> Result<(), NetworkError> {
+        for Attached { slot, interface } in attached {
+            if let Err(source) = self.agent.add_interface(&interface.request(slot)).await {
+                self.take_out(slot).await;
+                return Err(NetworkError::Guest { name: interface.name, source });
+            }
+        }
+        if self.network.is_some() {
+            self.timeline.stamp("network");
+        }
         Ok(())
     }
 }
