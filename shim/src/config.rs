@@ -231,7 +231,14 @@ impl Config {
     /// Loads a configuration and completes it with defaults for our place of installation.
     pub fn load(source: &Source) -> Result<Config, ConfigError> {
         let executable = std::env::current_exe().map_err(ConfigError::Prefix)?;
-        let prefix = executable.parent().and_then(Path::parent).unwrap_or(Path::new("/usr/local"));
+        Config::load_for(
+            source,
+            executable.parent().and_then(Path::parent).unwrap_or(Path::new("/usr/local")),
+        )
+    }
+
+    /// Loads a configuration and completes it with defaults for a place of installation.
+    pub fn load_for(source: &Source, prefix: &Path) -> Result<Config, ConfigError> {
         match source {
             Source::Inline(text) => Config::parse(Path::new("in the runtime options"), text, prefix),
             Source::File(path) => Config::parse(path, &read(path)?, prefix),

@@ -16,6 +16,7 @@ pub mod id;
 pub mod limit;
 pub mod logging;
 pub mod net;
+pub mod operator;
 pub mod options;
 pub mod pod;
 pub mod quantity;

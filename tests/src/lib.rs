@@ -11,6 +11,7 @@ pub mod events;
 pub mod failure;
 pub mod layout;
 pub mod leaks;
+pub mod loopback;
 pub mod netns;
 pub mod node;
 pub mod process;

@@ -6,6 +6,7 @@
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -34,6 +35,54 @@ pub async fn copy_output(from: Arc<Connection>, to: Connection) {
         () = to.hung_up() => {}
     }
     to.shut_down_writing();
+}
+
+/// How long a connection of which one direction has ended may be silent.
+const HALF_OPEN_LIMIT: Duration = Duration::from_secs(300);
+
+/// Copies between two sockets, each direction to its own end.
+///
+/// # Errors
+/// When one of them fails, or nothing comes for long after one direction's end: both are then to be closed.
+pub async fn copy_both_ways(one: &Connection, other: &Connection) -> io::Result<()> {
+    let copied = AtomicUsize::new(0);
+    let there = copy_to_end(one, other, &copied);
+    let back = copy_to_end(other, one, &copied);
+    tokio::pin!(there, back);
+    tokio::select! {
+        ended = &mut there => {
+            ended?;
+            while_any(&copied, back).await
+        }
+        ended = &mut back => {
+            ended?;
+            while_any(&copied, there).await
+        }
+    }
+}
+
+async fn copy_to_end(from: &Connection, to: &Connection, copied: &AtomicUsize) -> io::Result<()> {
+    loop {
+        from.readable().await?;
+        if let Flow::Ended = forward(from, to).await? {
+            to.shut_down_writing();
+            return Ok(());
+        }
+        copied.fetch_add(1, Relaxed);
+    }
+}
+
+/// Gives a copy up when there has been nothing to copy for long.
+async fn while_any(copied: &AtomicUsize, copy: impl Future<Output = io::Result<()>>) -> io::Result<()> {
+    tokio::pin!(copy);
+    loop {
+        let before = copied.load(Relaxed);
+        match timeout(HALF_OPEN_LIMIT, &mut copy).await {
+            Ok(ended) => return ended,
+            Err(_) if copied.load(Relaxed) == before => return Err(io::ErrorKind::TimedOut.into()),
+            Err(_) => {}
+        }
+    }
 }
 
 /// Reads a terminal to its end for no one.

@@ -8,11 +8,12 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use bulkhead_agent_protocol::forward::{LoopbackPort, QUESTION};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::timeout;
 
-use super::Connection;
+use super::{Connection, port, question};
 use crate::sys::{check, fd};
 
 /// Most connections that wait for their number or their process.
@@ -30,6 +31,14 @@ const CLAIM_LIMIT: Duration = Duration::from_secs(30);
 pub enum StreamError {
     #[error("stream {number} was not opened within {} seconds", CLAIM_LIMIT.as_secs())]
     Missing { number: u64 },
+}
+
+/// What a connection is for that no process claims.
+enum Purpose {
+    /// A TCP port.
+    Port(LoopbackPort),
+    /// What the operator wants to know.
+    Question,
 }
 
 /// Connections by their numbers.
@@ -62,19 +71,35 @@ impl Streams {
             };
             let streams = self.clone();
             tokio::spawn(async move {
-                if let Err(error) = streams.receive(fd).await {
-                    log::warn!("a stream was dropped before it had a number: {error}");
+                match streams.receive(fd).await {
+                    Ok(None) => {}
+                    // These wait for nothing any more. How many there are is for the host to say.
+                    Ok(Some((connection, Purpose::Port(port)))) => {
+                        drop(place);
+                        port::serve(connection, port).await;
+                    }
+                    Ok(Some((connection, Purpose::Question))) => {
+                        drop(place);
+                        question::serve(connection).await;
+                    }
+                    Err(error) => log::warn!("a stream was dropped before it had a number: {error}"),
                 }
-                drop(place);
             });
         }
     }
 
-    async fn receive(&self, fd: OwnedFd) -> io::Result<()> {
+    /// Keeps a connection until its process claims it; gives it back if it is for something else.
+    async fn receive(&self, fd: OwnedFd) -> io::Result<Option<(Connection, Purpose)>> {
         let connection = Connection::new(fd)?;
         let mut number = [0; 8];
         timeout(NUMBER_LIMIT, connection.read_exact(&mut number)).await??;
         let number = u64::from_le_bytes(number);
+        if let Some(port) = LoopbackPort::from_number(number) {
+            return Ok(Some((connection, Purpose::Port(port))));
+        }
+        if number == QUESTION {
+            return Ok(Some((connection, Purpose::Question)));
+        }
         let (waits, claimed) = oneshot::channel();
         if self.lock().insert(number, Arrived { connection, _waits: waits }).is_some() {
             log::warn!("stream {number} was opened twice; the first one is closed");
@@ -85,7 +110,7 @@ impl Streams {
             self.lock().remove(&number);
             log::warn!("stream {number} was closed: no process wanted it");
         }
-        Ok(())
+        Ok(None)
     }
 
     /// The connection with a number, once it is there; `None` for number 0, which means none.

@@ -1,4 +1,4 @@
-//! Standard streams: the host's connections, and copying between them and the processes.
+//! Standard streams and connections to ports: the host's connections, and copying between them and the processes.
 //!
 //! A process gets pipes or a terminal, never a connection itself: programs open `/dev/stdout` again, which a socket does
 //! not allow, and a connection must end when the process does, not when the last of its grandchildren does.
@@ -6,6 +6,8 @@
 mod connection;
 mod copy;
 mod listener;
+mod port;
+mod question;
 
 pub use connection::Connection;
 pub use copy::{InputControl, copy_input, copy_output, discard_output};

@@ -1,6 +1,8 @@
 //! The ttrpc API between the shim and the guest agent; `proto/agent.proto` documents it.
 #![allow(missing_docs, reason = "the documentation of generated code is in the proto file")]
 
+pub mod forward;
+
 /// Port on the host side (context id 2) that the agent dials to serve its API.
 pub const AGENT_PORT: u32 = 1024;
 

@@ -19,7 +19,7 @@ const MAX_SECTION: u64 = 256 * 1024;
 
 /// Whether the program at `path` is a containerd 2.0 or later. When it can't be told it counts as older, since later
 /// ones understand version 2 too.
-pub(super) fn is_version_2(path: &Path) -> bool {
+pub fn is_version_2(path: &Path) -> bool {
     match build_info(path) {
         Ok(info) => info.windows(V2_MODULE.len()).any(|window| window == V2_MODULE),
         Err(_) => false,

@@ -18,7 +18,9 @@ use crate::error::chain;
 pub const RUNTIME: &str = "io.containerd.bulkhead.v1";
 
 /// The action by which `start` runs the server.
-const SERVE: &str = "serve";
+pub const SERVE: &str = "serve";
+
+pub use self::containerd::is_version_2 as is_containerd_2;
 
 /// Does what the command line asks for.
 pub fn main() -> ExitCode {

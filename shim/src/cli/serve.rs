@@ -17,6 +17,7 @@ use ttrpc::asynchronous::transport::Listener;
 
 use super::start::socket_path;
 use crate::events::Publisher;
+use crate::operator;
 use crate::options::RuntimeOptions;
 use crate::sandbox;
 use crate::task;
@@ -112,7 +113,8 @@ async fn serve(flags: &Flags, listener: UnixListener, report: OwnedFd) -> Result
     let mut server = Server::new()
         .add_listener(listener)
         .register_service(task::service::services(&shim))
-        .register_service(sandbox::service::services(&shim, RuntimeOptions::from_environment()));
+        .register_service(sandbox::service::services(&shim, RuntimeOptions::from_environment()))
+        .register_service(operator::service(&shim));
     server.start().await.map_err(ServeError::Serve)?;
 
     fs::File::from(report).write_all(READY).map_err(setup("report to the start action"))?;

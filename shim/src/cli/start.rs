@@ -167,9 +167,13 @@ fn spawn_server(
     let failed = |step| move |source| StartError::Spawn { step, source };
     let (report, writer) = io::pipe().map_err(failed("create a pipe"))?;
     let executable = std::env::current_exe().map_err(failed("find its program"))?;
+    let bundle = std::env::current_dir().map_err(failed("find the bundle"))?;
     let mut command = Command::new(executable);
     command
         .args(["-namespace", &flags.namespace, "-id", &flags.id, "-address", &request.grpc_address])
+        // Not for the server: who looks at it finds the pod's record by this.
+        .arg("-bundle")
+        .arg(bundle)
         .args(["-socket", address])
         .env("TTRPC_ADDRESS", &request.ttrpc_address)
         .stdin(OwnedFd::from(listener))

@@ -4,6 +4,7 @@ pub mod cgroup;
 pub mod disk;
 pub mod mount_table;
 pub mod mounts;
+pub mod netns;
 pub mod overlay;
 pub mod process;
 pub mod small_namespace;

@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod boot;
 pub mod disks;
+pub mod forward;
 pub mod guest;
 pub mod limits;
 pub mod machine;
@@ -26,10 +27,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use bulkhead_agent_protocol::forward::{LoopbackPort, QUESTION};
 use bulkhead_agent_protocol::{ConfigureRequest, STDIO_PORT};
 use bulkhead_vmm_protocol::Request;
 use nix::sys::socket::SockType;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -93,6 +95,7 @@ pub struct Death {
 #[derive(Debug)]
 pub struct Pod {
     id: String,
+    network_namespace: Option<PathBuf>,
     tree: Arc<SharedTree>,
     agent: Agent,
     control: Arc<Control>,
@@ -183,6 +186,7 @@ impl Pod {
     fn assemble(spec: PodSpec, booted: Booted, resources: Resources, timeline: Timeline) -> Arc<Pod> {
         let pod = Arc::new(Pod {
             id: spec.id,
+            network_namespace: spec.network,
             tree: booted.tree,
             agent: booted.agent,
             control: booted.control,
@@ -311,6 +315,11 @@ impl Pod {
         &self.id
     }
 
+    /// The network namespace that somebody made for the pod on the host.
+    pub fn network_namespace(&self) -> Option<&Path> {
+        self.network_namespace.as_deref()
+    }
+
     /// The guest's agent.
     pub fn agent(&self) -> &Agent {
         &self.agent
@@ -408,13 +417,36 @@ impl Pod {
     /// Opens a new stdio stream into the guest; gives its number and the shim's end.
     pub async fn open_stream(&self) -> Result<(u64, UnixStream), PodError> {
         let number = self.next_stream.fetch_add(1, Ordering::Relaxed);
+        Ok((number, self.open_numbered(number).await?))
+    }
+
+    /// Opens a new stream to a TCP port of the guest; what it then says is in [`bulkhead_agent_protocol::forward`].
+    pub async fn open_port(&self, port: LoopbackPort) -> Result<UnixStream, PodError> {
+        self.open_numbered(port.to_number()).await
+    }
+
+    /// Asks the guest a question of the operator's; what it answers is the guest's, and cut at `limit` bytes.
+    pub async fn ask(&self, question: &str, limit: u64) -> Result<Vec<u8>, PodError> {
+        let mut stream = self.open_numbered(QUESTION).await?;
+        stream.write_all(format!("{question}\n").as_bytes()).await.map_err(PodError::Stream)?;
+        let mut answer = Vec::new();
+        stream.take(limit).read_to_end(&mut answer).await.map_err(PodError::Stream)?;
+        Ok(answer)
+    }
+
+    /// The last lines of the guest's console and of the pod's processes, as far as they are kept, for a person.
+    pub async fn last_words(&self) -> String {
+        self.resources.lock().await.last_words()
+    }
+
+    async fn open_numbered(&self, number: u64) -> Result<UnixStream, PodError> {
         let (ours, theirs) = socket_pair(SockType::Stream)?;
         let connect = Request::ConnectVsock { port: STDIO_PORT };
         self.control.request("ConnectVsock", &connect, &[theirs.as_fd()]).await?;
         let mut stream = from_owned(ours).map_err(PodError::Stream)?;
         // Eight bytes fit into the empty socket: this does not wait for the guest.
         stream.write_all(&number.to_le_bytes()).await.map_err(PodError::Stream)?;
-        Ok((number, stream))
+        Ok(stream)
     }
 
     /// Powers the guest off and releases everything. Idempotent; returns when it is done, whoever began it.

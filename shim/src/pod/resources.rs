@@ -85,6 +85,17 @@ impl Resources {
         if console.is_empty() { "none".to_owned() } else { console }
     }
 
+    /// All that is kept of what the processes and the console said.
+    pub(super) fn last_words(&self) -> String {
+        let sources = [
+            ("VMM", self.vmm.as_ref().map(|process| process.stderr.all())),
+            ("file server", self.fs_server.as_ref().map(|process| process.stderr.all())),
+            ("guest console", self.console.as_ref().map(Tail::all)),
+        ];
+        let kept = sources.into_iter().filter_map(|(name, text)| Some((name, text?)));
+        kept.filter(|(_, text)| !text.is_empty()).map(|(name, text)| format!("== {name}\n{text}\n")).collect()
+    }
+
     /// Adds what the processes and the console said to the reason of an end that needs explaining.
     pub(super) fn explain_end(&self, mut reason: String) -> String {
         let sources = [

@@ -56,6 +56,17 @@ impl Tail {
         Ok(tail)
     }
 
+    /// All that is kept, cleaned, line by line.
+    pub fn all(&self) -> String {
+        let bytes: Vec<u8> = match self.kept.lock() {
+            Ok(kept) => kept.iter().copied().collect(),
+            Err(_) => return String::new(),
+        };
+        let text = String::from_utf8_lossy(&bytes);
+        let lines: Vec<String> = text.lines().map(|line| untrusted(line, MAX_LINE)).collect();
+        lines.join("\n").trim().to_owned()
+    }
+
     /// The last lines, cleaned, joined with " | ", at most `limit` bytes; empty if there was nothing.
     pub fn last_lines(&self, count: usize, limit: usize) -> String {
         let bytes: Vec<u8> = match self.kept.lock() {

@@ -23,7 +23,7 @@ use crate::options::RuntimeOptions;
 use crate::pod::agent::AgentError;
 use crate::pod::limits::{Claim, PodLimits};
 use crate::pod::timeline::now_us;
-use crate::pod::{DEATH_LIMIT, Pod, PodSpec, state};
+use crate::pod::{DEATH_LIMIT, Pod, PodSpec, forward, state};
 use crate::sizing::Demand;
 use crate::spec::sandbox::Role;
 use crate::spec::{self, GuestSpec, Member, PodNamespaces};
@@ -194,6 +194,7 @@ impl Shim {
             background::start(order);
         }
         tokio::spawn(self.clone().pass_events(pod.clone()));
+        forward::start(pod);
     }
 }
 

@@ -30,6 +30,8 @@ pub mod lifecycle;
 pub mod likeness;
 pub mod network;
 pub mod oci;
+pub mod operate;
+pub mod ports;
 pub mod resources;
 pub mod rootfs;
 pub mod sandbox;
@@ -144,6 +146,8 @@ pub fn all() -> Vec<Case> {
         io::CASES,
         oci::CASES,
         resources::CASES,
+        operate::CASES,
+        ports::CASES,
         rootfs::CASES,
         likeness::CASES,
         disks::CASES,

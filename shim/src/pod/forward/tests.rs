@@ -1,0 +1,208 @@
+//! Real sockets in a network namespace of the test's own; the VMM and the guest behind it are the test's.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream as StdTcpStream};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::mpsc;
+use std::thread;
+
+use bulkhead_agent_protocol::forward::{CONNECTED, LoopbackPort};
+use bulkhead_vmm_protocol::{Channel, Event, ExitReason, FromVmm, Packet, Request};
+use nix::sched::{CloneFlags, unshare};
+use tokio::net::UnixStream;
+
+use super::*;
+
+/// A server in the guest echoes on this port.
+const ECHO: u16 = 80;
+/// On this one it says a word and cuts the connection off.
+const RUDE: u16 = 81;
+
+/// A new network namespace, which is there as long as its thread is.
+fn namespace() -> (PathBuf, mpsc::Sender<()>) {
+    let (told, path) = mpsc::channel();
+    let (keeper, ended) = mpsc::channel::<()>();
+    thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        let up = std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap();
+        assert!(up.success());
+        // SAFETY: takes nothing.
+        let thread = unsafe { libc::gettid() };
+        told.send(PathBuf::from(format!("/proc/{}/task/{thread}/ns/net", std::process::id()))).unwrap();
+        let _ = ended.recv();
+    });
+    (path.recv().unwrap(), keeper)
+}
+
+/// What the guest does with a stream; counts those that are open.
+fn guest(mut stream: StdUnixStream, open: &AtomicUsize) {
+    let mut number = [0; 8];
+    stream.read_exact(&mut number).unwrap();
+    let port = LoopbackPort::from_number(u64::from_le_bytes(number)).unwrap();
+    open.fetch_add(1, Relaxed);
+    match port.port {
+        ECHO => {
+            stream.write_all(&[CONNECTED]).unwrap();
+            let family = if port.ipv6_first { "v6 " } else { "v4 " };
+            stream.write_all(family.as_bytes()).unwrap();
+            // It says nothing before it has been told everything.
+            let mut all = Vec::new();
+            if stream.read_to_end(&mut all).is_ok() {
+                let _ = stream.write_all(&all);
+            }
+        }
+        RUDE => stream.write_all(&[CONNECTED, b'x']).unwrap(),
+        _ => {}
+    }
+    open.fetch_sub(1, Relaxed);
+}
+
+struct Stage {
+    pod: Arc<Pod>,
+    vmm: Arc<Channel>,
+    namespace: PathBuf,
+    open: Arc<AtomicUsize>,
+    _keeper: mpsc::Sender<()>,
+    _agent: UnixStream,
+}
+
+impl Stage {
+    async fn set(name: &str) -> Stage {
+        let (ours, agent) = UnixStream::pair().unwrap();
+        let (channel, vmm) = Channel::pair().unwrap();
+        let vmm = Arc::new(vmm);
+        let open = Arc::new(AtomicUsize::new(0));
+        let (serving, counter) = (vmm.clone(), open.clone());
+        thread::spawn(move || {
+            while let Ok(Packet { message: Request::ConnectVsock { .. }, mut fds }) = serving.receive() {
+                let stream = StdUnixStream::from(fds.remove(0));
+                let counter = counter.clone();
+                thread::spawn(move || guest(stream, &counter));
+                serving.send(&FromVmm::Reply(Ok(())), &[]).unwrap();
+            }
+        });
+        let directory = std::env::temp_dir().join(format!("bulkhead-forward-{name}-{}", std::process::id()));
+        let pod = Pod::with_guest(name, directory, ours, channel).await;
+        let (namespace, keeper) = namespace();
+        Stage { pod, vmm, namespace, open, _keeper: keeper, _agent: agent }
+    }
+
+    /// Does something in the namespace as a client.
+    async fn client<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        NetworkNamespace::open(&self.namespace).unwrap().within(work).await.unwrap()
+    }
+
+    async fn forwarded(&self) {
+        start_in(self.pod.clone(), self.namespace.clone());
+        for _ in 0..100 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            if self.client(|| StdTcpStream::connect(("127.0.0.1", 9))).await.is_ok() {
+                return;
+            }
+        }
+        panic!("ports are not forwarded");
+    }
+
+    async fn end(self) {
+        self.vmm.send(&FromVmm::Event(Event::Exited(ExitReason::Reset)), &[]).unwrap();
+        self.pod.died().await;
+        self.pod.stop().await;
+    }
+}
+
+/// Sends a question, ends it, and reads the answer to its end.
+fn ask(address: &str, port: u16, question: &[u8]) -> io::Result<Vec<u8>> {
+    let mut stream = StdTcpStream::connect((address, port))?;
+    stream.write_all(question)?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    Ok(answer)
+}
+
+#[tokio::test]
+async fn connections_reach_the_guest_and_each_direction_has_an_end_of_its_own() {
+    let stage = Stage::set("carry").await;
+    stage.forwarded().await;
+    let question = b"0123456789".repeat(50_000);
+    for (address, family) in [("127.0.0.1", "v4 "), ("127.9.8.7", "v4 "), ("::1", "v6 ")] {
+        let asked = question.clone();
+        let answer = stage.client(move || ask(address, ECHO, &asked)).await.unwrap();
+        assert!(answer == [family.as_bytes(), &question].concat(), "{address}: {} bytes", answer.len());
+    }
+    stage.end().await;
+}
+
+#[tokio::test]
+async fn a_port_without_a_server_is_a_reset_and_other_addresses_are_left_alone() {
+    let stage = Stage::set("refuse").await;
+    stage.forwarded().await;
+    let error = stage.client(|| ask("127.0.0.1", 9, b"")).await.unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    // The connection itself is taken; what a server has sent before it cuts it off arrives.
+    let answer = stage.client(|| ask("127.0.0.1", RUDE, b"")).await.unwrap();
+    assert_eq!(answer, b"x");
+    // An address of the namespace that is no loopback address.
+    let error = stage
+        .client(|| {
+            let added =
+                std::process::Command::new("ip").args(["addr", "add", "10.9.8.7/32", "dev", "lo"]).status();
+            assert!(added.unwrap().success());
+            ask("10.9.8.7", ECHO, b"")
+        })
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+    stage.end().await;
+}
+
+#[tokio::test]
+async fn there_are_only_so_many_at_a_time_and_the_others_wait() {
+    let stage = Stage::set("many").await;
+    stage.forwarded().await;
+    let count = MAX_CONNECTIONS + 10;
+    let connect =
+        move || (0..count).map(|_| StdTcpStream::connect(("127.0.0.1", ECHO)).unwrap()).collect::<Vec<_>>();
+    let clients = stage.client(connect).await;
+    let settled = async {
+        while stage.open.load(Relaxed) < MAX_CONNECTIONS {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), settled).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(stage.open.load(Relaxed), MAX_CONNECTIONS);
+    // When the first end the others get their turn.
+    let answers = thread::spawn(move || {
+        clients
+            .into_iter()
+            .map(|mut client| {
+                client.write_all(b"a").unwrap();
+                client.shutdown(Shutdown::Write).unwrap();
+                let mut answer = String::new();
+                client.read_to_string(&mut answer).unwrap();
+                answer
+            })
+            .filter(|answer| answer == "v4 a")
+            .count()
+    });
+    while !answers.is_finished() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(answers.join().unwrap(), count);
+    stage.end().await;
+}
+
+#[tokio::test]
+async fn everything_ends_with_the_pod() {
+    let stage = Stage::set("end").await;
+    stage.forwarded().await;
+    let _client = stage.client(|| StdTcpStream::connect(("127.0.0.1", ECHO)).unwrap()).await;
+    let (namespace, keeper) = (NetworkNamespace::open(&stage.namespace).unwrap(), stage._keeper.clone());
+    stage.end().await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let refused = namespace.within(|| StdTcpStream::connect(("127.0.0.1", ECHO))).await.unwrap();
+    assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+    drop(keeper);
+}
