@@ -2,12 +2,18 @@
 
 mod arguments;
 mod check;
+mod containerd;
+mod install;
+mod pods;
 mod template;
+#[cfg(test)]
+mod testing;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
 
 use arguments::{Arguments, Command};
+use bulkhead_shim::operator::Method;
 
 fn main() -> ExitCode {
     match run() {
@@ -29,6 +35,12 @@ enum CliError {
     Check(#[from] check::CheckError),
     #[error("{}", bulkhead_shim::error::chain(.0))]
     Template(#[from] template::TemplateError),
+    #[error("{}", bulkhead_shim::error::chain(.0))]
+    Install(#[from] install::InstallError),
+    #[error("{}", bulkhead_shim::error::chain(.0))]
+    Uninstall(#[from] install::UninstallError),
+    #[error("{}", bulkhead_shim::error::chain(.0))]
+    Pods(#[from] pods::PodsError),
     #[error("cannot write to standard output: {0}")]
     Output(#[from] io::Error),
 }
@@ -50,8 +62,13 @@ fn run() -> Result<ExitCode, CliError> {
                 return Ok(ExitCode::FAILURE);
             }
         }
-        Command::Check { device, prefix } => {
-            if !check::run(&device, prefix.as_deref(), &mut out)? {
+        Command::Install(options) => install::install(&options, &mut out)?,
+        Command::Uninstall { options, force } => install::uninstall(&options, force, &mut out)?,
+        Command::Pods { json } => pods::list(json, &mut out)?,
+        Command::Logs { pod } => pods::ask(&pod, Method::Logs, "", &mut out)?,
+        Command::Exec { pod, question } => pods::ask(&pod, Method::Ask, &question, &mut out)?,
+        Command::Check(options) => {
+            if !check::run(&options, &mut out)? {
                 return Ok(ExitCode::FAILURE);
             }
         }

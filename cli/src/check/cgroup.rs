@@ -15,14 +15,11 @@ pub fn check(root: &Path) -> Finding {
     match statfs(root) {
         Ok(stat) if stat.filesystem_type() == CGROUP2_SUPER_MAGIC => {}
         Ok(_) => {
-            return Finding::warn(
-                WHAT,
-                format!(
-                    "{} is not a cgroup v2 tree: pods run, but without limits on the host; boot with \
-                     systemd.unified_cgroup_hierarchy=1",
-                    root.display()
-                ),
-            );
+            return Finding::warn(WHAT, format!("{} is not a cgroup v2 tree", root.display()))
+                .because("pods run, but without limits on the host")
+                .mended_by(
+                    "add systemd.unified_cgroup_hierarchy=1 to GRUB_CMDLINE_LINUX in /etc/default/grub; update-grub; reboot",
+                );
         }
         Err(errno) => return Finding::warn(WHAT, format!("cannot look at {}: {errno}", root.display())),
     }
@@ -42,10 +39,9 @@ fn judge(controllers: &str) -> Finding {
     if missing.is_empty() {
         Finding::ok(WHAT, format!("version 2 with {}", NEEDED.join(", ")))
     } else {
-        Finding::warn(
-            WHAT,
-            format!("version 2, but without {}: pods run without these limits", missing.join(", ")),
-        )
+        Finding::warn(WHAT, format!("version 2, but without {}", missing.join(", ")))
+            .because("pods run without these limits")
+            .mended_by("take cgroup_disable= off the kernel's command line; reboot")
     }
 }
 

@@ -4,18 +4,13 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 
+use bulkhead_shim::config::Config;
 use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access};
 
 use super::Finding;
 
-const PROGRAMS: [(&str, &str); 3] = [
-    ("shim", "bin/containerd-shim-bulkhead-v1"),
-    ("VMM", "libexec/bulkhead/bulkhead-vmm"),
-    ("file server", "libexec/bulkhead/bulkhead-fs"),
-];
-const KERNEL: &str = "share/bulkhead/vmlinux";
-const IMAGE: &str = "share/bulkhead/guest.erofs";
+const SHIM: &str = "bin/containerd-shim-bulkhead-v1";
 
 /// A magic number: where it is in the file, and its bytes.
 type Magic = (u64, &'static [u8]);
@@ -24,13 +19,15 @@ const ELF: Magic = (0, b"\x7fELF");
 const BZIMAGE: Magic = (0x202, b"HdrS");
 const EROFS: Magic = (1024, &0xe0f5_e1e2_u32.to_le_bytes());
 
-/// Looks at what is installed under `prefix`.
-pub fn check(prefix: &Path) -> Vec<Finding> {
-    let mut findings: Vec<Finding> =
-        PROGRAMS.iter().map(|(what, place)| program(what, &prefix.join(place))).collect();
-    findings.push(data("guest kernel", &prefix.join(KERNEL), &[ELF, BZIMAGE], "an ELF vmlinux or a bzImage"));
-    findings.push(data("guest image", &prefix.join(IMAGE), &[EROFS], "an erofs image"));
-    findings
+/// Looks at what is installed under `prefix`, and at what the configuration names.
+pub fn check(prefix: &Path, config: &Config) -> Vec<Finding> {
+    vec![
+        program("shim", &prefix.join(SHIM)),
+        program("VMM", &config.vmm),
+        program("file server", &config.fs_server),
+        data("guest kernel", &config.kernel, &[ELF, BZIMAGE], "an ELF vmlinux or a bzImage"),
+        data("guest image", &config.image, &[EROFS], "an erofs image"),
+    ]
 }
 
 fn program(what: &'static str, path: &Path) -> Finding {
@@ -41,20 +38,22 @@ fn program(what: &'static str, path: &Path) -> Finding {
     };
     match usable {
         Ok(()) => Finding::ok(what, path.display().to_string()),
-        Err(error) => Finding::fail(what, not_usable("execute", path, &error)),
+        Err(error) => incomplete(what, format!("cannot execute {}: {error}", path.display())),
     }
 }
 
 fn data(what: &'static str, path: &Path, kinds: &[Magic], expected: &str) -> Finding {
     match has_magic(path, kinds) {
         Ok(true) => Finding::ok(what, path.display().to_string()),
-        Ok(false) => Finding::fail(what, format!("{} is not {expected}; install it again", path.display())),
-        Err(error) => Finding::fail(what, not_usable("read", path, &error)),
+        Ok(false) => incomplete(what, format!("{} is not {expected}", path.display())),
+        Err(error) => incomplete(what, format!("cannot read {}: {error}", path.display())),
     }
 }
 
-fn not_usable(verb: &str, path: &Path, error: &io::Error) -> String {
-    format!("cannot {verb} {}: {error}; install it, or name another place with --prefix", path.display())
+fn incomplete(what: &'static str, evidence: String) -> Finding {
+    Finding::fail(what, evidence).because("no pod starts without it").mended_by(
+        "bulkhead install --from DIR; or name its place in /etc/bulkhead/config.toml, or with --prefix",
+    )
 }
 
 fn has_magic(path: &Path, kinds: &[Magic]) -> io::Result<bool> {
@@ -72,39 +71,23 @@ fn has_magic(path: &Path, kinds: &[Magic]) -> io::Result<bool> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-    use std::os::unix::fs::PermissionsExt;
-    use std::path::PathBuf;
+    use bulkhead_shim::config::Source;
 
     use super::*;
     use crate::check::Verdict;
+    use crate::testing::Directory;
 
-    /// A directory that is removed again.
-    struct Prefix(PathBuf);
+    const PROGRAMS: [&str; 3] = [SHIM, "libexec/bulkhead/bulkhead-vmm", "libexec/bulkhead/bulkhead-fs"];
+    const KERNEL: &str = "share/bulkhead/vmlinux";
+    const IMAGE: &str = "share/bulkhead/guest.erofs";
 
-    impl Prefix {
-        fn new(name: &str) -> Self {
-            let path = std::env::temp_dir().join(format!("bulkhead-check-{name}-{}", std::process::id()));
-            fs::create_dir_all(&path).unwrap();
-            Self(path)
-        }
-
-        fn install(&self, place: &str, content: &[u8], mode: u32) {
-            let path = self.0.join(place);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(&path, content).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-        }
-
-        fn verdicts(&self) -> Vec<Verdict> {
-            check(&self.0).into_iter().map(|finding| finding.verdict).collect()
-        }
+    fn checked(prefix: &Directory, configuration: &str) -> Vec<Finding> {
+        let config = Config::load_for(&Source::Inline(configuration.into()), prefix.path()).unwrap();
+        check(prefix.path(), &config)
     }
 
-    impl Drop for Prefix {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
-        }
+    fn verdicts(prefix: &Directory) -> Vec<Verdict> {
+        checked(prefix, "").into_iter().map(|finding| finding.verdict).collect()
     }
 
     fn erofs() -> Vec<u8> {
@@ -115,32 +98,42 @@ mod tests {
 
     #[test]
     fn nothing_installed() {
-        let prefix = Prefix::new("nothing");
-        assert_eq!(prefix.verdicts(), [Verdict::Fail; 5]);
-        assert!(check(&prefix.0)[0].evidence.contains("bin/containerd-shim-bulkhead-v1"));
+        let prefix = Directory::new("parts-nothing");
+        assert_eq!(verdicts(&prefix), [Verdict::Fail; 5]);
+        assert!(checked(&prefix, "")[0].evidence.contains("bin/containerd-shim-bulkhead-v1"));
+    }
+
+    #[test]
+    fn what_the_configuration_names_is_looked_at() {
+        let prefix = Directory::new("parts-elsewhere");
+        let elsewhere = Directory::new("parts-other-kernel");
+        elsewhere.write("vmlinux", b"\x7fELF");
+        let kernel = elsewhere.path().join("vmlinux");
+        let findings = checked(&prefix, &format!("kernel = {kernel:?}"));
+        assert_eq!(findings[3].verdict, Verdict::Ok, "{}", findings[3]);
     }
 
     #[test]
     fn everything_installed() {
-        let prefix = Prefix::new("everything");
-        for (_, place) in PROGRAMS {
-            prefix.install(place, b"#!", 0o755);
+        let prefix = Directory::new("parts-everything");
+        for place in PROGRAMS {
+            prefix.write_program(place, "#!");
         }
-        prefix.install(KERNEL, b"\x7fELF rest", 0o644);
-        prefix.install(IMAGE, &erofs(), 0o644);
-        assert_eq!(prefix.verdicts(), [Verdict::Ok; 5]);
+        prefix.write(KERNEL, b"\x7fELF rest");
+        prefix.write(IMAGE, erofs());
+        assert_eq!(verdicts(&prefix), [Verdict::Ok; 5]);
     }
 
     #[test]
     fn wrong_and_truncated_parts() {
-        let prefix = Prefix::new("wrong");
-        for (_, place) in PROGRAMS {
-            prefix.install(place, b"#!", 0o644);
+        let prefix = Directory::new("parts-wrong");
+        for place in PROGRAMS {
+            prefix.write(place, "#!");
         }
-        prefix.install(KERNEL, b"\x7fEL", 0o644);
-        prefix.install(IMAGE, &erofs()[..1026], 0o644);
+        prefix.write(KERNEL, b"\x7fEL");
+        prefix.write(IMAGE, &erofs()[..1026]);
         // Root may read anything, but executes only what has an executable bit.
-        assert_eq!(prefix.verdicts(), [Verdict::Fail; 5]);
-        assert!(check(&prefix.0)[4].evidence.contains("not an erofs image"));
+        assert_eq!(verdicts(&prefix), [Verdict::Fail; 5]);
+        assert!(checked(&prefix, "")[4].evidence.contains("not an erofs image"));
     }
 }

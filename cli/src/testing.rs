@@ -1,0 +1,60 @@
+//! What the tests share.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+/// A directory that is removed again.
+#[derive(Debug)]
+pub struct Directory(PathBuf);
+
+impl Directory {
+    /// Makes it.
+    pub fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("bulkhead-cli-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Writes a file in it.
+    pub fn write(&self, place: &str, content: impl AsRef<[u8]>) {
+        let path = self.0.join(place);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, content).unwrap();
+    }
+
+    /// Writes a program in it.
+    pub fn write_program(&self, place: &str, content: impl AsRef<[u8]>) {
+        self.write(place, content);
+        fs::set_permissions(self.0.join(place), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    /// Every file and directory in it.
+    pub fn list(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        let mut pending = vec![self.0.clone()];
+        while let Some(directory) = pending.pop() {
+            for entry in fs::read_dir(directory).unwrap() {
+                let path = entry.unwrap().path();
+                found.push(path.strip_prefix(&self.0).unwrap().display().to_string());
+                if path.is_dir() {
+                    pending.push(path);
+                }
+            }
+        }
+        found.sort();
+        found
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
