@@ -115,7 +115,14 @@ fn prepare(busybox: &Path) -> PathBuf {
         format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
     let rootfs = shared.join("c1/rootfs");
     mount(Some("overlay"), &rootfs, Some("overlay"), MsFlags::empty(), Some(&options[..])).unwrap();
-    mount(Some("none"), &shared.join("c1/mounts/0"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    mount(
+        Some("none"),
+        &shared.join("c1/mounts/0"),
+        Some("tmpfs"),
+        MsFlags::MS_NODEV | MsFlags::MS_NOSUID,
+        none,
+    )
+    .unwrap();
     fs::write(shared.join("c1/mounts/0/from-host"), "hello").unwrap();
     shared
 }

@@ -17,7 +17,7 @@ use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 
 use crate::capabilities::{self, Capability};
 use crate::id_map::IdMapper;
-use crate::{JailError, Limits, Root, clear_environment, close_descriptors_above};
+use crate::{JailError, Limits, NAMESPACES, Root, clear_environment, close_descriptors_above};
 
 /// What serving files of any owner takes.
 const CAPABILITIES: [Capability; 7] = [
@@ -42,8 +42,7 @@ pub fn enter_file_server(last_fd: RawFd, limits: &Limits) -> Result<OwnedFd, Jai
     limits.apply()?;
 
     let mapper = IdMapper::start()?;
-    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)
-        .map_err(JailError::Namespaces)?;
+    unshare(NAMESPACES).map_err(JailError::Namespaces)?;
     let own_fds = detach_own_fds()?;
     Root::CurrentDirectory.enter()?;
     protect_top()?;

@@ -21,6 +21,14 @@ pub use file_server::enter_file_server;
 pub use limits::Limits;
 pub use root::Root;
 
+/// What each jailed process has of its own, beside the PID namespace that it is born in. The network is an empty one: no filter
+/// lets the process make a socket, and if one did, there would be nothing to talk to.
+const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWNS
+    .union(CloneFlags::CLONE_NEWNET)
+    .union(CloneFlags::CLONE_NEWCGROUP)
+    .union(CloneFlags::CLONE_NEWIPC)
+    .union(CloneFlags::CLONE_NEWUTS);
+
 /// What the jail of a process looks like.
 #[derive(Debug, Clone)]
 pub struct Jail {
@@ -54,7 +62,7 @@ pub enum JailError {
     #[error("can't limit {0}")]
     Limit(&'static str, #[source] Errno),
     /// No namespaces of its own.
-    #[error("can't create mount, IPC and UTS namespaces")]
+    #[error("can't create mount, network, cgroup, IPC and UTS namespaces")]
     Namespaces(#[source] Errno),
     /// The root directory could not be replaced.
     #[error("can't replace the root directory: {step}")]
@@ -96,8 +104,7 @@ pub fn enter(jail: &Jail) -> Result<(), JailError> {
 
     jail.limits.apply()?;
 
-    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)
-        .map_err(JailError::Namespaces)?;
+    unshare(NAMESPACES).map_err(JailError::Namespaces)?;
     jail.root.enter()?;
 
     become_unprivileged(Uid::from_raw(jail.uid), Gid::from_raw(jail.gid))

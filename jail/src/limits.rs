@@ -4,6 +4,10 @@ use nix::sys::resource::{Resource, setrlimit};
 
 use crate::JailError;
 
+/// The one size that means no core dump at all. With 0 the kernel would still pipe one to the program that `core_pattern`
+/// names, if the process is dumpable, which the file server becomes again when a thread of it changes its user (core(5)).
+const NO_CORE: u64 = 1;
+
 /// Limits that stay for the process's life: hard and soft alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
@@ -16,7 +20,7 @@ impl Limits {
     pub(crate) fn apply(&self) -> Result<(), JailError> {
         let limits = [
             (Resource::RLIMIT_NOFILE, self.open_files, "open files"),
-            (Resource::RLIMIT_CORE, 0, "core dumps"),
+            (Resource::RLIMIT_CORE, NO_CORE, "core dumps"),
             (Resource::RLIMIT_MEMLOCK, 0, "locked memory"),
             (Resource::RLIMIT_MSGQUEUE, 0, "message queues"),
         ];

@@ -68,6 +68,7 @@ fn no_privilege_is_left() {
         // SAFETY: PR_CAPBSET_READ takes integers only; 21 is CAP_SYS_ADMIN.
         let bound = unsafe { libc::prctl(libc::PR_CAPBSET_READ, 21, 0, 0, 0) };
         check(bound == 0, "the bounding set isn't empty")?;
+        check(getrlimit(Resource::RLIMIT_CORE) == Ok((1, 1)), "a core dump could be piped")?;
         check(getrlimit(Resource::RLIMIT_NOFILE) == Ok((32, 32)), "the limit on open files isn't set")
     });
 }

@@ -5,7 +5,8 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Statx, StatxFlags, Uid, openat, statx};
+use bulkhead_vmm_protocol::is_shareable;
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Statx, StatxFlags, Uid, fstatfs, openat, statx};
 use rustix::io::{Errno, Result};
 use rustix::thread::{set_thread_res_gid, set_thread_res_uid};
 
@@ -54,6 +55,14 @@ impl FdName {
 /// Opens a directory's entry as `O_PATH`, following no symbolic link.
 pub fn open_entry(directory: impl AsFd, name: &CStr) -> Result<OwnedFd> {
     openat(directory, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// Whether the guest may see what is mounted where this file was found: asked of the descriptor that is then used.
+pub fn may_enter(path_fd: impl AsFd) -> Result<bool> {
+    let stat = fstatfs(path_fd)?;
+    let nodev = stat.f_flags as u64 & libc::ST_NODEV != 0;
+    // The kernel's numbers have 32 bits, whatever the type they come in.
+    Ok(is_shareable(stat.f_type as u32, nodev))
 }
 
 /// What the host knows of a held file.

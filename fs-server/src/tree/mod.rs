@@ -31,7 +31,7 @@ use rustix::fs::{FileType, OFlags, copy_file_range};
 use rustix::io::{Errno, Result};
 
 use handles::Handles;
-use host::{Attributes, OwnFds, open_entry};
+use host::{Attributes, OwnFds, may_enter, open_entry};
 use inodes::{Inode, Inodes, Place};
 use mounts::{Mounts, Sharing};
 use nodes::Node;
@@ -128,6 +128,10 @@ impl SharedTree {
     fn enter(&self, path_fd: OwnedFd, parent: &Inode, name: &CStr) -> Result<Entry> {
         let attributes = Attributes::of(&path_fd)?;
         let crossed = attributes.mount_id() != parent.mount_id();
+        // The shim has taken out what may not be here, but for what the host mounts later.
+        if crossed && !may_enter(&path_fd)? {
+            return Err(Errno::ACCESS);
+        }
         let place = match parent.place {
             Place::Top if !crossed => Place::Container,
             _ => Place::Below,

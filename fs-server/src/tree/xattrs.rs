@@ -2,7 +2,8 @@
 //!
 //! Some are the host's: labels of its security modules, and what overlayfs keeps in `trusted.overlay.*`. What a guest keeps in
 //! `trusted.*` (overlayfs does, on a volume of a container that mounts one) is not the host's business: there it is in
-//! names of ours, which the guest can't reach otherwise.
+//! names of ours, which the guest can't reach otherwise. Access control lists are not the guest's: its kernel does not enforce
+//! those of this file system, and a rule that nobody enforces must not be stored.
 
 use std::ffi::{CStr, CString};
 
@@ -20,8 +21,8 @@ pub fn on_host(name: &CStr) -> Option<CString> {
     if let Some(rest) = bytes.strip_prefix(TRUSTED) {
         return CString::new([TRUSTED_ON_HOST, rest].concat()).ok();
     }
-    let is_guests = bytes.starts_with(b"user.") && !bytes.starts_with(nodes::PREFIX)
-        || matches!(bytes, b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default");
+    let is_guests =
+        bytes.starts_with(b"user.") && !bytes.starts_with(nodes::PREFIX) || bytes == b"security.capability";
     is_guests.then(|| name.to_owned())
 }
 

@@ -150,7 +150,8 @@ impl Drop for Server {
 }
 
 pub fn mount_tmpfs(target: &Path) {
-    mount(Some("none"), target, Some("tmpfs"), MsFlags::empty(), Some("mode=755")).unwrap();
+    let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
+    mount(Some("none"), target, Some("tmpfs"), flags, Some("mode=755")).unwrap();
 }
 
 /// A FUSE client. Calls answer with the reply's body, or its errno.

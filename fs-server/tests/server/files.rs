@@ -253,9 +253,14 @@ fn extended_attributes_of_the_guest_work_and_the_hosts_do_not() {
     server.fuse.call(op::SETXATTR, file.node, &set("trusted.overlay.redirect", b"x")).unwrap();
     let value = server.fuse.call(op::GETXATTR, file.node, &get("trusted.overlay.redirect", 64)).unwrap();
     assert_eq!(value, b"x");
-    for name in
-        ["user.bulkhead.node", "user.bulkhead.trusted.overlay.redirect", "security.selinux", "security.ima"]
-    {
+    for name in [
+        "user.bulkhead.node",
+        "user.bulkhead.trusted.overlay.redirect",
+        "security.selinux",
+        "security.ima",
+        "system.posix_acl_access",
+        "system.posix_acl_default",
+    ] {
         assert_eq!(
             server.fuse.call(op::SETXATTR, file.node, &set(name, b"x")),
             Err(libc::EOPNOTSUPP),
@@ -415,7 +420,9 @@ fn the_top_and_read_only_mounts_can_not_be_written() {
     let none = None::<&str>;
     let volume = server.path("c1/mounts/0");
     fs::write(volume.join("f"), "").unwrap();
-    mount(none, &volume, none, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY, none).unwrap();
+    let flags =
+        MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
+    mount(none, &volume, none, flags, none).unwrap();
     // Flags of a mount do not propagate; a mount made read-only from the start does.
     let read_only = server.path("c1/read-only");
     fs::create_dir(&read_only).unwrap();

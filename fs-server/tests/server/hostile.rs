@@ -6,6 +6,8 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use nix::mount::{MsFlags, mount};
+
 use crate::client::{ROOT, Server, bytes, mount_tmpfs, name_bytes, op, open_fds, read_body};
 
 /// Xorshift64*: the same sequence each run, so that a failure repeats.
@@ -59,6 +61,52 @@ fn names_that_leave_the_directory_are_refused() {
         assert_eq!(server.fuse.call(op::UNLINK, rootfs, &name_bytes(name)), Err(libc::EINVAL), "{name:?}");
     }
     assert_eq!(server.fuse.lookup(rootfs, &"x".repeat(256)), Err(libc::ENAMETOOLONG));
+    server.assert_alive();
+}
+
+/// What the host mounts into a shared directory later is not for the guest when it is no file system with files.
+#[test]
+fn the_hosts_kernel_interfaces_are_not_entered() {
+    let mut server = Server::start();
+    let mounted = server.node("c1/mounts/0");
+    let (none, no_flags) = (None::<&str>, MsFlags::empty());
+    let points = ["proc", "sys", "cgroup", "devpts", "mqueue", "dev", "loose", "tmp", "below"];
+    for name in points {
+        fs::create_dir(server.path("c1/mounts/0").join(name)).unwrap();
+    }
+    fs::write(server.path("c1/mounts/0/file"), "").unwrap();
+    let at = |name: &str| server.shared.join("c1/mounts/0").join(name);
+    for (kind, name) in [
+        ("proc", "proc"),
+        ("sysfs", "sys"),
+        ("cgroup2", "cgroup"),
+        ("devpts", "devpts"),
+        ("mqueue", "mqueue"),
+    ] {
+        mount(Some("none"), &at(name), Some(kind), no_flags, none)
+            .unwrap_or_else(|errno| panic!("{kind}: {errno}"));
+    }
+    // What can't be told from the host's /dev, then the real one, a good one, and a single file of procfs.
+    mount(Some("none"), &at("loose"), Some("tmpfs"), no_flags, none).unwrap();
+    mount(Some("none"), &at("dev"), Some("devtmpfs"), MsFlags::MS_NOSUID, none).unwrap();
+    mount_tmpfs(&at("tmp"));
+    fs::create_dir(at("tmp/below")).unwrap();
+    mount(Some("none"), &at("tmp/below"), Some("proc"), no_flags, none).unwrap();
+    mount(Some("/proc/sys/kernel/core_pattern"), &at("file"), none, MsFlags::MS_BIND, none).unwrap();
+
+    let plus = read_body(server.fuse.opendir(mounted).unwrap(), 0, 64 * 1024);
+    let listed = server.fuse.call(op::READDIRPLUS, mounted, &plus).unwrap();
+    for name in ["proc", "sys", "cgroup", "devpts", "mqueue", "loose", "dev", "file"] {
+        assert_eq!(server.fuse.lookup(mounted, name), Err(libc::EACCES), "{name}");
+        let opened = server.fuse.create(mounted, name, libc::O_RDWR, 0o644).map(|_| ());
+        assert_eq!(opened, Err(libc::EACCES), "{name}: nor by creating what is there");
+        assert!(
+            listed.windows(name.len()).any(|found| found == name.as_bytes()),
+            "{name} is listed by its name"
+        );
+    }
+    let tmp = server.fuse.lookup(mounted, "tmp").unwrap().node;
+    assert_eq!(server.fuse.lookup(tmp, "below"), Err(libc::EACCES));
     server.assert_alive();
 }
 
@@ -199,6 +247,11 @@ fn descriptors_are_bounded_and_come_back() {
         server.fuse.forget(node, 1);
     }
     server.assert_alive();
+    // Forgetting has no answer: another worker may be about it still.
+    let end = Instant::now() + Duration::from_secs(5);
+    while open_fds(server.pid()) != before && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(5));
+    }
     assert_eq!(open_fds(server.pid()), before);
 }
 

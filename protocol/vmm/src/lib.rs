@@ -10,6 +10,7 @@
 mod attach;
 mod channel;
 mod config;
+mod file_systems;
 mod message;
 
 pub use attach::{AttachDisk, AttachNet, DEVICE_SLOTS, MAX_QUEUE_PAIRS, NetOffloads};
@@ -18,6 +19,7 @@ pub use config::{
     BlockConfig, ConfigError, FdIndex, FsConfig, GuestStream, MAX_VCPUS, MIN_MEMORY_MIB, MemorySource,
     PAGES_WRITTEN, PrepareConfig, RestoreConfig, VmConfig, VsockConfig,
 };
+pub use file_systems::{is_shareable, is_shareable_name};
 pub use message::{Event, ExitReason, FromVmm, Refusal, RefusalKind, Request};
 
 /// The descriptor number at which the VMM finds its end of the control socket.

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 
-use super::{BuildError, Options, build};
+use super::{BuildError, Options, build, confine};
 use crate::error::chain;
 use crate::host::process::{Child, ProcessId};
 use crate::template::{Order, StoreError};
@@ -87,6 +87,7 @@ async fn follow(child: Child, report: pipe::Receiver) {
         Err(error) => log::warn!("no template could be made: its maker ended early: {error}"),
     }
     child.wait().await;
+    confine::remove(child.id.pid.unsigned_abs()).await;
 }
 
 /// The process itself: takes an order from standard input, and reports on standard output.
@@ -101,7 +102,7 @@ pub fn run() -> io::Result<()> {
     let mut bytes = Vec::new();
     io::stdin().take(MAX_MESSAGE).read_to_end(&mut bytes)?;
     let order: Order = serde_json::from_slice(&bytes)?;
-    let options = Options { delay: DELAY, ..Options::default() };
+    let options = Options { delay: DELAY, confined: true, ..Options::default() };
     let report = match build(&order, options) {
         Ok(built) => match built.took {
             Some(took) => Report::Made { key: built.key.short().to_owned(), ms: took.as_millis() as u64 },

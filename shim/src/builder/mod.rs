@@ -2,6 +2,7 @@
 //! and published in the store. Then a first pod starts from it.
 
 pub mod background;
+pub mod confine;
 pub mod rehearsal;
 mod working_set;
 
@@ -14,6 +15,8 @@ use bulkhead_vmm_protocol::{Channel, Request};
 use log::Level;
 use nix::sys::socket::SockType;
 
+use self::confine::Confined;
+use crate::host::cgroup::CgroupError;
 use crate::pod::agent::{Agent, AgentError, Greeting};
 use crate::pod::guest::{self, Backends, CONSOLE_KEPT, FileError, Files, Start};
 use crate::pod::machine::{Control, Jailed, MachineError, identity_args, socket_pair};
@@ -40,6 +43,9 @@ pub enum BuildError {
     /// The VMM.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// Limits for making it.
+    #[error("can't limit what making the template takes")]
+    Confine(#[from] CgroupError),
     /// A pipe, a runtime or the like.
     #[error("can't prepare the guest of the template: {step}")]
     Prepare {
@@ -96,6 +102,8 @@ pub struct Options {
     pub patience: Duration,
     /// How long to leave the machine to others first, with the right to make templates in hand.
     pub delay: Duration,
+    /// Whether to do it within limits, below everybody else.
+    pub confined: bool,
 }
 
 /// A template that is in the store.
@@ -112,6 +120,7 @@ pub fn build(order: &Order, options: Options) -> Result<Built, BuildError> {
     let store = order.store();
     let lock = store.lock(options.patience)?;
     std::thread::sleep(options.delay);
+    let _confined = if options.confined { Confined::enter(order.recipe.size)? } else { None };
     let started = Instant::now();
     let inputs = store.inputs(&order.recipe, &lock)?;
     let there = if options.again { None } else { store.sound(&inputs.key()) };
@@ -126,6 +135,11 @@ pub fn build(order: &Order, options: Options) -> Result<Built, BuildError> {
         // Its maker was killed before the end.
         Some(Template { key, .. }) => key,
         None => {
+            // Before anything is spent on it: the kernel's own list of pages is in it at least, 64 bytes for 4 KiB.
+            let (size, limit) = (u64::from(order.recipe.size.memory_mib) << (20 - 6), order.limit);
+            if size > limit {
+                return Err(StoreError::Limit { size, limit }.into());
+            }
             let files = Files::open(&order.recipe)?;
             let draft = store.draft(order.recipe.size.memory_mib, &lock)?;
             let greeting = runtime.block_on(save_guest(&order.recipe, &files, &draft))?;

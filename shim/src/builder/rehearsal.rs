@@ -18,11 +18,11 @@ use tokio::io::AsyncReadExt;
 use super::working_set;
 use crate::config::Config;
 use crate::error::ApiError;
-use crate::host::mounts::{DetachedTree, MountError};
+use crate::host::mounts::{DetachedTree, MountError, Propagation};
 use crate::pod::agent::AgentError;
 use crate::pod::limits::PodLimits;
 use crate::pod::timeline::now_us;
-use crate::pod::tree::{PointKind, TreeError};
+use crate::pod::tree::TreeError;
 use crate::pod::{Pod, PodError, PodSpec};
 use crate::sizing::Demand;
 use crate::spec::{self, PodNamespaces};
@@ -117,9 +117,10 @@ async fn run(config: Config, memory: u64, directory: &Path) -> Result<Vec<u8>, R
 /// Runs a container to its end.
 async fn use_pod(pod: &Arc<Pod>, rootfs: &Path, memory: u64) -> Result<Vec<u8>, RehearsalError> {
     let tree = DetachedTree::bind(rootfs, false)?;
+    tree.restrict(Propagation::Private)?;
     let attach = async {
         let point = Path::new(ID).join("rootfs");
-        Ok::<_, RehearsalError>(pod.tree().attach(tree, &point, PointKind::Directory).await?)
+        Ok::<_, RehearsalError>(pod.tree().attach(tree, &point).await?)
     };
     let configure = async { Ok(pod.configure(ID).await?) };
     tokio::try_join!(attach, configure)?;

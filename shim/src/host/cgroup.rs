@@ -67,6 +67,14 @@ pub fn is_unified() -> bool {
     statfs(MOUNT).is_ok_and(|stat| stat.filesystem_type() == CGROUP2_SUPER_MAGIC)
 }
 
+/// Whether a process is in a frozen cgroup, by the text of its `/proc/pid/cgroup`.
+pub fn is_frozen(membership: &str) -> bool {
+    let unified = membership.lines().find_map(|line| line.strip_prefix("0::/"));
+    let Some(path) = unified else { return false };
+    fs::read_to_string(Path::new(MOUNT).join(path).join("cgroup.events"))
+        .is_ok_and(|events| events.lines().any(|line| line == "frozen 1"))
+}
+
 /// The directory for a `linux.cgroupsPath` (runtime specification, "Cgroups Path"), in cgroupfs notation
 /// (`/kubepods/pod1/id`) or systemd's (`kubepods-pod1.slice:cri-containerd:id`).
 pub fn resolve(cgroups_path: &Path) -> Result<PathBuf, CgroupError> {

@@ -7,5 +7,6 @@ pub mod mounts;
 pub mod netns;
 pub mod overlay;
 pub mod process;
+pub mod sharing;
 pub mod small_namespace;
 pub mod spawn;

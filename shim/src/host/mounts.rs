@@ -3,14 +3,19 @@
 //! The host's mount table never sees a pod's mounts. So nothing of a pod can be left mounted when all its processes are
 //! gone, and whoever removes a bundle recursively can't reach a volume through it.
 
-use std::ffi::{CString, c_uint};
+use std::ffi::{CStr, CString, c_uint};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
+use bulkhead_vmm_protocol::is_shareable;
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::fstat;
+use nix::sys::statfs::fstatfs;
+
+use super::sharing;
 
 use super::overlay::Overlay;
 
@@ -20,6 +25,8 @@ const OPEN_TREE_CLONE: c_uint = 1;
 const OPEN_TREE_CLOEXEC: c_uint = libc::O_CLOEXEC as c_uint;
 /// `move_mount(2)`: the source is the descriptor itself.
 const MOVE_MOUNT_F_EMPTY_PATH: c_uint = 4;
+/// `move_mount(2)`: the target is the descriptor itself.
+const MOVE_MOUNT_T_EMPTY_PATH: c_uint = 0x40;
 /// `mount_setattr(2)`.
 const MOUNT_ATTR_RDONLY: u64 = 1;
 /// `mount_setattr(2)`.
@@ -87,6 +94,23 @@ pub enum MountError {
         #[source]
         source: Errno,
     },
+    /// A tree can't be looked at.
+    #[error("can't look at the mount of {path}")]
+    Look {
+        /// Where it comes from.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Errno,
+    },
+    /// It is nothing that a pod may share.
+    #[error("{path} can't be shared with a pod: it is {what}, which has no meaning in another kernel")]
+    Unshareable {
+        /// Where it comes from.
+        path: PathBuf,
+        /// What it is.
+        what: String,
+    },
     /// A tree can't be attached.
     #[error("can't attach a mount at {path}")]
     Attach {
@@ -111,6 +135,15 @@ pub struct DetachedTree {
     origin: PathBuf,
 }
 
+/// What a mount point has to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PointKind {
+    /// A directory.
+    Directory,
+    /// An empty file.
+    File,
+}
+
 /// How mounts propagate from a bind mount's source into its copy (mount_namespaces(7)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Propagation {
@@ -132,6 +165,29 @@ impl DetachedTree {
         // SAFETY: the kernel has just made this descriptor for us.
         let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
         Ok(DetachedTree { fd, origin: path.to_owned() })
+    }
+
+    /// What has to be there to attach it to, unless the topmost mount is nothing to be shared. The descriptor itself is
+    /// asked: no path is looked up a second time.
+    pub fn judge(&self) -> Result<PointKind, MountError> {
+        let look = |source| MountError::Look { path: self.origin.clone(), source };
+        let unshareable = |what| MountError::Unshareable { path: self.origin.clone(), what };
+        let mode = fstat(&self.fd).map_err(look)?.st_mode;
+        let kind = match mode & libc::S_IFMT {
+            libc::S_IFBLK | libc::S_IFCHR => return Err(unshareable("a device".into())),
+            libc::S_IFDIR => PointKind::Directory,
+            _ => PointKind::File,
+        };
+        let file_system = fstatfs(&self.fd).map_err(look)?.filesystem_type().0 as u32;
+        if !is_shareable(file_system, true) {
+            return Err(unshareable(sharing::describe(file_system)));
+        }
+        Ok(kind)
+    }
+
+    /// Where it comes from.
+    pub fn origin(&self) -> &Path {
+        &self.origin
     }
 
     /// Sets what holds for every mount of a pod: device nodes on it are just files, and no set-user-id program on it
@@ -170,22 +226,27 @@ impl DetachedTree {
 
     /// Attaches the tree at `target` in the calling thread's mount namespace.
     pub fn attach(self, target: &Path) -> Result<(), MountError> {
-        let c_target = c_string(target)?;
-        // SAFETY: both paths are NUL-terminated; the empty one with MOVE_MOUNT_F_EMPTY_PATH means the descriptor.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_move_mount,
-                self.fd.as_raw_fd(),
-                c"".as_ptr(),
-                libc::AT_FDCWD,
-                c_target.as_ptr(),
-                MOVE_MOUNT_F_EMPTY_PATH,
-            )
-        };
-        Errno::result(result)
-            .map(drop)
-            .map_err(|source| MountError::Attach { path: target.to_owned(), source })
+        move_mount((self.fd.as_raw_fd(), c""), (libc::AT_FDCWD, &c_string(target)?), target)
     }
+
+    /// Attaches the tree at a place that is held as a descriptor.
+    pub fn attach_to(self, place: BorrowedFd<'_>) -> Result<(), MountError> {
+        move_mount((self.fd.as_raw_fd(), c""), (place.as_raw_fd(), c""), &self.origin)
+    }
+}
+
+/// Moves what is mounted at `from` to `target`.
+pub fn relocate(from: &Path, target: &Path) -> Result<(), MountError> {
+    move_mount((libc::AT_FDCWD, &c_string(from)?), (libc::AT_FDCWD, &c_string(target)?), target)
+}
+
+/// Moves a mount. An empty path means the descriptor beside it.
+fn move_mount(from: (RawFd, &CStr), to: (RawFd, &CStr), target: &Path) -> Result<(), MountError> {
+    let flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH;
+    // SAFETY: both paths are NUL-terminated and outlive the call.
+    let result =
+        unsafe { libc::syscall(libc::SYS_move_mount, from.0, from.1.as_ptr(), to.0, to.1.as_ptr(), flags) };
+    Errno::result(result).map(drop).map_err(|source| MountError::Attach { path: target.to_owned(), source })
 }
 
 impl AsFd for DetachedTree {

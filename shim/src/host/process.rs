@@ -43,6 +43,17 @@ impl ProcessId {
         threads
     }
 
+    /// Whether somebody on the host keeps it from running: it is stopped, traced, or in a frozen cgroup.
+    pub fn is_held(&self) -> bool {
+        let read = |name: &str| fs::read_to_string(format!("/proc/{}/{name}", self.pid)).unwrap_or_default();
+        let stat = read("stat");
+        if start_time(&stat) != Some(self.start_time) {
+            return false;
+        }
+        let state = stat.rsplit_once(')').and_then(|(_, fields)| fields.trim_start().chars().next());
+        matches!(state, Some('T' | 't')) || super::cgroup::is_frozen(&read("cgroup"))
+    }
+
     /// A pidfd for this process, or `None` if it is gone.
     pub fn open(&self) -> io::Result<Option<OwnedFd>> {
         // SAFETY: pidfd_open takes integers only.

@@ -1,4 +1,5 @@
-//! Calls to the guest's agent: each with a time limit, each answer bounded.
+//! Calls to the guest's agent: each with a time limit, each answer bounded. Only what waits for something to happen in the
+//! guest has none, and like every call it fails when the pod ends.
 
 use std::time::Duration;
 
@@ -118,6 +119,11 @@ impl Agent {
         Agent { client: AgentClient::new(client), lost: watch::Sender::new(false) }
     }
 
+    /// Fails all calls, those under way too: the pod has ended.
+    pub fn hang_up(&self) {
+        self.lost.send_replace(true);
+    }
+
     /// Answers when a call has found the connection lost.
     pub async fn lost(&self) {
         // The sender is ours: it can't be gone.
@@ -130,9 +136,18 @@ impl Agent {
         limit: Duration,
         answer: impl Future<Output = ttrpc::Result<T>>,
     ) -> Result<T, AgentError> {
-        match tokio::time::timeout(limit, answer).await {
-            Ok(answer) => answer.map_err(|error| self.classify(error)),
+        match tokio::time::timeout(limit, self.while_there(answer)).await {
+            Ok(answer) => answer,
             Err(_) => Err(AgentError::TimedOut { call, limit }),
+        }
+    }
+
+    /// An answer, for as long as there is somebody to give it.
+    async fn while_there<T>(&self, answer: impl Future<Output = ttrpc::Result<T>>) -> Result<T, AgentError> {
+        tokio::select! {
+            biased;
+            answer = answer => answer.map_err(|error| self.classify(error)),
+            () = self.lost() => Err(AgentError::Lost),
         }
     }
 
@@ -228,11 +243,10 @@ impl Agent {
         self.call("Start", SLOW, self.client.start(Context::default(), &request)).await.map(drop)
     }
 
-    /// Waits, without a limit, until a process has ended.
+    /// Waits until a process has ended.
     pub async fn wait(&self, container: &str, exec: &str) -> Result<Ended, AgentError> {
         let request = process(container, exec);
-        let answer =
-            self.client.wait(Context::default(), &request).await.map_err(|error| self.classify(error))?;
+        let answer = self.while_there(self.client.wait(Context::default(), &request)).await?;
         let exit = Exit { status: answer.exit_status, at_ns: answer.exited_at_ns };
         Ok(Ended { exit, oom_killed: answer.oom_killed })
     }
@@ -313,10 +327,10 @@ impl Agent {
         Ok(answer)
     }
 
-    /// Waits, without a limit, for the next event.
+    /// Waits for the next event.
     pub async fn next_event(&self) -> Result<api::AgentEvent, AgentError> {
         let request = api::Empty::new();
-        self.client.next_event(Context::default(), &request).await.map_err(|error| self.classify(error))
+        self.while_there(self.client.next_event(Context::default(), &request)).await
     }
 
     /// Asks the guest to power itself off; there may be no answer.

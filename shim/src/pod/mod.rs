@@ -2,13 +2,15 @@
 //!
 //! [`Pod::launch`] makes the pod's directory, shared tree and cgroup, starts the file server and the VMM and boots the
 //! guest; [`Pod::configure`] waits for the agent. From then on the pod watches over its processes: when one of them
-//! ends, the pod is dead, with a reason, and releases everything in reverse order. Releasing is idempotent.
+//! ends, the pod is dead, with a reason, and releases everything in reverse order. Releasing is idempotent. Nothing that
+//! ends a pod depends on the guest: [`Pod::condemn`] asks nobody, and a guest that is silent is condemned ([`heartbeat`]).
 
 pub mod agent;
 pub mod boot;
 pub mod disks;
 pub mod forward;
 pub mod guest;
+pub mod heartbeat;
 pub mod limits;
 pub mod machine;
 pub mod network;
@@ -39,6 +41,7 @@ use tokio::time::Instant;
 use self::agent::{Agent, Greeting};
 use self::boot::{BootError, Booted};
 use self::guest::FS_TAG;
+use self::heartbeat::Heartbeat;
 use self::limits::{Claim, PodLimits};
 use self::machine::{Control, ControlListener, MachineError, socket_pair};
 use self::network::{Network, NetworkError};
@@ -115,6 +118,8 @@ pub struct Pod {
     resources: tokio::sync::Mutex<Resources>,
     /// Set by [`Pod::stop`]: from then on the end of the pod is no accident.
     stopping: watch::Sender<bool>,
+    /// Set by [`Pod::condemn`]: why the pod is to end.
+    condemned: watch::Sender<Option<String>>,
     death: watch::Sender<Option<Death>>,
 }
 
@@ -173,7 +178,7 @@ impl Pod {
         let mut resources = Resources::new(spec.directory.clone());
         let timeline = Timeline::new(spec.received_us);
         match boot::boot(&spec, &mut resources, &timeline).await {
-            Ok(booted) => Ok(Pod::assemble(spec, booted, resources, timeline)),
+            Ok(booted) => Ok(Pod::assemble(spec, booted, resources, timeline, Heartbeat::default())),
             Err(error) => {
                 let explained = resources.explain(error);
                 resources.release().await;
@@ -183,7 +188,13 @@ impl Pod {
     }
 
     /// Takes charge of a guest that boots.
-    fn assemble(spec: PodSpec, booted: Booted, resources: Resources, timeline: Timeline) -> Arc<Pod> {
+    fn assemble(
+        spec: PodSpec,
+        booted: Booted,
+        resources: Resources,
+        timeline: Timeline,
+        heartbeat: Heartbeat,
+    ) -> Arc<Pod> {
         let pod = Arc::new(Pod {
             id: spec.id,
             network_namespace: spec.network,
@@ -203,9 +214,10 @@ impl Pod {
             network: resources.network.clone(),
             resources: tokio::sync::Mutex::new(resources),
             stopping: watch::Sender::new(false),
+            condemned: watch::Sender::new(None),
             death: watch::Sender::new(None),
         });
-        tokio::spawn(pod.clone().watch_over(booted.listening));
+        tokio::spawn(pod.clone().watch_over(booted.listening, heartbeat));
         pod
     }
 
@@ -216,6 +228,7 @@ impl Pod {
         directory: PathBuf,
         agent: UnixStream,
         channel: bulkhead_vmm_protocol::Channel,
+        heartbeat: Heartbeat,
     ) -> Arc<Pod> {
         std::fs::create_dir(&directory).unwrap();
         let (control, listening) = Control::new(channel).unwrap();
@@ -241,7 +254,8 @@ impl Pod {
             network: None,
             received_us: 0,
         };
-        let pod = Pod::assemble(spec, booted, Resources::new(directory), Timeline::new(now_us()));
+        let resources = Resources::new(directory);
+        let pod = Pod::assemble(spec, booted, resources, Timeline::new(now_us()), heartbeat);
         pod.is_up.store(true, Ordering::Relaxed);
         pod
     }
@@ -449,13 +463,36 @@ impl Pod {
         Ok(stream)
     }
 
+    /// Ends the virtual machine at once, whatever the guest does or says. The pod's death follows, with this reason.
+    pub fn condemn(&self, reason: impl Into<String>) {
+        self.condemned.send_if_modified(|condemned| {
+            let is_first = condemned.is_none();
+            condemned.get_or_insert_with(|| reason.into());
+            is_first
+        });
+    }
+
+    /// Answers when the pod has been condemned.
+    async fn sentence(&self) -> String {
+        let mut condemned = self.condemned.subscribe();
+        loop {
+            let reason = condemned.borrow_and_update().clone();
+            if let Some(reason) = reason {
+                return reason;
+            }
+            if condemned.changed().await.is_err() {
+                // The sender is ours: it can't be gone.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
     /// Powers the guest off and releases everything. Idempotent; returns when it is done, whoever began it.
     pub async fn stop(&self) {
         if !self.stopping.send_replace(true) && self.death().is_none() {
             let powered_off = self.is_up.load(Ordering::Relaxed) && self.power_off().await;
             if !powered_off {
-                self.control.close();
-                self.resources.lock().await.kill();
+                self.condemn("the host has ended it");
             }
         }
         self.died().await;
@@ -473,7 +510,7 @@ impl Pod {
     }
 
     /// Waits for the end, whichever part of the pod it comes from, tells everybody, and releases everything.
-    async fn watch_over(self: Arc<Self>, listening: ControlListener) {
+    async fn watch_over(self: Arc<Self>, listening: ControlListener, heartbeat: Heartbeat) {
         let (vmm, fs_server) = self.resources.lock().await.processes();
         let reported = listening.run();
         tokio::pin!(reported);
@@ -483,11 +520,14 @@ impl Pod {
             ended = wait_for(&vmm) => Sign::Seen(ended.map(|ended| format!("the VMM {ended}"))),
             ended = wait_for(&fs_server) => Sign::Seen(ended.map(|ended| format!("the file server {ended}"))),
             () = self.agent.lost() => Sign::Seen(Some("the agent closed its connection".to_owned())),
+            reason = self.sentence() => Sign::Condemned(reason),
+            reason = heartbeat.stops(&self) => Sign::Condemned(reason),
         };
         // Whatever was seen first: the VMM knows best, if it still says something; then how it ended.
         let (reported, seen) = match first {
             Sign::Reported(reason) => (Some(reason), None),
             Sign::Seen(seen) => (tokio::time::timeout(REASON_LIMIT, &mut reported).await.ok(), seen),
+            Sign::Condemned(reason) => (None, Some(reason)),
         };
         let reason = match reported {
             Some(Some(reason)) => Some(reason.to_string()),
@@ -499,6 +539,8 @@ impl Pod {
         };
         self.control.close();
         let mut resources = self.resources.lock().await;
+        // Before anybody hears of it: who waits for the end of a process may rely on it.
+        resources.kill();
         let reason = reason.unwrap_or_else(|| "the VMM closed its control socket".to_owned());
         let reason = if *self.stopping.borrow() {
             log::info!("the pod's virtual machine has ended: {reason}");
@@ -510,6 +552,7 @@ impl Pod {
         };
         // Told first: nobody has to wait for what is only housekeeping.
         self.death.send_replace(Some(Death { reason, at_ns: now_ns() }));
+        self.agent.hang_up();
         resources.release().await;
     }
 }
@@ -520,6 +563,8 @@ enum Sign {
     Reported(Option<bulkhead_vmm_protocol::ExitReason>),
     /// Seen from outside.
     Seen(Option<String>),
+    /// The host's own decision: nobody is asked.
+    Condemned(String),
 }
 
 async fn wait_for(process: &Option<Arc<machine::Jailed>>) -> Option<crate::host::process::Ended> {

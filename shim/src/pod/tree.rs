@@ -2,7 +2,8 @@
 //!
 //! The namespace holds three mounts to begin with: the pod's directory as `/`, the tree itself at `/shared` (shared, so
 //! that the file server's copy of it receives what is attached later), and `/proc` for the file server until it has
-//! jailed itself. Containers' root file systems and volumes are attached below `/shared/<container id>/`. When the
+//! jailed itself. Containers' root file systems and volumes are attached below `/shared/<container id>/`, each after what a
+//! pod may not share has been taken out of it where nobody sees it yet. When the
 //! pod's processes are gone and the shim has closed the namespace, all mounts of the pod are gone.
 
 use std::fs;
@@ -16,11 +17,18 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::{chdir, pivot_root};
 
-use crate::host::mounts::{DetachedTree, MountError, Propagation, on_thread};
+use crate::host::mounts::{DetachedTree, MountError, PointKind, Propagation, on_thread, relocate};
+use crate::host::sharing::{Empty, prune};
 use crate::host::small_namespace::{self, NamespaceError};
 
 /// The tree's place in the pod's namespace.
 pub const TREE: &str = "/shared";
+
+/// Where a directory or a file is mounted first in the pod's namespace, unseen by the file server.
+const STAGING: [&str; 2] = ["/staging", "/staging-file"];
+
+/// In the place of what may not be shared.
+const EMPTY: Empty = Empty { directory: "/empty", file: "/empty-file" };
 
 /// Something about the shared tree that failed.
 #[derive(Debug, thiserror::Error)]
@@ -51,36 +59,34 @@ pub enum TreeError {
     Mount(#[from] MountError),
 }
 
-/// What a mount point has to be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PointKind {
-    /// A directory.
-    Directory,
-    /// An empty file.
-    File,
-}
-
 /// The shared tree of one pod.
 #[derive(Debug)]
 pub struct SharedTree {
     /// The tree's directory on the host, where only mount points are ever made.
     directory: PathBuf,
     namespace: Arc<OwnedFd>,
+    /// Held while something is at one of [`STAGING`].
+    staging: tokio::sync::Mutex<()>,
 }
 
 impl SharedTree {
     /// Makes the tree below the pod's directory.
     pub async fn create(pod_directory: &Path) -> Result<SharedTree, TreeError> {
         let directory = pod_directory.join("shared");
-        for path in [&directory, &pod_directory.join("proc")] {
-            fs::create_dir(path).map_err(|source| TreeError::Create { path: path.clone(), source })?;
+        for name in ["shared", "proc", "staging", "empty"] {
+            let path = pod_directory.join(name);
+            fs::create_dir(&path).map_err(|source| TreeError::Create { path, source })?;
+        }
+        for name in ["staging-file", "empty-file"] {
+            let path = pod_directory.join(name);
+            fs::File::create_new(&path).map_err(|source| TreeError::Create { path, source })?;
         }
         let proc = DetachedTree::bind(Path::new("/proc"), false)?;
         proc.restrict(Propagation::Private)?;
         let root = DetachedTree::bind(pod_directory, false)?;
         root.restrict(Propagation::Private)?;
         let namespace = on_thread(move || Ok(enter_new_namespace(root, proc))).await??;
-        Ok(SharedTree { directory, namespace: Arc::new(namespace) })
+        Ok(SharedTree { directory, namespace: Arc::new(namespace), staging: tokio::sync::Mutex::default() })
     }
 
     /// The mount namespace, for processes that are to be born in it.
@@ -88,20 +94,24 @@ impl SharedTree {
         self.namespace.as_fd()
     }
 
-    /// Attaches `tree` at `point` (relative to the tree), for whose last component a mount point is made.
-    pub async fn attach(&self, tree: DetachedTree, point: &Path, kind: PointKind) -> Result<(), TreeError> {
+    /// Attaches `tree` at `point` (relative to the tree), for whose last component a mount point is made. What of it may
+    /// not be shared with a pod is left out, or fails it if it is the topmost mount.
+    pub async fn attach(&self, tree: DetachedTree, point: &Path) -> Result<(), TreeError> {
+        let kind = tree.judge()?;
         let host_path = self.directory.join(point);
         let create = |source| TreeError::Create { path: point.to_owned(), source };
         if let Some(parent) = host_path.parent() {
             fs::create_dir_all(parent).map_err(create)?;
         }
-        match kind {
-            PointKind::Directory => fs::create_dir(&host_path),
-            PointKind::File => fs::File::create_new(&host_path).map(drop),
+        let [staging, staging_file] = STAGING;
+        let staging = match kind {
+            PointKind::Directory => fs::create_dir(&host_path).map(|()| staging),
+            PointKind::File => fs::File::create_new(&host_path).map(|_| staging_file),
         }
         .map_err(create)?;
         let target = Path::new(TREE).join(point);
-        Ok(self.inside(move || tree.attach(&target)).await??)
+        let _one_at_a_time = self.staging.lock().await;
+        Ok(self.inside(move || attach_pruned(tree, Path::new(staging), &target)).await??)
     }
 
     /// Detaches every mount of a container and removes its mount points. Idempotent.
@@ -146,6 +156,18 @@ impl SharedTree {
         .await?;
         result.map_err(|source| TreeError::Namespace { step: "enter it", source })
     }
+}
+
+/// Attaches a tree at `staging`, takes out what is not to be shared, and moves the rest to where the file server sees it.
+fn attach_pruned(tree: DetachedTree, staging: &Path, target: &Path) -> Result<(), MountError> {
+    let origin = tree.origin().to_owned();
+    tree.attach(staging)?;
+    let moved = prune(staging, &origin, EMPTY).and_then(|()| relocate(staging, target));
+    if moved.is_err() {
+        // The namespace is the pod's own: whatever may stay in it nobody sees.
+        let _ = umount2(staging, MntFlags::MNT_DETACH);
+    }
+    moved
 }
 
 /// The mount points of a container as [`SharedTree::attach`] makes them. Looked up in the host's namespace, where they
@@ -235,12 +257,12 @@ mod tests {
             ..Default::default()
         };
         let rootfs = assemble(vec![overlay], path("scratch")).await.unwrap();
-        tree.attach(rootfs, Path::new("c1/rootfs"), PointKind::Directory).await.unwrap();
+        tree.attach(rootfs, Path::new("c1/rootfs")).await.unwrap();
         let volume = DetachedTree::bind(&path("volume"), true).unwrap();
         volume.make_read_only(false).unwrap();
-        tree.attach(volume, Path::new("c1/mounts/0"), PointKind::Directory).await.unwrap();
+        tree.attach(volume, Path::new("c1/mounts/0")).await.unwrap();
         let single = DetachedTree::bind(&path("volume/file"), false).unwrap();
-        tree.attach(single, Path::new("c1/mounts/1"), PointKind::File).await.unwrap();
+        tree.attach(single, Path::new("c1/mounts/1")).await.unwrap();
 
         assert_eq!(read_inside(&tree, "/shared/c1/rootfs/file").await.unwrap(), "image");
         assert_eq!(read_inside(&tree, "/shared/c1/mounts/0/file").await.unwrap(), "volume");
@@ -269,10 +291,99 @@ mod tests {
             .unwrap();
         let mut names: Vec<_> = names.iter().map(|name| name.to_str().unwrap()).collect();
         names.sort_unstable();
-        assert_eq!(names, ["proc", "shared"]);
+        assert_eq!(names, ["empty", "empty-file", "proc", "shared", "staging", "staging-file"]);
         let mounts =
             tree.inside(|| fs::read_to_string("/proc/thread-self/mountinfo")).await.unwrap().unwrap();
         assert_eq!(mounts.lines().count(), 3, "{mounts}");
+    }
+
+    /// Procfs, a good file system below it and one beside it, and a single file of procfs, in a directory that is shared.
+    #[tokio::test]
+    async fn the_hosts_kernel_interfaces_are_taken_out() {
+        let directory = Directory::new("pruned");
+        let volume = directory.0.join("volume");
+        for name in ["pod", "volume/proc", "volume/good", "volume/with blank"] {
+            fs::create_dir_all(directory.0.join(name)).unwrap();
+        }
+        fs::write(volume.join("file"), "under it").unwrap();
+        let (volume, refusal) = on_thread(move || {
+            unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).unwrap();
+            let none = None::<&str>;
+            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+            let make = |kind: &str, name: &str| {
+                mount(Some("none"), &volume.join(name), Some(kind), MsFlags::empty(), none).unwrap();
+            };
+            for (kind, name) in [("proc", "proc"), ("tmpfs", "good"), ("sysfs", "with blank")] {
+                make(kind, name);
+            }
+            // On top of each other: what is below the good one must not come to light.
+            make("proc", "good");
+            make("tmpfs", "good");
+            make("tmpfs", "proc/tty");
+            mount(Some("/proc/version"), &volume.join("file"), none, MsFlags::MS_BIND, none).unwrap();
+            let tree = DetachedTree::bind(&volume, true)?;
+            tree.restrict(Propagation::Private)?;
+            let single = DetachedTree::bind(&volume.join("file"), false)?;
+            Ok((tree, single.judge()))
+        })
+        .await
+        .map(|(tree, single)| (tree, single.unwrap_err().to_string()))
+        .unwrap();
+        assert!(refusal.contains("procfs"), "{refusal}");
+
+        let tree = SharedTree::create(&directory.0.join("pod")).await.unwrap();
+        tree.attach(volume, Path::new("c/mounts/0")).await.unwrap();
+        let report = tree
+            .inside(|| {
+                let base = Path::new("/shared/c/mounts/0");
+                let count = |name: &str| fs::read_dir(base.join(name)).unwrap().count();
+                let counts = [count("proc"), count("good"), count("with blank")];
+                let removed = [fs::remove_dir(base.join("proc")), fs::remove_file(base.join("file"))];
+                let removed = removed.map(|result| result.unwrap_err().raw_os_error());
+                let written = fs::write(base.join("proc/x"), "x").unwrap_err().raw_os_error();
+                let text = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+                (counts, fs::read_to_string(base.join("file")).unwrap(), removed, written, text)
+            })
+            .await
+            .unwrap();
+        let (counts, file, removed, written, mounts) = report;
+        assert_eq!((counts, file.as_str()), ([0, 0, 0], ""));
+        assert_eq!(removed, [Some(libc::EBUSY); 2], "what the host has mounted there would go with it");
+        assert_eq!(written, Some(libc::EROFS));
+        let kinds: Vec<_> = mounts.lines().filter(|line| line.contains("/shared/")).collect();
+        assert!(
+            kinds.iter().all(|line| !line.contains(" - proc ") && !line.contains(" - sysfs ")),
+            "{mounts}"
+        );
+        assert!(!mounts.contains("/staging"), "{mounts}");
+    }
+
+    #[tokio::test]
+    async fn what_is_no_file_system_with_files_is_refused() {
+        let directory = Directory::new("refused");
+        let tree = SharedTree::create(&directory.0).await.unwrap();
+        for (source, what) in [
+            ("/proc", "procfs"),
+            ("/proc/self/status", "procfs"),
+            ("/sys/kernel", "sysfs"),
+            ("/dev/null", "a device"),
+            ("/dev/pts", "devpts"),
+            ("/proc/self/ns/net", "namespace"),
+        ] {
+            let bound = DetachedTree::bind(Path::new(source), true).unwrap();
+            let error = tree.attach(bound, Path::new("c/mounts/0")).await.unwrap_err().to_string();
+            assert!(error.contains(what) && error.contains(source), "{source}: {error}");
+        }
+        assert!(!directory.0.join("shared/c").exists(), "nothing was made for it");
+        let found = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        if found.contains(" - devtmpfs ") {
+            let bound = DetachedTree::bind(Path::new("/dev"), true).unwrap();
+            bound.restrict(Propagation::Private).unwrap();
+            let error = tree.attach(bound, Path::new("c/mounts/0")).await.unwrap_err().to_string();
+            assert!(error.contains("devtmpfs"), "{error}");
+        } else {
+            eprintln!("SKIPPED: this host has no devtmpfs at /dev");
+        }
     }
 
     #[tokio::test]
@@ -290,7 +401,7 @@ mod tests {
         let tree = SharedTree::create(&directory.0.join("pod")).await.unwrap();
         let volume = DetachedTree::bind(&directory.0.join("volume"), true).unwrap();
         volume.restrict(Propagation::Private).unwrap();
-        tree.attach(volume, Path::new("c/mounts/0"), PointKind::Directory).await.unwrap();
+        tree.attach(volume, Path::new("c/mounts/0")).await.unwrap();
         let error = read_inside(&tree, "/shared/c/mounts/0/null").await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
     }
@@ -309,7 +420,7 @@ mod tests {
         let tree = SharedTree::create(&directory.0.join("pod")).await.unwrap();
         let volume = DetachedTree::bind(&shared, true).unwrap();
         volume.restrict(Propagation::Slave).unwrap();
-        tree.attach(volume, Path::new("c/mounts/0"), PointKind::Directory).await.unwrap();
+        tree.attach(volume, Path::new("c/mounts/0")).await.unwrap();
         mount(Some("tmpfs"), &shared.join("later"), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
         fs::write(shared.join("later/file"), "later").unwrap();
         let seen = read_inside(&tree, "/shared/c/mounts/0/later/file").await;

@@ -232,7 +232,8 @@ impl Stage {
     async fn created(name: &str) -> (Stage, Guest) {
         let stage = Stage::new(name).await;
         let directory = stage.directory.join("pod");
-        let (guest, pod) = Guest::start("p", directory.clone()).await;
+        let (guest, pod) =
+            Guest::start("p", directory.clone(), crate::pod::heartbeat::Heartbeat::default()).await;
         let mut slot = stage.shim.slot.lock().await;
         let config = PodConfig { hostname: "web-0".into(), ..PodConfig::default() };
         stage.service.adopt(&mut slot, "p", "web-0".into(), pod, &config, &directory).await.unwrap();

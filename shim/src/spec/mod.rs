@@ -16,7 +16,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bulkhead_agent_protocol::SHARED_DIR;
-use nix::errno::Errno;
 use oci_spec::runtime::{Hooks, Linux, LinuxNamespaceType, LinuxResources, Process, RootBuilder, Spec};
 
 pub use devices::{DeviceNumber, DiskPlace, HostDisk};
@@ -103,27 +102,6 @@ pub enum SpecError {
         /// Where.
         destination: PathBuf,
     },
-    /// The source of a bind mount can't be used.
-    #[error("can't bind {path} to {destination:?}")]
-    Source {
-        /// The source.
-        path: PathBuf,
-        /// Where.
-        destination: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// The source of a bind mount is not something that can be shared.
-    #[error("{path} can't be bound to {destination:?}: it is {what}, which has no meaning in another kernel")]
-    Unshareable {
-        /// The source.
-        path: PathBuf,
-        /// Where.
-        destination: PathBuf,
-        /// What it is.
-        what: &'static str,
-    },
     /// Huge pages, of which a guest has none.
     #[error(
         "the container asks for {bytes} bytes in huge pages of {size}: there are none in a pod's virtual machine"
@@ -168,7 +146,7 @@ pub enum SpecError {
 impl Classify for SpecError {
     fn code(&self) -> Code {
         match self {
-            SpecError::Read { .. } | SpecError::Source { .. } => Code::FAILED_PRECONDITION,
+            SpecError::Read { .. } => Code::FAILED_PRECONDITION,
             SpecError::DefaultSeccomp(_) => Code::INTERNAL,
             _ => Code::INVALID_ARGUMENT,
         }
@@ -395,11 +373,6 @@ pub fn bundle_rootfs(spec: &Spec, bundle: &Path) -> Result<PathBuf, SpecError> {
     let root = spec.root().as_ref().ok_or(SpecError::Missing("root"))?;
     // `join` leaves an absolute path as it is.
     Ok(bundle.join(root.path()))
-}
-
-/// What `errno` would have said.
-fn io_error(errno: Errno) -> io::Error {
-    io::Error::from_raw_os_error(errno as i32)
 }
 
 #[cfg(test)]

@@ -5,10 +5,10 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use bulkhead_agent_protocol::{SHARED_DIR, SHM_SIZE_OPTION as SIZE_OPTION};
-use nix::sys::statfs::{self, FsType, statfs};
+use nix::sys::statfs::{self, statfs};
 use oci_spec::runtime::Mount;
 
-use super::{SpecError, io_error};
+use super::SpecError;
 use crate::host::mount_table::MountTable;
 use crate::host::mounts::Propagation;
 
@@ -32,8 +32,6 @@ const SAME_IN_GUEST: [(u32, u32, &str); 8] = [
 pub struct HostMount {
     /// What is bound.
     pub source: PathBuf,
-    /// Whether it is a directory.
-    pub is_directory: bool,
     /// Whether the mounts below come along.
     pub recursive: bool,
     /// `Some(false)`: the topmost mount is read-only; `Some(true)`: those below too.
@@ -106,7 +104,7 @@ fn same_in_guest(mount: &Mount) -> Option<&'static str> {
 /// Whether all that the guest finds at a mount may be made read-only when the mount itself is. For the guest, mounts
 /// below are part of it; the host's side keeps them apart, and enforces what is read-only.
 fn looks_read_only_below(request: &HostMount, table: &mut Option<MountTable>) -> bool {
-    if request.read_only != Some(false) || !request.is_directory || !request.recursive {
+    if request.read_only != Some(false) || !request.recursive || !request.source.is_dir() {
         return true;
     }
     if request.propagation == Propagation::Slave {
@@ -133,26 +131,8 @@ fn bind(mount: &Mount, destination: &Path) -> Result<HostMount, SpecError> {
         Some(source) if source.is_absolute() => source.clone(),
         _ => return Err(SpecError::MountSource { destination: destination.to_owned() }),
     };
-    let failed = |source_error| SpecError::Source {
-        path: source.clone(),
-        destination: destination.to_owned(),
-        source: source_error,
-    };
-    let unshareable =
-        |what| SpecError::Unshareable { path: source.clone(), destination: destination.to_owned(), what };
-
-    let kind = fs::metadata(&source).map_err(failed)?.file_type();
-    if kind.is_block_device() || kind.is_char_device() {
-        return Err(unshareable("a device"));
-    }
-    let file_system = statfs(&source).map_err(|errno| failed(io_error(errno)))?.filesystem_type();
-    if let Some(what) = kernel_interface(file_system) {
-        return Err(unshareable(what));
-    }
-
     let mut request = HostMount {
-        source: source.clone(),
-        is_directory: kind.is_dir(),
+        source,
         recursive: mount.typ().as_deref() == Some("rbind"),
         read_only: None,
         propagation: Propagation::Private,
@@ -174,25 +154,4 @@ fn bind(mount: &Mount, destination: &Path) -> Result<HostMount, SpecError> {
         }
     }
     Ok(request)
-}
-
-/// File systems that are windows into the host's kernel rather than files.
-fn kernel_interface(file_system: FsType) -> Option<&'static str> {
-    /// `SYSFS_MAGIC` and the like are missing from nix.
-    const SYSFS: FsType = FsType(0x6265_6572);
-    const DEVPTS: FsType = FsType(0x1cd1);
-    const DEBUGFS: FsType = FsType(0x6462_6720);
-    const SECURITYFS: FsType = FsType(0x7363_6673);
-    const BPF: FsType = FsType(0xcafe_4a11);
-    match file_system {
-        statfs::PROC_SUPER_MAGIC => Some("procfs"),
-        SYSFS => Some("sysfs"),
-        statfs::CGROUP_SUPER_MAGIC | statfs::CGROUP2_SUPER_MAGIC => Some("a cgroup file system"),
-        DEVPTS => Some("devpts"),
-        DEBUGFS | statfs::TRACEFS_MAGIC => Some("a debugging file system"),
-        SECURITYFS => Some("securityfs"),
-        BPF => Some("a BPF file system"),
-        statfs::NSFS_MAGIC => Some("a namespace"),
-        _ => None,
-    }
 }

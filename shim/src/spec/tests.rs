@@ -207,14 +207,12 @@ fn bind_mounts_move_into_the_shared_tree() {
         [
             HostMount {
                 source: "/etc/passwd".into(),
-                is_directory: false,
                 recursive: true,
                 read_only: Some(false),
                 propagation: Propagation::Private,
             },
             HostMount {
                 source: "/tmp".into(),
-                is_directory: true,
                 recursive: false,
                 read_only: Some(true),
                 propagation: Propagation::Slave,
@@ -256,15 +254,11 @@ fn what_cannot_be_shared_is_refused() {
     let bind = |source: &str| {
         with_mount(json!({"destination": "/x", "type": "bind", "source": source, "options": ["rbind"]}))
     };
-    assert!(refused(bind("/nonexistent/volume")).contains("No such file"));
     assert!(refused(bind("relative")).contains("no absolute source"));
-    assert!(refused(bind("/dev/kmsg")).contains("a device"));
     let shared = with_mount(
         json!({"destination": "/x", "type": "bind", "source": "/tmp", "options": ["rbind", "rshared"]}),
     );
     assert!(refused(shared).contains("rshared (Bidirectional)"));
-    assert!(refused(bind("/proc")).contains("procfs"));
-    assert!(refused(bind("/sys")).contains("sysfs"));
     let overlay = with_mount(json!({"destination": "/x", "type": "overlay", "source": "overlay"}));
     assert!(refused(overlay).contains("\"overlay\""));
 }

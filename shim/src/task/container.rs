@@ -246,6 +246,11 @@ impl Container {
         }
     }
 
+    /// Reports a process as killed that the guest does not end.
+    pub async fn give_up(&self, process: &Process, publisher: &Publisher) {
+        self.report(process, Exit { status: KILLED, at_ns: crate::pod::now_ns() }, publisher).await;
+    }
+
     async fn report(&self, process: &Process, exit: Exit, publisher: &Publisher) {
         let _guard = process.transition.lock().await;
         let before = process.state();

@@ -185,7 +185,9 @@ impl Shim {
         let network = spec::network_namespace(new.spec);
         let received_us = new.received_us;
         let spec = PodSpec { id: new.id, directory, config, limits, cgroup, network, received_us };
-        Ok(Pod::launch(spec).await?)
+        let pod = Pod::launch(spec).await?;
+        self.note_launched(&pod);
+        Ok(pod)
     }
 
     /// Does what is to be done once a pod's guest is the pod's: what nobody waits for.
@@ -344,7 +346,7 @@ fn pod_cgroup(spec: &Spec) -> Result<Option<PathBuf>, ApiError> {
 
 /// What a container asks of the host itself.
 fn claim(spec: &Spec, role: &Role, request: &CreateTaskRequest, guest: &GuestSpec) -> Claim {
-    let volumes = guest.mounts.iter().filter(|mount| mount.is_directory && mount.read_only.is_none());
+    let volumes = guest.mounts.iter().filter(|mount| mount.read_only.is_none() && mount.source.is_dir());
     let upper = request.rootfs.iter().flat_map(|mount| &mount.options);
     let upper = upper.filter_map(|option| option.strip_prefix("upperdir=")).map(Path::new);
     let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());

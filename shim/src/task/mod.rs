@@ -3,6 +3,7 @@
 pub mod container;
 pub mod create;
 pub mod disks;
+pub mod kill;
 pub mod rootfs;
 pub mod service;
 pub mod shim;

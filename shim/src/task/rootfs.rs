@@ -9,7 +9,7 @@ use oci_spec::runtime::Spec;
 
 use crate::error::{ApiError, Classify, Code, chain};
 use crate::host::mounts::{DetachedTree, MountError, MountRequest, Propagation, assemble};
-use crate::pod::tree::{PointKind, SharedTree, TreeError};
+use crate::pod::tree::{SharedTree, TreeError};
 use crate::spec::{self, HostMount};
 
 /// Why a container has no files.
@@ -59,7 +59,7 @@ impl Classify for RootfsError {
 pub struct Files {
     /// `None` if it is on a disk.
     rootfs: Option<DetachedTree>,
-    volumes: Vec<(DetachedTree, PointKind)>,
+    volumes: Vec<DetachedTree>,
 }
 
 impl Files {
@@ -82,10 +82,10 @@ impl Files {
     pub async fn attach(self, tree: &SharedTree, id: &str) -> Result<(), RootfsError> {
         let directory = Path::new(id);
         if let Some(rootfs) = self.rootfs {
-            tree.attach(rootfs, &directory.join("rootfs"), PointKind::Directory).await?;
+            tree.attach(rootfs, &directory.join("rootfs")).await?;
         }
-        for (number, (volume, kind)) in self.volumes.into_iter().enumerate() {
-            tree.attach(volume, &directory.join("mounts").join(number.to_string()), kind).await?;
+        for (number, volume) in self.volumes.into_iter().enumerate() {
+            tree.attach(volume, &directory.join("mounts").join(number.to_string())).await?;
         }
         Ok(())
     }
@@ -95,7 +95,9 @@ async fn mount_root(mounts: &[Mount], spec: &Spec, bundle: &Path) -> Result<Deta
     let rootfs = if mounts.is_empty() {
         let path = spec::bundle_rootfs(spec, bundle)?;
         check_directory(&path)?;
-        DetachedTree::bind(&path, true).map_err(RootfsError::Mount)?
+        let tree = DetachedTree::bind(&path, true).map_err(RootfsError::Mount)?;
+        tree.judge().map_err(RootfsError::Mount)?;
+        tree
     } else {
         let scratch = bundle.join("rootfs");
         fs::create_dir_all(&scratch)
@@ -122,13 +124,15 @@ fn request(mount: &Mount) -> MountRequest {
     }
 }
 
-fn bind(volume: &HostMount) -> Result<(DetachedTree, PointKind), MountError> {
+fn bind(volume: &HostMount) -> Result<DetachedTree, MountError> {
     let tree = DetachedTree::bind(&volume.source, volume.recursive)?;
+    // Early, although attaching it will judge it again: before there is a pod.
+    tree.judge()?;
     tree.restrict(volume.propagation)?;
     if let Some(recursive) = volume.read_only {
         tree.make_read_only(recursive)?;
     }
-    Ok((tree, if volume.is_directory { PointKind::Directory } else { PointKind::File }))
+    Ok(tree)
 }
 
 fn check_directory(path: &Path) -> Result<(), RootfsError> {

@@ -26,6 +26,7 @@ use ttrpc::asynchronous::{Service, TtrpcContext};
 
 use super::container::{Container, Process, State};
 use super::create::explain;
+use super::kill;
 use super::rootfs;
 use super::shim::Shim;
 use super::stats;
@@ -40,9 +41,6 @@ use crate::spec;
 
 /// containerd gives a shim five seconds when it comes back; the agent gets less.
 const PIDS_LIMIT: Duration = Duration::from_secs(3);
-
-/// A process that was only set up ends at once when it is killed.
-const KILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// What a process that could not be set up is said to have ended with.
 const NOT_STARTED: u32 = 255;
@@ -104,7 +102,7 @@ impl Task for TaskService {
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
         let shim = self.shim.clone();
-        complete(async move { kill(&shim, &request).await }).await?;
+        complete(async move { kill::kill(&shim, &request).await }).await?;
         Ok(Empty::new())
     }
 
@@ -242,8 +240,12 @@ impl Task for TaskService {
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
         let shim = self.shim.clone();
         complete(async move {
-            // Asked after the deletion of each task: the pod goes with the last one only, and a sandbox not even then.
-            if shim.release_if_empty().await {
+            // Asked after the deletion of each task: the pod goes with the last one only, and a sandbox not even
+            // then. Unless it has to go now.
+            if request.now {
+                shim.end_now("containerd has ended it").await;
+                shim.exit();
+            } else if shim.release_if_empty().await {
                 shim.exit();
             } else {
                 log::debug!("shutdown asked for by {}: the pod is still there, ignored", request.id);
@@ -272,7 +274,7 @@ fn alive(container: &Container, process: &Process) -> Result<(), ApiError> {
 }
 
 /// For calls to a process that has ended; tells of the pod's death if that is why.
-fn ended(container: &Container) -> ApiError {
+pub fn ended(container: &Container) -> ApiError {
     match container.pod.death() {
         Some(death) => ApiError::not_found(format!(
             "the process has ended with its pod's virtual machine: {}",
@@ -371,18 +373,6 @@ async fn exec(shim: &Shim, request: ExecProcessRequest) -> Result<(), ApiError> 
     Ok(())
 }
 
-async fn kill(shim: &Shim, request: &KillRequest) -> Result<(), ApiError> {
-    let (container, process) = shim.process(&request.id, &request.exec_id)?;
-    // Without a PID namespace of its own, a container's processes may outlive its first.
-    let may_outlive = request.all && !container.own_pid_namespace && container.pod.death().is_none();
-    if !may_outlive {
-        alive(&container, &process)?;
-    }
-    let agent = container.pod.agent();
-    let answer = agent.signal(&request.id, &request.exec_id, request.signal, request.all).await;
-    explain(&container.pod, answer).await
-}
-
 async fn delete(shim: &Arc<Shim>, id: &str, exec_id: &str) -> Result<DeleteResponse, ApiError> {
     let (container, process) = shim.process(id, exec_id)?;
     match process.state() {
@@ -390,7 +380,12 @@ async fn delete(shim: &Arc<Shim>, id: &str, exec_id: &str) -> Result<DeleteRespo
         State::Created if process.refusal().is_some() => {
             process.set_state(State::Stopped(Exit { status: NOT_STARTED, at_ns: now_ns() }));
         }
-        State::Created => kill_created(&container, &process).await?,
+        State::Created => {
+            // Whatever the guest says of it, it ends.
+            if let Err(error) = kill::destroy(shim, &container, &process, exec_id.is_empty()).await {
+                log::warn!("{id} {exec_id} was never started: {error}");
+            }
+        }
         State::Stopped(_) => {}
     }
     let exit = process.ended().await;
@@ -434,18 +429,5 @@ async fn delete(shim: &Arc<Shim>, id: &str, exec_id: &str) -> Result<DeleteRespo
         exit_status: exit.status,
         exited_at: timestamp(exit.at_ns),
         ..Default::default()
-    })
-}
-
-async fn kill_created(container: &Container, process: &Process) -> Result<(), ApiError> {
-    let agent = container.pod.agent();
-    let all = process.exec_id.is_empty();
-    let signal = libc::SIGKILL.unsigned_abs();
-    explain(&container.pod, agent.signal(&container.id, &process.exec_id, signal, all).await).await?;
-    tokio::time::timeout(KILL_LIMIT, process.ended()).await.map(drop).map_err(|_| {
-        ApiError::new(
-            Code::DEADLINE_EXCEEDED,
-            format!("a killed process did not end within {} s", KILL_LIMIT.as_secs()),
-        )
     })
 }

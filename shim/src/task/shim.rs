@@ -1,7 +1,7 @@
 //! What one shim serves: a pod, once it has one, and the containers in it.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use log::LevelFilter;
@@ -33,6 +33,9 @@ pub struct Slot {
     pub sandbox: Option<Members>,
 }
 
+/// Releasing what a condemned pod held takes no longer, or something is wrong with the host.
+const END_LIMIT: Duration = Duration::from_secs(10);
+
 /// The state behind the Task API.
 #[derive(Debug)]
 pub struct Shim {
@@ -42,6 +45,8 @@ pub struct Shim {
     pub least_logged: LevelFilter,
     /// Held while a pod or a container is made or the pod is released: one at a time.
     pub slot: tokio::sync::Mutex<Slot>,
+    /// The pod that was launched last, also while it is being made.
+    launched: Mutex<Weak<Pod>>,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
     exiting: watch::Sender<bool>,
 }
@@ -53,6 +58,7 @@ impl Shim {
             publisher,
             least_logged,
             slot: tokio::sync::Mutex::default(),
+            launched: Mutex::default(),
             containers: Mutex::default(),
             exiting: watch::Sender::new(false),
         }
@@ -110,6 +116,22 @@ impl Shim {
         let containers: Vec<_> = self.containers().values().cloned().collect();
         for container in containers {
             container.init.ended().await;
+        }
+    }
+
+    /// Notes a pod that has been launched.
+    pub fn note_launched(&self, pod: &Arc<Pod>) {
+        *self.launched.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(pod);
+    }
+
+    /// The same as [`Shim::end_pod`], at once and without asking the guest. A pod that is only being made fails.
+    pub async fn end_now(&self, reason: &str) {
+        let pod = self.launched.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
+        if let Some(pod) = pod {
+            pod.condemn(reason);
+        }
+        if tokio::time::timeout(END_LIMIT, self.end_pod()).await.is_err() {
+            log::error!("the pod could not be released within {} s", END_LIMIT.as_secs());
         }
     }
 

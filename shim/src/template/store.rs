@@ -74,7 +74,7 @@ pub enum StoreError {
     #[error("another template is being made in {0}")]
     Busy(PathBuf),
     /// One template alone is larger than all may be.
-    #[error("the template takes {size} bytes, and template_limit is {limit}")]
+    #[error("the template takes at least {size} bytes, and template_limit is {limit}")]
     Limit {
         /// What it takes on disk.
         size: u64,

@@ -25,7 +25,9 @@ pub mod ctr;
 pub mod death;
 pub mod disks;
 pub mod exec;
+pub mod hostile;
 pub mod io;
+pub mod jail;
 pub mod lifecycle;
 pub mod likeness;
 pub mod network;
@@ -157,6 +159,8 @@ pub fn all() -> Vec<Case> {
         bad_input::CASES,
         death::CASES,
         sandbox::CASES,
+        hostile::CASES,
+        jail::CASES,
         template::CASES,
     ]
     .concat()

@@ -19,6 +19,7 @@ use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::{Server, TtrpcContext};
 
 use crate::pod::Pod;
+use crate::pod::heartbeat::Heartbeat;
 
 /// What the agent does, as far as a test wants it to be special.
 #[derive(Default)]
@@ -30,12 +31,19 @@ struct Script {
     calls: Mutex<Vec<(&'static str, String)>>,
     delays: Mutex<HashMap<&'static str, Duration>>,
     refusals: Mutex<HashMap<&'static str, (ttrpc::Code, String)>>,
+    /// From when on nothing is answered any more.
+    silent: watch::Sender<bool>,
+    /// Whether signals end nothing.
+    lies: AtomicBool,
     oom: watch::Sender<Vec<String>>,
 }
 
 impl Script {
     async fn call(&self, name: &'static str, what: String) -> ttrpc::Result<()> {
         self.calls.lock().unwrap().push((name, what));
+        if *self.silent.borrow() {
+            std::future::pending::<()>().await;
+        }
         let delay = self.delays.lock().unwrap().get(name).copied();
         if let Some(delay) = delay {
             tokio::time::sleep(delay).await;
@@ -127,13 +135,20 @@ impl Agent for FakeAgent {
         let all = if request.all { " all" } else { "" };
         let what = format!("{} {} {}{all}", request.container_id, request.exec_id, request.signal);
         self.0.call("Signal", what).await?;
-        self.0.exit(&request.container_id, &request.exec_id, 128 + request.signal);
+        if !self.0.lies.load(Ordering::Relaxed) {
+            self.0.exit(&request.container_id, &request.exec_id, 128 + request.signal);
+        }
         Ok(api::Empty::new())
     }
 
     async fn delete(&self, _: &TtrpcContext, request: api::ProcessRequest) -> ttrpc::Result<api::Empty> {
         self.0.call("Delete", format!("{} {}", request.container_id, request.exec_id)).await?;
         Ok(api::Empty::new())
+    }
+
+    async fn ready(&self, _: &TtrpcContext, _: api::Empty) -> ttrpc::Result<api::ReadyResponse> {
+        self.0.call("Ready", String::new()).await?;
+        Ok(api::ReadyResponse::new())
     }
 
     async fn pause(&self, _: &TtrpcContext, _: api::ContainerRequest) -> ttrpc::Result<api::Empty> {
@@ -154,6 +169,7 @@ impl Agent for FakeAgent {
     }
 
     async fn power_off(&self, _: &TtrpcContext, _: api::Empty) -> ttrpc::Result<api::Empty> {
+        self.0.call("PowerOff", String::new()).await?;
         self.1.send(&FromVmm::Event(Event::Exited(ExitReason::PowerOff)), &[]).unwrap();
         Ok(api::Empty::new())
     }
@@ -186,7 +202,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    pub async fn start(id: &str, directory: PathBuf) -> (Guest, Arc<Pod>) {
+    pub async fn start(id: &str, directory: PathBuf, heartbeat: Heartbeat) -> (Guest, Arc<Pod>) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (channel, vmm) = Channel::pair().unwrap();
         let script = Arc::new(Script::default());
@@ -220,7 +236,7 @@ impl Guest {
                 serving.send(&FromVmm::Reply(Ok(())), &[]).unwrap();
             }
         });
-        let pod = Pod::with_guest(id, directory, ours, channel).await;
+        let pod = Pod::with_guest(id, directory, ours, channel, heartbeat).await;
         (Guest { script, vmm, streams, hang_up }, pod)
     }
 
@@ -256,6 +272,16 @@ impl Guest {
     /// Refuses the next call of this name.
     pub fn refuse(&self, name: &'static str, code: ttrpc::Code, message: &str) {
         self.script.refusals.lock().unwrap().insert(name, (code, message.to_owned()));
+    }
+
+    /// The agent keeps its connection and answers nothing any more.
+    pub fn fall_silent(&self) {
+        self.script.silent.send_replace(true);
+    }
+
+    /// The agent answers signals as if it had sent them.
+    pub fn lie(&self) {
+        self.script.lies.store(true, Ordering::Relaxed);
     }
 
     /// The virtual machine ends.

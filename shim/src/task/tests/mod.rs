@@ -1,6 +1,7 @@
 //! The state machine behind the Task API, with a guest that the tests play. (Real guests are for the end-to-end suite.)
 
 pub(crate) mod guest;
+mod hostile;
 
 use std::fs;
 use std::path::PathBuf;
@@ -28,6 +29,7 @@ use super::service::services;
 use super::shim::Shim;
 use crate::error::Code;
 use crate::events::Publisher;
+use crate::pod::heartbeat::Heartbeat;
 
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -66,6 +68,10 @@ struct Stage {
 
 impl Stage {
     async fn new(name: &str) -> Stage {
+        Stage::with_heartbeat(name, Heartbeat::default()).await
+    }
+
+    async fn with_heartbeat(name: &str, heartbeat: Heartbeat) -> Stage {
         let directory = std::env::temp_dir().join(format!("bulkhead-task-{name}-{}", std::process::id()));
         let _ = fs::remove_dir_all(&directory);
         fs::create_dir_all(&directory).unwrap();
@@ -83,8 +89,9 @@ impl Stage {
         server.start().await.unwrap();
         let client = TaskClient::new(Client::connect(&socket("task")).await.unwrap());
 
-        let (guest, pod) = Guest::start("p", directory.join("pod")).await;
+        let (guest, pod) = Guest::start("p", directory.join("pod"), heartbeat).await;
         shim.slot.lock().await.pod = Some(pod.clone());
+        shim.note_launched(&pod);
         tokio::spawn(shim.clone().pass_events(pod));
         Stage { directory, shim, client, guest, events, _servers: vec![containerd, server] }
     }
@@ -135,13 +142,17 @@ impl Stage {
         self.client.start(ctx(), &request).await.map(drop)
     }
 
-    async fn exec(&self, id: &str, exec: &str) -> ttrpc::Result<()> {
+    /// What an exec executes.
+    fn process() -> protobuf::MessageField<Any> {
         let process = json!({"user": {"uid": 0, "gid": 0}, "args": ["true"], "cwd": "/"});
-        let spec = Any { value: process.to_string().into_bytes(), ..Default::default() };
+        protobuf::MessageField::some(Any { value: process.to_string().into_bytes(), ..Default::default() })
+    }
+
+    async fn exec(&self, id: &str, exec: &str) -> ttrpc::Result<()> {
         let request = ExecProcessRequest {
             id: id.into(),
             exec_id: exec.into(),
-            spec: protobuf::MessageField::some(spec),
+            spec: Stage::process(),
             ..Default::default()
         };
         self.client.exec(ctx(), &request).await.map(drop)
@@ -155,6 +166,11 @@ impl Stage {
     async fn delete(&self, id: &str, exec: &str) -> ttrpc::Result<u32> {
         let request = DeleteRequest { id: id.into(), exec_id: exec.into(), ..Default::default() };
         self.client.delete(ctx(), &request).await.map(|response| response.exit_status)
+    }
+
+    async fn delete_within(&self, id: &str, limit: Duration) -> u32 {
+        let request = DeleteRequest { id: id.into(), ..Default::default() };
+        self.client.delete(context::with_duration(limit), &request).await.unwrap().exit_status
     }
 
     async fn kill(&self, id: &str, exec: &str) -> ttrpc::Result<()> {
