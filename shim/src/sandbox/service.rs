@@ -33,7 +33,7 @@ use crate::pod::timeline::now_us;
 use crate::pod::{Pod, now_ns, state};
 use crate::sizing::Demand;
 use crate::spec::sandbox::Role;
-use crate::task::create::NewPod;
+use crate::task::create::{NewPod, hostname};
 use crate::task::service::complete;
 use crate::task::shim::{Shim, Slot};
 use crate::task::stats;
@@ -139,7 +139,7 @@ impl SandboxService {
             received_us,
         };
         let pod = self.shim.launch(new).await?;
-        let hostname = spec.hostname().clone().unwrap_or_default();
+        let hostname = hostname(&spec);
         self.adopt(&mut slot, &id, hostname, pod, &config, &bundle.join(state::DIRECTORY)).await
     }
 

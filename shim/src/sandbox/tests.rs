@@ -276,6 +276,16 @@ impl Stage {
     }
 
     async fn container(&self, id: &str, annotations: serde_json::Value) -> ttrpc::Result<()> {
+        self.container_beside(id, annotations, "").await
+    }
+
+    /// Creates a container in a PID namespace.
+    async fn container_beside(
+        &self,
+        id: &str,
+        annotations: serde_json::Value,
+        pid: &str,
+    ) -> ttrpc::Result<()> {
         let bundle = self.directory.join(id);
         fs::create_dir_all(bundle.join("rootfs")).unwrap();
         fs::write(bundle.join("rootfs/file"), "x").unwrap();
@@ -284,7 +294,7 @@ impl Stage {
             "process": {"user": {"uid": 0, "gid": 0}, "args": ["true"], "cwd": "/"},
             "root": {"path": "rootfs"},
             "annotations": annotations,
-            "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "network"}]}
+            "linux": {"namespaces": [{"type": "pid", "path": pid}, {"type": "mount"}, {"type": "network"}]}
         });
         fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
         let bundle = bundle.display().to_string();
@@ -373,6 +383,16 @@ async fn a_sandbox_lives_before_and_after_its_containers() {
     assert_eq!(code(stage.shut_down("q").await), Code::NOT_FOUND);
     stage.shut_down("p").await.unwrap();
     assert!(stage.exits().await);
+}
+
+#[tokio::test]
+async fn a_sandboxs_processes_are_shared_by_its_process_id() {
+    let (stage, guest) = Stage::created("pid").await;
+    let pid = stage.start("p").await.unwrap();
+    stage.container_beside("a", member(), &format!("/proc/{pid}/ns/pid")).await.unwrap();
+    assert_eq!(guest.calls("PidNamespace"), ["/proc/1/ns/pid"], "those of the agent");
+    let other = stage.container_beside("b", member(), "/proc/1/ns/pid").await;
+    assert_eq!(code(other), Code::INVALID_ARGUMENT, "the host's");
 }
 
 #[tokio::test]

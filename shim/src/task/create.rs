@@ -94,11 +94,13 @@ impl Shim {
         }
         let existing = pod_for(slot, &request.id, &role)?;
 
-        let namespaces = PodNamespaces {
-            members: self.members(),
-            first_process: slot.first_process,
-            is_pod: role != Role::Single,
-        };
+        let mut members = self.members();
+        // A sandbox has no first container, whose namespaces would be those of its process id.
+        if let (Some(pod), Some(guest_pid), true) = (&slot.pod, slot.first_process, slot.sandbox.is_some()) {
+            members.push(Member { host_pid: pod.host_pid(), guest_pid });
+        }
+        let namespaces =
+            PodNamespaces { members, first_process: slot.first_process, is_pod: role != Role::Single };
         let guest = spec::translate(spec.clone(), &request.id, &namespaces)?;
         let stdio = Stdio {
             stdin: request.stdin.clone(),
@@ -222,7 +224,7 @@ pub struct NewPod<'a> {
 
 /// The pod's host name: the node's where the specification has none, which is what a container without a name of its own
 /// sees elsewhere.
-fn hostname(spec: &Spec) -> String {
+pub(crate) fn hostname(spec: &Spec) -> String {
     match spec.hostname() {
         Some(name) if !name.is_empty() => name.clone(),
         _ => nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default(),

@@ -79,6 +79,10 @@ impl Agent for FakeAgent {
         self.0.call("Root", spec["root"]["path"].as_str().unwrap_or_default().to_owned()).await?;
         let mounts = spec["mounts"].as_array().cloned().unwrap_or_default();
         let mounts = mounts.iter().filter_map(|mount| mount["destination"].as_str());
+        let namespaces = spec["linux"]["namespaces"].as_array().cloned().unwrap_or_default();
+        let pid = namespaces.iter().find(|namespace| namespace["type"] == "pid");
+        let pid = pid.and_then(|namespace| namespace["path"].as_str()).unwrap_or_default();
+        self.0.call("PidNamespace", pid.to_owned()).await?;
         self.0.call("Mounts", mounts.collect::<Vec<_>>().join(" ")).await?;
         self.0.call("CreateContainer", request.container_id).await?;
         Ok(api::CreateProcessResponse { pid: 42, ..Default::default() })
