@@ -33,7 +33,7 @@ pub const CASES: &[Case] = &[
 const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// A program that has this many bytes of its own at once.
-const USE_400_MB: &str = "head -c 400000000 /dev/zero | tail | wc -c";
+const USE_400_MB: &str = "dd if=/dev/zero of=/dev/null bs=400000000 count=1 2>&1 | tail -n 1 | cut -d' ' -f1";
 
 fn spec_with(id: &str, script: &str, resources: Value) -> Value {
     let mut spec = bundle::spec(id, bundle::shell(script));
