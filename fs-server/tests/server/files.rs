@@ -378,7 +378,8 @@ fn mounts_are_crossed_and_their_numbers_told_apart() {
     fs::write(&aside, "").unwrap();
     fs::write(server.path("c2/locked"), "").unwrap();
     mount(Some(&file), &aside, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
-    let read_only = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    let read_only =
+        MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
     mount(None::<&str>, &aside, None::<&str>, read_only, None::<&str>).unwrap();
     mount(Some(&aside), &server.path("c2/locked"), None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
     umount2(&aside, nix::mount::MntFlags::MNT_DETACH).unwrap();
