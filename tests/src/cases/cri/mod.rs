@@ -7,6 +7,7 @@ use super::{Case, Fixture};
 mod ends;
 mod lifecycle;
 mod like_runc;
+mod network;
 mod pod_settings;
 mod streams;
 mod volumes;
@@ -20,8 +21,12 @@ pub const CASES: &[Case] = &[
     Case::new("cri-sysctls", pod_settings::sysctls).on(Fixture::Cri),
     Case::new("cri-shared-processes", pod_settings::shared_processes).on(Fixture::Cri),
     Case::new("cri-refused-pods", pod_settings::refused).on(Fixture::Cri).bulkhead_only(),
+    Case::new("cri-network-host", network::host).on(Fixture::Cri),
+    Case::new("cri-network-pods", network::pods).on(Fixture::Cri),
+    Case::new("cri-network-host-port", network::host_port).on(Fixture::Cri),
     Case::new("cri-vmm-dies", ends::vmm_dies).on(Fixture::Cri).bulkhead_only(),
     Case::new("cri-containers-of-a-pod", lifecycle::containers).on(Fixture::CriPods),
+    Case::new("cri-network-addresses", network::addresses).on(Fixture::CriPods),
     Case::new("cri-program", like_runc::program).on(Fixture::CriPods),
     Case::new("cri-users", like_runc::users).on(Fixture::CriPods),
     Case::new("cri-privileges", like_runc::privileges).on(Fixture::CriPods),
