@@ -55,7 +55,7 @@ mkdir -p "$payload"/{bin,libexec/bulkhead,share/bulkhead,images}
 ln "$release"/{containerd-shim-bulkhead-v1,bulkhead,"$program"} "$payload/bin/"
 ln "$release"/{bulkhead-vmm,bulkhead-fs} "$payload/libexec/bulkhead/"
 ln "$guest"/{vmlinux,guest.erofs} "$payload/share/bulkhead/"
-ln "$root"/target/images/busybox.tar "$payload/images/"
+ln "$root"/target/images/{busybox,custom,pause}.tar "$payload/images/"
 cp -al "$root/target/images/busybox" "$payload/images/"
 printf '#!/bin/sh\nexec "$(dirname "$0")/bin/%s" "$@"\n' "$program" >"$payload/run"
 chmod 755 "$payload" "$payload/run"

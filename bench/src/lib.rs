@@ -6,7 +6,7 @@
 pub mod arguments;
 pub mod compare;
 pub mod containerd;
-pub mod grpc;
+pub mod cri;
 pub mod node;
 pub mod pod;
 pub mod report;

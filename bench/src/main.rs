@@ -9,12 +9,12 @@ use std::time::Instant;
 use bulkhead_bench::arguments::{self, Command, Run};
 use bulkhead_bench::containerd::Containerd;
 use bulkhead_bench::containerd::image::{Image, ImageError};
-use bulkhead_bench::grpc::GrpcError;
 use bulkhead_bench::pod::{Pods, SNAPSHOTTER};
 use bulkhead_bench::report::{self, Host, Report, table};
 use bulkhead_bench::rows::{Bench, GROUPS, Results};
 use bulkhead_bench::runtime::{RunscOptions, Runtime};
 use bulkhead_bench::{compare, containerd, node};
+use bulkhead_cri::grpc::GrpcError;
 
 fn main() -> ExitCode {
     match run() {

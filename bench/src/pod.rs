@@ -16,10 +16,10 @@ use tokio::net::unix::pipe::{OpenOptions, Receiver};
 use crate::containerd::client::Client;
 use crate::containerd::image;
 use crate::containerd::spec::{self, Container};
-use crate::grpc::GrpcError;
 use crate::proto;
 use crate::runtime::Runtime;
 use crate::workload::files;
+use bulkhead_cri::grpc::GrpcError;
 
 /// The snapshotter that pods' root file systems come from, unless a row is about another one.
 pub const SNAPSHOTTER: &str = "overlayfs";

@@ -71,6 +71,8 @@ pub struct Runtime {
     pub program: PathBuf,
     containerd_name: &'static str,
     options: Any,
+    /// The same as keys of a handler's options in containerd's configuration.
+    settings: Vec<(&'static str, PathBuf)>,
 }
 
 /// Why a runtime can't take part.
@@ -109,25 +111,42 @@ impl Runtime {
     /// Why it can't take part.
     pub fn find(kind: Kind, directory: &Path, runsc: &RunscOptions) -> Result<Self, Absent> {
         let program = find_program(kind.program()).ok_or(Absent::Program(kind.program()))?;
-        let (containerd_name, options) = match kind {
-            Kind::Runc | Kind::Crun => ("io.containerd.runc.v2", runc_options(&program, kind, directory)?),
+        let of_runc =
+            |binary: &Path| vec![("BinaryName", binary.to_owned()), ("Root", directory.join(kind.name()))];
+        let (containerd_name, options, settings) = match kind {
+            Kind::Runc | Kind::Crun => {
+                ("io.containerd.runc.v2", runc_options(&program, kind, directory)?, of_runc(&program))
+            }
             Kind::Runsc => {
-                let wrapper = runsc_wrapper(&program, directory, runsc)?;
-                ("io.containerd.runc.v2", runc_options(&wrapper, kind, directory)?)
+                let wrapper = runsc_wrapper(&program, directory, runsc, "none")?;
+                let networked = runsc_wrapper(&program, directory, runsc, "sandbox")?;
+                ("io.containerd.runc.v2", runc_options(&wrapper, kind, directory)?, of_runc(&networked))
             }
             Kind::Bulkhead => {
                 let config = bulkhead_config(kind, directory, "templates = \"off\"\n")?;
-                ("io.containerd.bulkhead.v1", bulkhead_options(&config)?)
+                ("io.containerd.bulkhead.v1", bulkhead_options(&config)?, vec![("ConfigPath", config)])
             }
             Kind::BulkheadTemplate => {
                 let store = directory.join("templates");
                 let text = format!("templates = \"auto\"\ntemplate_dir = \"{}\"\n", store.display());
                 let config = bulkhead_config(kind, directory, &text)?;
                 build_template(&config)?;
-                ("io.containerd.bulkhead.v1", bulkhead_options(&config)?)
+                ("io.containerd.bulkhead.v1", bulkhead_options(&config)?, vec![("ConfigPath", config)])
             }
         };
-        Ok(Self { kind, program, containerd_name, options })
+        Ok(Self { kind, program, containerd_name, options, settings })
+    }
+
+    /// A handler of the CRI plugin for it, in containerd's configuration.
+    pub fn handler(&self) -> String {
+        let table =
+            format!("plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{}", self.kind.name());
+        let settings = self.settings.iter().map(|(key, path)| format!("{key} = \"{}\"\n", path.display()));
+        format!(
+            "[{table}]\nruntime_type = \"{}\"\n[{table}.options]\n{}",
+            self.containerd_name,
+            settings.collect::<String>()
+        )
     }
 
     /// Its part of a container's record.
@@ -188,10 +207,15 @@ fn build_template(config: &Path) -> Result<(), Absent> {
 }
 
 /// The runc shim passes no options of gVisor's own, so a script adds them. Its cost is one start of the shell.
-fn runsc_wrapper(program: &Path, directory: &Path, options: &RunscOptions) -> Result<PathBuf, Absent> {
-    let path = directory.join("runsc-wrapper");
+fn runsc_wrapper(
+    program: &Path,
+    directory: &Path,
+    options: &RunscOptions,
+    network: &str,
+) -> Result<PathBuf, Absent> {
+    let path = directory.join(format!("runsc-wrapper-{network}"));
     let script = format!(
-        "#!/bin/sh\nexec {} --platform={} --network=none \"$@\"\n",
+        "#!/bin/sh\nexec {} --platform={} --network={network} \"$@\"\n",
         program.display(),
         options.platform
     );

@@ -6,6 +6,7 @@
 #   NAME/rootfs.ext4, NAME/scratch.ext4  the same on a disk, and a disk with an empty file system (of busybox only)
 #
 #   busybox   the applets as hard links (sh, echo, true, ...), no user, default command sh       bulkhead.test/busybox:1
+#   pause     a program that waits, for the pods of runtimes that need one                       bulkhead.test/pause:1
 #   custom    busybox with user 1000:1000, an extra group, a working directory and variables     bulkhead.test/custom:1
 set -euo pipefail
 
@@ -65,6 +66,13 @@ image busybox '"Cmd":["/bin/sh"],"Env":["PATH=/bin"]'
 mkfs=$(PATH=$PATH:/usr/sbin:/sbin command -v mkfs.ext4) || { echo "images: mkfs.ext4 is missing; run tests/install-packages.sh" >&2; exit 1; }
 "$mkfs" -q -m 0 -d "$r" "$out/busybox/rootfs.ext4" 16M >/dev/null
 "$mkfs" -q -m 0 "$out/busybox/scratch.ext4" 16M >/dev/null
+
+mv "$r" "$work/busybox"
+mkdir -p "$r"
+cp "$work/deb/bin/busybox" "$r/sleep"
+image pause '"Entrypoint":["/sleep","2147483647"]'
+rm -r "$r"
+mv "$work/busybox" "$r"
 
 mkdir "$r/work"
 echo "from the image" >"$r/work/file"

@@ -26,11 +26,15 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 pub const CTR_LIMIT: Duration = Duration::from_secs(30);
 
 /// What containers through `ctr` need none of; without it containerd starts faster.
-const DISABLED: [&str; 9] = [
+const WITHOUT_CRI: [&str; 4] = [
     "io.containerd.cri.v1.images",
     "io.containerd.cri.v1.runtime",
     "io.containerd.grpc.v1.cri",
     "io.containerd.nri.v1.nri",
+];
+
+/// What pods through the CRI do not need either.
+const WITHOUT_ANYWAY: [&str; 5] = [
     "io.containerd.internal.v1.opt",
     "io.containerd.internal.v1.tracing",
     "io.containerd.tracing.processor.v1.otlp",
@@ -55,17 +59,39 @@ impl PrivateContainerd {
     /// # Errors
     /// When it does not, with the end of its log.
     pub fn start(layout: &Layout) -> Outcome<Self> {
+        let disabled = [&WITHOUT_CRI[..], &WITHOUT_ANYWAY].concat();
+        Self::start_configured(layout, &disabled, |path| {
+            Ok(format!(
+                "[plugins.'io.containerd.snapshotter.v1.blockfile']\nroot_path = \"{}/blockfile\"\n\
+                 scratch_file = \"{}\"\nfs_type = \"ext4\"\nmount_options = [\"loop\"]\n",
+                path.display(),
+                layout.rootfs("busybox").with_file_name("scratch.ext4").display(),
+            ))
+        })
+    }
+
+    /// Starts containerd with its CRI plugin, configured by what `plugins` says for containerd's directory.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_with_cri(layout: &Layout, plugins: impl FnOnce(&Path) -> Outcome<String>) -> Outcome<Self> {
+        Self::start_configured(layout, &WITHOUT_ANYWAY, plugins)
+    }
+
+    fn start_configured(
+        layout: &Layout,
+        disabled: &[&str],
+        plugins: impl FnOnce(&Path) -> Outcome<String>,
+    ) -> Outcome<Self> {
         let directory = WorkDir::new("containerd")?;
-        let disabled: Vec<String> = DISABLED.iter().map(|plugin| format!("{plugin:?}")).collect();
+        let disabled: Vec<String> = disabled.iter().map(|plugin| format!("{plugin:?}")).collect();
         let path = directory.path().display();
         let config = format!(
             "version = 3\nroot = \"{path}/root\"\nstate = \"{path}/state\"\ntemp = \"{path}/temp\"\ndisabled_plugins = [{}]\n\
              [grpc]\naddress = \"{path}/containerd.sock\"\n[ttrpc]\naddress = \"{path}/containerd.sock.ttrpc\"\n\
-             [debug]\nlevel = \"info\"\n\
-             [plugins.'io.containerd.snapshotter.v1.blockfile']\nroot_path = \"{path}/blockfile\"\n\
-             scratch_file = \"{}\"\nfs_type = \"ext4\"\nmount_options = [\"loop\"]\n",
+             [debug]\nlevel = \"info\"\n{}",
             disabled.join(", "),
-            layout.rootfs("busybox").with_file_name("scratch.ext4").display(),
+            plugins(directory.path())?,
         );
         let file = directory.path().join("config.toml");
         fs::write(&file, config).explain(|| format!("write {}", file.display()))?;
@@ -104,6 +130,16 @@ impl PrivateContainerd {
         let archive = self.layout.image(image).display().to_string();
         self.ctr(&["image", "import", "--local", "--snapshotter", snapshotter, &archive])?
             .success("ctr image import")?;
+        Ok(format!("bulkhead.test/{image}:1"))
+    }
+
+    /// Imports one of our test images for pods through the CRI.
+    ///
+    /// # Errors
+    /// When `ctr` fails.
+    pub fn import_for_cri(&self, image: &str) -> Outcome<String> {
+        let archive = self.layout.image(image).display().to_string();
+        self.ctr(&["-n", "k8s.io", "image", "import", "--local", &archive])?.success("ctr image import")?;
         Ok(format!("bulkhead.test/{image}:1"))
     }
 
@@ -212,7 +248,8 @@ impl PrivateContainerd {
         Ok(())
     }
 
-    fn socket(&self) -> PathBuf {
+    /// The socket of its gRPC server.
+    pub fn socket(&self) -> PathBuf {
         self.path().join("containerd.sock")
     }
 

@@ -59,3 +59,9 @@ macro_rules! ensure_eq {
         }
     };
 }
+
+impl From<bulkhead_cri::stream::StreamError> for Failure {
+    fn from(error: bulkhead_cri::stream::StreamError) -> Self {
+        Self(error.to_string())
+    }
+}

@@ -51,6 +51,12 @@ impl Layout {
         self.prefix.join("images").join(name).join("rootfs")
     }
 
+    /// The directory of the CNI plugins: ours, or else where Debian has them.
+    pub fn cni_plugins(&self) -> PathBuf {
+        let ours = self.prefix.join("cni");
+        if ours.is_dir() { ours } else { PathBuf::from("/usr/lib/cni") }
+    }
+
     /// A search path that finds our programs first.
     pub fn search_path(&self) -> OsString {
         let mut path = OsString::from(self.prefix.join("bin"));

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::cri;
 use crate::fail;
 use crate::failure::Outcome;
 use crate::node;
@@ -16,12 +17,13 @@ const LIMIT: Duration = Duration::from_secs(5);
 const WATCHED: [&str; 3] = ["/run/containerd", "/run/bulkhead", "/var/lib/bulkhead"];
 
 /// Directories that the first container makes and that stay for the next ones.
-const COMMON: [&str; 6] = [
+const COMMON: [&str; 7] = [
     "/run/containerd/s",
     "/run/containerd/fifo",
     "/run/containerd/runc",
     "/run/containerd/runc/bulkhead-test",
     "/run/containerd/runc/default",
+    "/run/containerd/runc/k8s.io",
     "io.containerd.runtime.v2.task/default",
 ];
 
@@ -35,7 +37,7 @@ const TEMPLATES: &str = "/var/lib/bulkhead/templates";
 const HALF_MADE: [&str; 2] = [".new-", ".old-"];
 
 /// Control groups that the first container makes, and the harness removes at its end.
-const COMMON_GROUPS: [&str; 2] = ["default", "bulkhead-test"];
+const COMMON_GROUPS: [&str; 4] = ["default", "bulkhead-test", "k8s.io", cri::CGROUP];
 
 /// Everything on the node that a pod could leave behind, as lines for a person.
 #[derive(Debug, Clone, PartialEq, Eq)]

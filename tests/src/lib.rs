@@ -1,12 +1,13 @@
 //! Test harness of the end-to-end suite and the demo.
 //!
-//! Two ways to a container: [`containerd::PrivateContainerd`] with the real `ctr`, and [`shim::ShimServer`], which drives a shim
-//! over ttrpc just as containerd does and costs a fraction. [`leaks`] compares the node before and after either.
+//! Ways to a container: [`containerd::PrivateContainerd`] with the real `ctr`, and [`shim::ShimServer`], which drives a shim
+//! over ttrpc just as containerd does and costs a fraction; pods as Kubernetes has them come from [`cri`]. [`leaks`] compares the node before and after either.
 
 pub mod bundle;
 pub mod cases;
 pub mod cleanup;
 pub mod containerd;
+pub mod cri;
 pub mod events;
 pub mod failure;
 pub mod layout;

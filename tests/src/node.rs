@@ -106,9 +106,10 @@ fn unescape(path: &str) -> String {
     path.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
 }
 
-/// Network interfaces of this network namespace.
+/// Network interfaces of this network namespace. (`/sys/class/net` has those of the namespace that it was mounted in.)
 pub fn interfaces() -> Vec<String> {
-    names(Path::new("/sys/class/net"))
+    let table = fs::read_to_string("/proc/net/dev").unwrap_or_default();
+    table.lines().filter_map(|line| Some(line.split_once(':')?.0.trim().to_owned())).collect()
 }
 
 /// Paths of bound Unix sockets, abstract ones with an `@`.
@@ -182,11 +183,6 @@ pub fn uptime() -> Duration {
     let text = fs::read_to_string("/proc/uptime").unwrap_or_default();
     let seconds = text.split(' ').next().and_then(|seconds| seconds.parse().ok()).unwrap_or(0.0);
     Duration::from_secs_f64(seconds)
-}
-
-fn names(directory: &Path) -> Vec<String> {
-    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
 }
 
 #[cfg(test)]

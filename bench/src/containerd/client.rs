@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use protobuf::{EnumOrUnknown, MessageField};
 
-use crate::grpc::{Channel, GrpcError};
 use crate::proto;
+use bulkhead_cri::grpc::{Channel, GrpcError};
 
 /// A single call may take this long; in the nested host that is virtual time.
 const CALL_LIMIT: Duration = Duration::from_secs(60);
@@ -22,12 +22,12 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to the containerd behind `socket`.
+    /// Connects to the containerd behind `socket`, to what it has in `namespace`.
     ///
     /// # Errors
     /// When nobody answers there.
-    pub async fn connect(socket: &Path) -> Result<Self, GrpcError> {
-        let metadata = vec![("containerd-namespace", NAMESPACE.to_owned())];
+    pub async fn connect(socket: &Path, namespace: &str) -> Result<Self, GrpcError> {
+        let metadata = vec![("containerd-namespace", namespace.to_owned())];
         Ok(Self { channel: Channel::connect(socket, metadata, CALL_LIMIT).await? })
     }
 

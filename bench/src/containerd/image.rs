@@ -7,9 +7,9 @@ use sha2::{Digest, Sha256};
 
 use super::client::Client;
 use super::tar::{Archive, NameTooLong};
-use crate::grpc::GrpcError;
 use crate::proto;
 use crate::workload::files;
+use bulkhead_cri::grpc::GrpcError;
 
 /// The image's name in containerd.
 pub const NAME: &str = "bulkhead.bench/workload:1";

@@ -23,17 +23,22 @@ use client::{Client, NAMESPACE};
 const START_LIMIT: Duration = Duration::from_secs(60);
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
+/// The namespace of everything that comes by way of the CRI.
+const CRI_NAMESPACE: &str = "k8s.io";
 /// Where cgroups are.
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 /// Plugins that pods started through the container API do not need. Fewer of them start faster.
-const DISABLED: [&str; 10] = [
+const WITHOUT_CRI: [&str; 5] = [
     "io.containerd.grpc.v1.cri",
     "io.containerd.cri.v1.images",
     "io.containerd.cri.v1.runtime",
     "io.containerd.podsandbox.controller.v1.podsandbox",
-    "io.containerd.internal.v1.tracing",
     "io.containerd.nri.v1.nri",
+];
+/// What pods through the CRI do not need either.
+const WITHOUT_ANYWAY: [&str; 5] = [
+    "io.containerd.internal.v1.tracing",
     "io.containerd.snapshotter.v1.btrfs",
     "io.containerd.snapshotter.v1.devmapper",
     "io.containerd.snapshotter.v1.zfs",
@@ -76,13 +81,31 @@ impl Containerd {
     /// # Errors
     /// When it can't be started or does not answer in time.
     pub async fn start(directory: &Path) -> Result<(Self, Client), ContainerdError> {
+        let disabled = [&WITHOUT_CRI[..], &WITHOUT_ANYWAY].concat();
+        Self::start_configured(directory, NAMESPACE, &disabled, "").await
+    }
+
+    /// Starts one with its CRI plugin, which `plugins` configures; the client is for the namespace of that.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub async fn start_with_cri(directory: &Path, plugins: &str) -> Result<(Self, Client), ContainerdError> {
+        Self::start_configured(directory, CRI_NAMESPACE, &WITHOUT_ANYWAY, plugins).await
+    }
+
+    async fn start_configured(
+        directory: &Path,
+        namespace: &str,
+        disabled: &[&str],
+        plugins: &str,
+    ) -> Result<(Self, Client), ContainerdError> {
         let prepare = |path: &Path| {
             let path = path.to_owned();
             move |source| ContainerdError::Prepare { path, source }
         };
         fs::create_dir_all(directory).map_err(prepare(directory))?;
         let config = directory.join("config.toml");
-        fs::write(&config, configuration(directory)).map_err(prepare(&config))?;
+        fs::write(&config, configuration(directory, disabled) + plugins).map_err(prepare(&config))?;
         let log_path = directory.join("containerd.log");
         let log = File::create(&log_path).map_err(prepare(&log_path))?;
         let process = Command::new("containerd")
@@ -94,7 +117,7 @@ impl Containerd {
             .spawn()
             .map_err(ContainerdError::Spawn)?;
         let mut containerd = Self { process: Some(process), directory: directory.to_owned() };
-        let client = containerd.wait_until_ready().await?;
+        let client = containerd.wait_until_ready(namespace).await?;
         Ok((containerd, client))
     }
 
@@ -103,16 +126,21 @@ impl Containerd {
         self.directory.join("containerd.log")
     }
 
+    /// The socket of its gRPC server.
+    pub fn socket(&self) -> PathBuf {
+        self.directory.join("containerd.sock")
+    }
+
     /// Its process id while it runs.
     pub fn pid(&self) -> Option<u32> {
         self.process.as_ref().and_then(Child::id)
     }
 
-    async fn wait_until_ready(&mut self) -> Result<Client, ContainerdError> {
+    async fn wait_until_ready(&mut self, namespace: &str) -> Result<Client, ContainerdError> {
         let deadline = Instant::now() + START_LIMIT;
-        let socket = self.directory.join("containerd.sock");
+        let socket = self.socket();
         loop {
-            let error = match Client::connect(&socket).await {
+            let error = match Client::connect(&socket, namespace).await {
                 Ok(client) => match client.version().await {
                     Ok(_) => return Ok(client),
                     Err(error) => error,
@@ -174,9 +202,9 @@ impl Drop for Containerd {
     }
 }
 
-fn configuration(directory: &Path) -> String {
+fn configuration(directory: &Path, disabled: &[&str]) -> String {
     let directory = directory.display();
-    let disabled: Vec<String> = DISABLED.iter().map(|plugin| format!("{plugin:?}")).collect();
+    let disabled: Vec<String> = disabled.iter().map(|plugin| format!("{plugin:?}")).collect();
     format!(
         "version = 3\nroot = \"{directory}/root\"\nstate = \"{directory}/state\"\ndisabled_plugins = [{}]\n\
          oom_score = 0\n[grpc]\naddress = \"{directory}/containerd.sock\"\n\
@@ -240,7 +268,7 @@ mod tests {
 
     #[test]
     fn the_configuration_names_only_our_directory_for_writing() {
-        let text = configuration(Path::new("/run/x"));
+        let text = configuration(Path::new("/run/x"), &WITHOUT_CRI);
         assert!(text.contains("root = \"/run/x/root\"\n"), "{text}");
         assert!(text.contains("address = \"/run/x/containerd.sock\"\n"), "{text}");
         let lines = text.lines().filter(|line| line.contains("= \"/") && !line.starts_with("scratch_file"));

@@ -2,8 +2,10 @@
 
 pub mod block;
 pub mod burst;
+pub mod cri;
 pub mod inside;
 pub mod memory;
+pub mod network;
 pub mod setup;
 pub mod start;
 pub mod vmm;
@@ -19,8 +21,11 @@ use crate::report::{Better, Row, Skipped};
 use crate::runtime::{self, Runtime};
 
 /// Groups of rows, in the order in which they are measured.
-pub const GROUPS: [Group; 10] = [
+pub const GROUPS: [Group; 13] = [
     Group::Start,
+    Group::Mounts,
+    Group::Cri,
+    Group::Network,
     Group::Memory,
     Group::Vmm,
     Group::Syscalls,
@@ -37,6 +42,12 @@ pub const GROUPS: [Group; 10] = [
 pub enum Group {
     /// Starting, stopping and removing one pod after the other.
     Start,
+    /// Starting one pod after the other where a great deal is mounted.
+    Mounts,
+    /// Starting pods as the kubelet does.
+    Cri,
+    /// Traffic with pods.
+    Network,
     /// Memory of idle pods.
     Memory,
     /// The VMM alone.
@@ -62,6 +73,9 @@ impl Group {
     pub fn name(self) -> &'static str {
         match self {
             Self::Start => "start",
+            Self::Mounts => "mounts",
+            Self::Cri => "cri",
+            Self::Network => "network",
             Self::Memory => "memory",
             Self::Vmm => "vmm",
             Self::Syscalls => "syscalls",
@@ -78,6 +92,11 @@ impl Group {
     pub fn explanation(self) -> &'static str {
         match self {
             Self::Start => "pod start up to the first byte of output, by phase; stop and remove",
+            Self::Mounts => "pod start on a node with 2,000 mounts",
+            Self::Cri => "pod start through the CRI with a pod network, by call; exec; stop and remove",
+            Self::Network => {
+                "TCP, UDP, requests and connections between the node and a pod, and between pods"
+            }
             Self::Memory => {
                 "memory per idle pod: drop of the node's free memory, PSS by process, the VMM's own"
             }
@@ -101,6 +120,9 @@ impl Group {
     pub async fn measure(self, bench: &mut Bench<'_>) {
         match self {
             Self::Start => start::measure(bench).await,
+            Self::Mounts => start::measure_with_mounts(bench).await,
+            Self::Cri => cri::measure(bench).await,
+            Self::Network => network::measure(bench).await,
             Self::Memory => memory::measure(bench).await,
             Self::Syscalls | Self::Rootfs => inside::measure(bench, self.name()).await,
             Self::RootfsBlock => inside::measure_on_disks(bench).await,

@@ -6,7 +6,7 @@
 use std::time::Instant;
 
 use super::Bench;
-use crate::grpc::GrpcError;
+use bulkhead_cri::grpc::GrpcError;
 
 /// Snapshotters: the default one, and the one whose images go into a virtual machine as a disk.
 const SNAPSHOTTERS: [&str; 2] = ["overlayfs", "erofs"];

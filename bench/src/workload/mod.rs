@@ -5,6 +5,7 @@
 
 mod block;
 pub mod files;
+pub mod net;
 mod rootfs;
 mod syscalls;
 
@@ -22,7 +23,7 @@ const INIT: u32 = 1;
 #[derive(Debug, thiserror::Error)]
 pub enum WorkloadError {
     /// The arguments make no sense.
-    #[error("usage: workload idle | exit | syscalls | rootfs | block VOLUME")]
+    #[error("usage: workload idle | wait | exit | serve | fetch ADDRESS | syscalls | rootfs | block VOLUME")]
     Usage,
     /// A step failed.
     #[error("{step}: {source}")]
@@ -51,7 +52,10 @@ impl Samples<'_> {
 /// # Errors
 /// The step that failed.
 pub fn run(arguments: &[String]) -> Result<(), WorkloadError> {
-    if !matches!(arguments.first().map(String::as_str), None | Some("idle" | "exit")) {
+    if !matches!(
+        arguments.first().map(String::as_str),
+        None | Some("idle" | "wait" | "exit" | "serve" | "fetch")
+    ) {
         // The runtime's own processes are still busy with this start.
         std::thread::sleep(SETTLE);
     }
@@ -60,8 +64,16 @@ pub fn run(arguments: &[String]) -> Result<(), WorkloadError> {
     let mut samples = Samples { out: &mut printed };
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["idle"] => return idle(b"x"),
+        // Logs of the CRI are by line.
+        ["wait"] => return idle(b"x\n"),
         [] if std::process::id() == INIT => return idle(files::INIT_READY),
         ["exit"] => return Ok(()),
+        ["serve"] => return net::serve(|| print(b"serving\n")).map_err(step("serve")),
+        ["fetch", address] => {
+            let address = address.parse().map_err(|_| WorkloadError::Usage)?;
+            let rate = net::measure_one_stream(address).map_err(step("fetch"))?;
+            return print(format!("{rate}\n").as_bytes()).map_err(step("write to standard output"));
+        }
         ["syscalls"] => syscalls::measure(&mut samples)?,
         ["rootfs"] => rootfs::measure(&mut samples, Path::new("/"))?,
         ["block", volume] => block::measure(&mut samples, Path::new(volume))?,
@@ -70,6 +82,12 @@ pub fn run(arguments: &[String]) -> Result<(), WorkloadError> {
     printed.extend_from_slice(files::END_MARK);
     let mut out = io::stdout().lock();
     out.write_all(&printed).and_then(|()| out.flush()).map_err(step("write to standard output"))
+}
+
+fn print(text: &[u8]) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text)?;
+    out.flush()
 }
 
 /// Prints something short and sleeps until it is killed.

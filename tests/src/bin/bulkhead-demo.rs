@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bulkhead_tests::cleanup;
 use bulkhead_tests::containerd::PrivateContainerd;
+use bulkhead_tests::cri::{self, Handler, Node, Pod, http_get};
 use bulkhead_tests::failure::{Explain, Failure, Outcome};
 use bulkhead_tests::layout::Layout;
 use bulkhead_tests::leaks::Snapshot;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Outcome<bool> {
+    cri::enter_own_network()?;
     cleanup::guard()?;
     let layout = Layout::locate()?;
     println!("demo: starting a private containerd and importing the image");
@@ -73,6 +75,8 @@ fn run() -> Outcome<bool> {
         before.expect_nothing_left()?;
         Ok(format!("as before: {}", before.summary()))
     });
+    println!("demo: starting a containerd as Kubernetes uses it, with a pod network");
+    demo.check("a pod serves HTTP to the host and to another pod", |_| served(&layout));
     println!("demo: {} of {} checks passed", demo.passed, demo.total);
     if demo.passed < demo.total {
         println!("the end of containerd's log:\n{}", tail(&demo.containerd.log(), 15));
@@ -110,6 +114,26 @@ impl Demo {
     fn run_arguments<'a>(&'a self, id: &'a str, command: &[&'a str]) -> Vec<&'a str> {
         [&["run", "--rm", "--runtime", RUNTIME, &self.image, id], command].concat()
     }
+}
+
+/// A pod's server is reached by its address, as services reach it.
+fn served(layout: &Layout) -> Outcome<String> {
+    let node = Node::start(layout)?;
+    let server = Pod::run(&node, Handler::Bulkhead, "server", |_| {})?;
+    let script = "mkdir /www; echo \"from $(hostname), kernel $(uname -r)\" >/www/index.html; echo up; exec httpd -f -p 80 -h /www";
+    server.start("httpd", script, |_| {})?.wait_for_output("up")?;
+    let address = server.address()?;
+    let to_host = http_get(&format!("{address}:80"), "/")?;
+    let to_host = String::from_utf8_lossy(&to_host).trim().to_owned();
+    let client = Pod::run(&node, Handler::Bulkhead, "client", |_| {})?;
+    let to_pod = client.run_script("wget", &format!("wget -qO- http://{address}/"), |_| {})?.success()?;
+    ensure!(
+        to_host.starts_with("from server, kernel ") && to_pod.trim() == to_host,
+        "{to_host:?}, {to_pod:?}"
+    );
+    client.finish()?;
+    server.finish()?;
+    Ok(format!("http://{address}/: {to_host:?}, to both"))
 }
 
 fn guest_kernel(demo: &Demo) -> Outcome<String> {

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use bulkhead_tests::cases::{self, Environment, Runtime};
 use bulkhead_tests::cleanup;
+use bulkhead_tests::cri;
 use bulkhead_tests::failure::{Failure, Outcome};
 use bulkhead_tests::layout::Layout;
 use bulkhead_tests::runner::{self, Selection};
@@ -46,6 +47,7 @@ fn run() -> Outcome<bool> {
             name => selection.names.push(name.to_owned()),
         }
     }
+    cri::enter_own_network()?;
     cleanup::guard()?;
     let mut environment = Environment::new(Layout::locate()?, runtime);
     Ok(runner::run(&cases::all(), &selection, &mut environment))

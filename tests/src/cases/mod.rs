@@ -1,5 +1,6 @@
 //! The cases of the end-to-end suite, a module per theme, and what they run in.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,6 +12,7 @@ use serde_json::Value;
 
 use crate::bundle::{self, Bundle};
 use crate::containerd::PrivateContainerd;
+use crate::cri::{Handler, Known, Node, Pod};
 use crate::ensure;
 use crate::failure::{Explain, Outcome};
 use crate::layout::Layout;
@@ -21,6 +23,7 @@ use crate::stdio::{Stdio, Streams};
 
 pub mod bad_input;
 pub mod control;
+pub mod cri;
 pub mod ctr;
 pub mod death;
 pub mod disks;
@@ -60,6 +63,11 @@ pub enum Fixture {
     Pod,
     /// A [`PrivateContainerd`] with the busybox image.
     Containerd,
+    /// A [`Node`].
+    Cri,
+    /// The same with two pods that are shared by the cases that only add containers to them: one of the handler under test,
+    /// and one of runc, which says what is right.
+    CriPods,
 }
 
 /// The runtime under test.
@@ -100,6 +108,8 @@ pub struct Case {
     pub bulkhead_only: bool,
     /// Whether its pods boot; else they start from the template of the default size.
     pub cold: bool,
+    /// Whether its pods come by way of the Sandbox API.
+    pub sandboxed: bool,
     /// How long it may take, seconds.
     pub limit: u64,
     /// The case itself; returns its evidence.
@@ -109,7 +119,15 @@ pub struct Case {
 impl Case {
     /// A case on a [`ShimHost`] that any runtime should pass.
     pub const fn new(name: &'static str, run: fn(&mut Environment) -> Outcome<String>) -> Self {
-        Self { name, fixture: Fixture::Shim, bulkhead_only: false, cold: false, limit: 30, run }
+        Self {
+            name,
+            fixture: Fixture::Shim,
+            bulkhead_only: false,
+            cold: false,
+            sandboxed: false,
+            limit: 30,
+            run,
+        }
     }
 
     /// The same on another fixture.
@@ -122,6 +140,12 @@ impl Case {
     pub const fn bulkhead_only(mut self) -> Self {
         self.bulkhead_only = true;
         self
+    }
+
+    /// The same in pods that come by way of the Sandbox API.
+    pub const fn sandboxed(mut self) -> Self {
+        self.sandboxed = true;
+        self.bulkhead_only()
     }
 
     /// The same in pods that boot.
@@ -162,6 +186,7 @@ pub fn all() -> Vec<Case> {
         hostile::CASES,
         jail::CASES,
         template::CASES,
+        cri::CASES,
     ]
     .concat()
 }
@@ -179,6 +204,10 @@ pub struct Environment {
     template: Option<PathBuf>,
     /// Whether pods boot.
     cold: bool,
+    node: Option<Node>,
+    pods: BTreeMap<Handler, Known>,
+    /// The handler under test.
+    handler: Handler,
     counter: AtomicU32,
 }
 
@@ -193,6 +222,9 @@ impl Environment {
             host: None,
             template: None,
             cold: false,
+            node: None,
+            pods: BTreeMap::new(),
+            handler: Handler::Bulkhead,
             counter: AtomicU32::new(0),
         }
     }
@@ -250,6 +282,15 @@ impl Environment {
             containerd.import("busybox")?;
             self.containerd = Some(containerd);
         }
+        self.handler = match (self.runtime, case.sandboxed) {
+            (Runtime::Runc, _) => Handler::Runc,
+            (Runtime::Bulkhead, false) => Handler::Bulkhead,
+            (Runtime::Bulkhead, true) => Handler::BulkheadSandbox,
+        };
+        if matches!(fixture, Fixture::Cri | Fixture::CriPods) {
+            self.prepare_node(fixture == Fixture::CriPods)?;
+            return Ok(self.node()?.watched());
+        }
         // Not before: the shared container is for all.
         self.cold = case.cold;
         let bundles = self.host()?.path().join("bundles");
@@ -258,8 +299,28 @@ impl Environment {
         Ok([Some(bundles), state].into_iter().flatten().filter(|_| fixture != Fixture::Pod).collect())
     }
 
+    fn prepare_node(&mut self, pods: bool) -> Outcome {
+        if self.node.is_none() {
+            self.node = Some(Node::start(&self.layout)?);
+        }
+        for handler in [Handler::Runc, self.handler].into_iter().filter(|_| pods) {
+            if !self.pods.contains_key(&handler) {
+                let pod = Pod::run(self.node()?, handler, "shared", |_| {})?;
+                let known = pod.known;
+                self.pods.insert(handler, known);
+            }
+        }
+        Ok(())
+    }
+
     /// Takes every fixture down.
     pub fn reset(&mut self) {
+        for (_, known) in std::mem::take(&mut self.pods) {
+            if let Some(node) = &self.node {
+                let _ = Pod { node, known }.finish();
+            }
+        }
+        self.node.take();
         if let Some(shared) = self.shared.take() {
             let _ = shared.finish();
         }
@@ -299,6 +360,36 @@ impl Environment {
         self.shared.as_ref().explain(|| "no shared container was started".into())
     }
 
+    /// The node for pods through the CRI.
+    ///
+    /// # Errors
+    /// When the case did not ask for it.
+    pub fn node(&self) -> Outcome<&Node> {
+        self.node.as_ref().explain(|| "no node was started".into())
+    }
+
+    /// The same, to restart its containerd.
+    ///
+    /// # Errors
+    /// When the case did not ask for it.
+    pub fn node_mut(&mut self) -> Outcome<&mut Node> {
+        self.node.as_mut().explain(|| "no node was started".into())
+    }
+
+    /// The handler under test.
+    pub fn handler(&self) -> Handler {
+        self.handler
+    }
+
+    /// The shared pod of a handler.
+    ///
+    /// # Errors
+    /// When the case did not ask for it.
+    pub fn shared_pod(&self, handler: Handler) -> Outcome<Pod<'_>> {
+        let known = self.pods.get(&handler).explain(|| "no shared pod was started".into())?;
+        Ok(Pod { node: self.node()?, known: known.clone() })
+    }
+
     /// containerd.
     ///
     /// # Errors
@@ -314,7 +405,8 @@ impl Environment {
 
     /// Logs of the fixtures, for a failure.
     pub fn logs(&self) -> String {
-        self.containerd.as_ref().map(PrivateContainerd::log).unwrap_or_default()
+        let containerd = self.containerd.as_ref().map(PrivateContainerd::log).unwrap_or_default();
+        containerd + &self.node.as_ref().map(|node| node.containerd().log()).unwrap_or_default()
     }
 
     /// Creates and starts a container with a process.

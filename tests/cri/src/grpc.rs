@@ -1,6 +1,6 @@
 //! A minimal gRPC client: one request message, one response message, over HTTP/2 on a Unix socket.
 //!
-//! That is all that containerd's API needs here; its streaming calls work the same way as long as one message goes each way.
+//! That is all that containerd's API and the CRI need here; their streaming calls work the same way as long as one message goes each way.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -229,16 +229,16 @@ mod tests {
     use tokio::net::UnixListener;
 
     use super::*;
-    use crate::proto::{StartRequest, StartResponse};
+    use crate::proto::{ExecSyncRequest, ExecSyncResponse};
 
     const LIMIT: Duration = Duration::from_secs(5);
 
     #[test]
     fn messages_survive_framing() {
-        let message = StartResponse { pid: 7, ..Default::default() };
+        let message = ExecSyncResponse { exit_code: 7, ..Default::default() };
         let framed = frame(&message).unwrap();
         assert_eq!(&framed[..5], [0, 0, 0, 0, 2]);
-        assert_eq!(unframe::<StartResponse>(&framed).unwrap(), message);
+        assert_eq!(unframe::<ExecSyncResponse>(&framed).unwrap(), message);
     }
 
     #[test]
@@ -249,7 +249,7 @@ mod tests {
             (&[1, 0, 0, 0, 0][..], "compressed"),
             (&[0, 0xff, 0xff, 0xff, 0xff, 1][..], "ends after 1"),
         ] {
-            let error = unframe::<StartResponse>(body).unwrap_err();
+            let error = unframe::<ExecSyncResponse>(body).unwrap_err();
             assert!(error.contains(said), "{error}");
         }
     }
@@ -267,7 +267,7 @@ mod tests {
     fn serve(answer: Answer) -> PathBuf {
         static NEXT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
         let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("bulkhead-bench-grpc-{}-{number}", std::process::id()));
+        let path = std::env::temp_dir().join(format!("bulkhead-grpc-{}-{number}", std::process::id()));
         let _ = std::fs::remove_file(&path);
         let address = SocketAddr::from_pathname(&path).unwrap();
         let listener = std::os::unix::net::UnixListener::bind_addr(&address).unwrap();
@@ -317,16 +317,16 @@ mod tests {
     async fn a_call_carries_messages_both_ways() {
         let path = serve(|method, body| {
             assert_eq!(method, "/tasks.Tasks/Start");
-            let request: StartRequest = unframe(&body).unwrap();
-            let pid = request.container_id.len() as u32;
-            Ok(Some(frame(&StartResponse { pid, ..Default::default() }).unwrap()))
+            let request: ExecSyncRequest = unframe(&body).unwrap();
+            let exit_code = request.container_id.len() as i32;
+            Ok(Some(frame(&ExecSyncResponse { exit_code, ..Default::default() }).unwrap()))
         });
         let channel = channel(&path, LIMIT).await;
         // Far more than one flow-control window.
         for length in [1, 1 << 20] {
-            let request = StartRequest { container_id: "c".repeat(length), ..Default::default() };
-            let answer: StartResponse = channel.call("tasks.Tasks/Start", &request).await.unwrap();
-            assert_eq!(answer.pid, length as u32);
+            let request = ExecSyncRequest { container_id: "c".repeat(length), ..Default::default() };
+            let answer: ExecSyncResponse = channel.call("tasks.Tasks/Start", &request).await.unwrap();
+            assert_eq!(answer.exit_code, length as i32);
         }
         std::fs::remove_file(path).unwrap();
     }
@@ -335,7 +335,8 @@ mod tests {
     async fn a_refusal_is_reported_in_the_servers_words() {
         let path = serve(|_, _| Err((5, "no%20such task")));
         let channel = channel(&path, LIMIT).await;
-        let error = channel.call::<StartResponse>("t.T/Start", &StartRequest::default()).await.unwrap_err();
+        let error =
+            channel.call::<ExecSyncResponse>("t.T/Start", &ExecSyncRequest::default()).await.unwrap_err();
         assert_eq!(error.to_string(), "t.T/Start: no such task (gRPC status 5)");
         std::fs::remove_file(path).unwrap();
     }
@@ -344,7 +345,8 @@ mod tests {
     async fn silence_ends_with_the_time_limit() {
         let path = serve(|_, _| Ok(None));
         let channel = channel(&path, Duration::from_millis(50)).await;
-        let error = channel.call::<StartResponse>("t.T/Start", &StartRequest::default()).await.unwrap_err();
+        let error =
+            channel.call::<ExecSyncResponse>("t.T/Start", &ExecSyncRequest::default()).await.unwrap_err();
         assert!(matches!(error, GrpcError::Timeout { .. }), "{error}");
         std::fs::remove_file(path).unwrap();
     }

@@ -1,0 +1,275 @@
+//! What a container finds is what it finds in a pod of runc on the same node.
+
+use std::fs;
+
+use bulkhead_cri::proto;
+use protobuf::MessageField;
+
+use crate::cases::Environment;
+use crate::cri::{Handler, shell};
+use crate::ensure_eq;
+use crate::failure::{Explain, Outcome};
+
+/// What is asked of a container of each runtime.
+pub struct Question {
+    /// What it is about.
+    pub what: &'static str,
+    /// The script whose output is compared.
+    pub script: &'static str,
+    /// How the container is set up.
+    pub configure: fn(&mut proto::ContainerConfig),
+}
+
+/// Asks containers in the shared pods of runc and of the handler under test, and expects the same answers.
+pub fn compare(environment: &Environment, questions: &[Question]) -> Outcome<Vec<String>> {
+    let mut failures = Vec::new();
+    let mut answers = Vec::new();
+    for question in questions {
+        let ask = |handler: Handler| -> Outcome<String> {
+            let pod = environment.shared_pod(handler)?;
+            let ended = pod.run_script("asked", question.script, question.configure)?;
+            Ok(format!("{}{}exit code {}", ended.stdout, ended.stderr, ended.code))
+        };
+        let right = ask(Handler::Runc)?;
+        let answer = ask(environment.handler());
+        match answer {
+            Ok(answer) if answer == right => answers.push(right),
+            Ok(answer) => failures.push(format!("{}: {answer:?}, runc has {right:?}", question.what)),
+            Err(failure) => failures.push(format!("{}: {failure}, runc has {right:?}", question.what)),
+        }
+    }
+    // All of them: that one question fails says nothing about the others.
+    ensure_eq!(failures, [] as [String; 0], "answers unlike runc's");
+    Ok(answers)
+}
+
+/// The security settings of a container.
+pub fn security(config: &mut proto::ContainerConfig) -> &mut proto::LinuxContainerSecurityContext {
+    config.linux.mut_or_insert_default().security_context.mut_or_insert_default()
+}
+
+/// A user or group id.
+pub fn id(value: i64) -> MessageField<proto::Int64Value> {
+    MessageField::some(proto::Int64Value { value, ..Default::default() })
+}
+
+fn custom_image(config: &mut proto::ContainerConfig) {
+    config.image.mut_or_insert_default().image = "bulkhead.test/custom:1".to_owned();
+}
+
+/// Arguments, variables, working directory, host name, from the image and from the pod.
+pub fn program(environment: &mut Environment) -> Outcome<String> {
+    const SHOW: &str = "tr '\\0' '|' </proc/self/cmdline; echo; env | sort; pwd; id; hostname; umask";
+    let answers = compare(
+        environment,
+        &[
+            Question { what: "defaults", script: SHOW, configure: |_| {} },
+            Question {
+                what: "the pod's own",
+                script: SHOW,
+                configure: |config| {
+                    config.working_dir = "/made/for/it".to_owned();
+                    config.args = vec!["name".to_owned(), "two words".to_owned()];
+                    for (key, value) in [("COLOUR", "blue"), ("EMPTY", ""), ("SPACES", " a  b ")] {
+                        config.envs.push(proto::KeyValue {
+                            key: key.to_owned(),
+                            value: value.to_owned(),
+                            ..Default::default()
+                        });
+                    }
+                },
+            },
+            Question {
+                what: "the image's",
+                script: "",
+                configure: |config| {
+                    custom_image(config);
+                    config.command.clear();
+                    config.args = vec!["id; pwd; echo $COLOUR; cat file".to_owned()];
+                },
+            },
+            Question {
+                what: "standard streams",
+                script: "readlink /proc/self/fd/0; cat; ls /proc/self/fd | wc -l",
+                configure: |_| {},
+            },
+        ],
+    )?;
+    Ok(answers[2].replace('\n', " "))
+}
+
+/// Users, groups and privileges of processes.
+pub fn users(environment: &mut Environment) -> Outcome<String> {
+    const SHOW: &str = "id; grep -E '^(Uid|Gid|Groups|Cap...|NoNewPrivs)' /proc/self/status; \
+                        touch /tmp/mine && stat -c '%u %g %a' /tmp/mine; echo $HOME";
+    let answers = compare(
+        environment,
+        &[
+            Question {
+                what: "a number of the image",
+                script: SHOW,
+                configure: |config| security(config).run_as_user = id(1000),
+            },
+            Question {
+                what: "a number that the image has not",
+                script: SHOW,
+                configure: |config| {
+                    security(config).run_as_user = id(4711);
+                    security(config).run_as_group = id(4712);
+                },
+            },
+            Question {
+                what: "a name, with more groups",
+                script: SHOW,
+                configure: |config| {
+                    security(config).run_as_username = "user".to_owned();
+                    security(config).supplemental_groups = vec![5000, 5001];
+                },
+            },
+            Question {
+                what: "no groups of the image",
+                script: SHOW,
+                configure: |config| {
+                    security(config).run_as_user = id(1000);
+                    security(config).supplemental_groups = vec![5000];
+                    security(config).supplemental_groups_policy =
+                        proto::SupplementalGroupsPolicy::Strict.into();
+                },
+            },
+            Question { what: "the image's user", script: SHOW, configure: custom_image },
+        ],
+    )?;
+    Ok(answers[2].lines().next().unwrap_or_default().to_owned())
+}
+
+/// Capabilities, no new privileges, privileged containers.
+pub fn privileges(environment: &mut Environment) -> Outcome<String> {
+    const SHOW: &str = "grep -E '^(Cap...|NoNewPrivs)' /proc/self/status";
+    let answers = compare(
+        environment,
+        &[
+            Question { what: "defaults", script: SHOW, configure: |_| {} },
+            Question {
+                what: "added and dropped",
+                script: "grep Cap /proc/self/status; chown 1 /tmp; mknod /dev/x c 1 3; ls -l /dev/x | cut -c1-10",
+                configure: |config| {
+                    security(config).capabilities = MessageField::some(proto::Capability {
+                        add_capabilities: vec!["NET_ADMIN".to_owned(), "SYS_TIME".to_owned()],
+                        drop_capabilities: vec!["CHOWN".to_owned()],
+                        ..Default::default()
+                    });
+                },
+            },
+            Question {
+                what: "all dropped",
+                script: SHOW,
+                configure: |config| {
+                    security(config).capabilities = MessageField::some(proto::Capability {
+                        drop_capabilities: vec!["ALL".to_owned()],
+                        ..Default::default()
+                    });
+                },
+            },
+            Question {
+                what: "all added",
+                script: SHOW,
+                configure: |config| {
+                    security(config).capabilities = MessageField::some(proto::Capability {
+                        add_capabilities: vec!["ALL".to_owned()],
+                        ..Default::default()
+                    });
+                },
+            },
+            Question {
+                what: "no new privileges",
+                script: SHOW,
+                configure: |config| security(config).no_new_privs = true,
+            },
+        ],
+    )?;
+    Ok(answers[1].lines().nth(3).unwrap_or_default().to_owned())
+}
+
+/// The file systems that every container has, and the root.
+pub fn file_systems(environment: &mut Environment) -> Outcome<String> {
+    let answers = compare(
+        environment,
+        &[
+            Question {
+                what: "what is mounted",
+                script: "awk '{ print $2, $3 }' /proc/mounts | grep -Ev '^/( |etc|proc/)' | sort",
+                configure: |_| {},
+            },
+            Question {
+                what: "shared memory",
+                script: "df -k /dev/shm | awk 'END { print $2 }'; stat -c '%a %U' /dev/shm; \
+                         grep -c '/dev/shm.*nosuid.*nodev.*noexec' /proc/mounts",
+                configure: |_| {},
+            },
+            Question {
+                what: "masked and read-only paths",
+                script: "cat /proc/kcore /proc/timer_list /proc/keys | wc -c; ls /sys/firmware | wc -l; \
+                         echo x >/proc/sys/kernel/domainname; echo x >/proc/irq/default_smp_affinity",
+                configure: |_| {},
+            },
+            Question {
+                what: "a read-only root",
+                script: "touch /new; touch /tmp/new; touch /dev/shm/new && echo shm; mkdir /dev/new && echo dev",
+                configure: |config| security(config).readonly_rootfs = true,
+            },
+            Question {
+                what: "devices",
+                script: "cd /dev; ls | sort | grep -v core; ls -l null zero full random urandom tty ptmx | cut -c1-10,24-200 | \
+                         awk '{ print $1, $NF }'; echo x >null; head -c 3 zero | wc -c; echo x >full",
+                configure: |_| {},
+            },
+            Question {
+                what: "the node's files about names",
+                script: "cat /etc/hostname /etc/resolv.conf; touch /etc/hosts /etc/resolv.conf && echo writable",
+                configure: |_| {},
+            },
+        ],
+    )?;
+    Ok(answers[1].replace('\n', " "))
+}
+
+/// Filters of system calls: none, the default one, one of the node's.
+pub fn seccomp(environment: &mut Environment) -> Outcome<String> {
+    let profile = environment.node()?.containerd().path().join("no-mkdir.json");
+    let contents = r#"{ "defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],
+        "syscalls": [{ "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95 }] }"#;
+    fs::write(&profile, contents).explain(|| format!("write {}", profile.display()))?;
+    const SHOW: &str =
+        "grep -E '^Seccomp:' /proc/self/status; unshare -m true && echo unshared; mkdir /made && echo made";
+    let of = |kind: proto::ProfileType, reference: &str| {
+        MessageField::some(proto::SecurityProfile {
+            profile_type: kind.into(),
+            localhost_ref: reference.to_owned(),
+            ..Default::default()
+        })
+    };
+    let mut answers = Vec::new();
+    for (what, profile) in [
+        ("none given", MessageField::none()),
+        ("unconfined", of(proto::ProfileType::Unconfined, "")),
+        ("the default", of(proto::ProfileType::RuntimeDefault, "")),
+        ("one of the node's", of(proto::ProfileType::Localhost, &profile.display().to_string())),
+    ] {
+        let ask = |handler: Handler| -> Outcome<String> {
+            let pod = environment.shared_pod(handler)?;
+            let ended = pod.run_script("filtered", SHOW, |config| {
+                config.command = shell(SHOW);
+                security(config).seccomp = profile.clone();
+                security(config).capabilities = MessageField::some(proto::Capability {
+                    add_capabilities: vec!["SYS_ADMIN".to_owned()],
+                    ..Default::default()
+                });
+            })?;
+            Ok(ended.stdout + &ended.stderr)
+        };
+        let right = ask(Handler::Runc)?;
+        ensure_eq!(ask(environment.handler())?, right, "{what}");
+        answers.push(right.lines().next().unwrap_or_default().replace('\t', " "));
+    }
+    Ok(answers.join(", "))
+}

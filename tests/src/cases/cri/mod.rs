@@ -1,0 +1,43 @@
+//! Pods as Kubernetes has them: through containerd's CRI plugin, with a pod network.
+//!
+//! What is right is what a pod of runc does on the same node: [`like_runc`] asks both the same and compares the answers.
+
+use super::{Case, Fixture};
+
+mod ends;
+mod lifecycle;
+mod like_runc;
+mod network;
+mod pod_settings;
+mod streams;
+mod volumes;
+
+/// The cases of this theme.
+pub const CASES: &[Case] = &[
+    Case::new("cri-pod", lifecycle::pod).on(Fixture::Cri),
+    Case::new("cri-sandbox-pod", lifecycle::pod).on(Fixture::Cri).sandboxed(),
+    Case::new("cri-restart-of-containerd", lifecycle::restart).on(Fixture::Cri),
+    Case::new("cri-resources-and-statistics", lifecycle::resources).on(Fixture::Cri),
+    Case::new("cri-sysctls", pod_settings::sysctls).on(Fixture::Cri),
+    Case::new("cri-shared-processes", pod_settings::shared_processes).on(Fixture::Cri),
+    Case::new("cri-refused-pods", pod_settings::refused).on(Fixture::Cri).bulkhead_only(),
+    Case::new("cri-network-host", network::host).on(Fixture::Cri),
+    Case::new("cri-network-pods", network::pods).on(Fixture::Cri),
+    Case::new("cri-network-host-port", network::host_port).on(Fixture::Cri),
+    Case::new("cri-vmm-dies", ends::vmm_dies).on(Fixture::Cri).bulkhead_only(),
+    Case::new("cri-containers-of-a-pod", lifecycle::containers).on(Fixture::CriPods),
+    Case::new("cri-network-addresses", network::addresses).on(Fixture::CriPods),
+    Case::new("cri-program", like_runc::program).on(Fixture::CriPods),
+    Case::new("cri-users", like_runc::users).on(Fixture::CriPods),
+    Case::new("cri-privileges", like_runc::privileges).on(Fixture::CriPods),
+    Case::new("cri-file-systems", like_runc::file_systems).on(Fixture::CriPods),
+    Case::new("cri-seccomp", like_runc::seccomp).on(Fixture::CriPods),
+    Case::new("cri-volumes", volumes::kinds).on(Fixture::CriPods),
+    Case::new("cri-volume-mounted-later", volumes::mounted_later).on(Fixture::CriPods),
+    Case::new("cri-exit-codes", ends::exit_codes).on(Fixture::CriPods),
+    Case::new("cri-no-such-program", ends::no_such_program).on(Fixture::CriPods),
+    Case::new("cri-out-of-memory", ends::out_of_memory).on(Fixture::CriPods),
+    Case::new("cri-exec", streams::exec).on(Fixture::CriPods),
+    Case::new("cri-terminal", streams::terminal).on(Fixture::CriPods),
+    Case::new("cri-logs", streams::logs).on(Fixture::CriPods),
+];
