@@ -35,7 +35,8 @@ pub async fn measure(bench: &mut Bench<'_>) {
             }
         }
         runtimes.retain(|runtime| !failed.contains(&runtime.kind));
-        runtimes.rotate_left(1.min(runtimes.len()));
+        let step = 1.min(runtimes.len());
+        runtimes.rotate_left(step);
         bench.progress(&format!("network: round {} done", round + 1));
     }
 }

@@ -24,6 +24,7 @@ pub const CASES: &[Case] = &[
     Case::new("cri-network-host", network::host).on(Fixture::Cri),
     Case::new("cri-network-pods", network::pods).on(Fixture::Cri),
     Case::new("cri-network-host-port", network::host_port).on(Fixture::Cri),
+    Case::new("cri-network-port-forward", network::port_forward).on(Fixture::Cri),
     Case::new("cri-vmm-dies", ends::vmm_dies).on(Fixture::Cri).bulkhead_only(),
     Case::new("cri-containers-of-a-pod", lifecycle::containers).on(Fixture::CriPods),
     Case::new("cri-network-addresses", network::addresses).on(Fixture::CriPods),
