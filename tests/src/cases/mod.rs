@@ -25,6 +25,7 @@ pub mod ctr;
 pub mod death;
 pub mod disks;
 pub mod exec;
+pub mod hooks;
 pub mod hostile;
 pub mod io;
 pub mod jail;
@@ -150,6 +151,7 @@ pub fn all() -> Vec<Case> {
         resources::CASES,
         operate::CASES,
         ports::CASES,
+        hooks::CASES,
         rootfs::CASES,
         likeness::CASES,
         disks::CASES,
