@@ -366,3 +366,32 @@ async fn descriptors_do_not_pile_up() {
     assert_eq!(open(), before);
     guest.finish().await;
 }
+
+#[tokio::test(flavor = "current_thread")]
+async fn hooks_inside_run_before_the_program_and_their_failure_is_the_containers() {
+    let Some(guest) = Guest::start("hooks").await else { return };
+    let root = guest.rootfs("root");
+    let hook = |script: &str| json!({"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin"], "timeout": 2});
+    let mut spec = guest.spec(&root, "echo program >>/order; cat /order");
+    spec["hooks"] = json!({
+        "createContainer": [hook("echo createContainer >>/order")],
+        "startContainer": [hook("echo startContainer >>/order; cat >/state")],
+    });
+    let id = guest.id("a");
+    let output = guest.run(&id, &spec).await;
+    assert_eq!(output.stdout, "createContainer\nstartContainer\nprogram\n", "{}", output.stderr);
+    let state: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(root.join("state")).unwrap()).unwrap();
+    assert_eq!((&state["id"], &state["status"]), (&json!(id), &json!("created")));
+
+    spec["hooks"] = json!({"createContainer": [hook("echo no luck >&2; exit 3")]});
+    let (_, message) = failure(guest.create(&guest.id("b"), &spec, &Stdio::default()).await);
+    assert!(message.contains("exited with code 3: no luck"), "{message}");
+    spec["hooks"] = json!({"startContainer": [hook("sleep 1000")]});
+    let id = guest.id("c");
+    guest.create(&id, &spec, &Stdio::default()).await.unwrap();
+    let (_, message) = failure(guest.start_process(&id, "").await);
+    assert!(message.contains("did not end within 2 s"), "{message}");
+    guest.remove(&id).await;
+    guest.finish().await;
+}

@@ -11,6 +11,7 @@ pub mod cli;
 pub mod config;
 pub mod error;
 pub mod events;
+pub mod hooks;
 pub mod host;
 pub mod id;
 pub mod limit;

@@ -5,6 +5,7 @@ pub mod cgroup;
 pub mod copy_up;
 pub mod devices;
 pub mod executable;
+pub mod hooks;
 pub mod launch;
 pub mod limits;
 pub mod mount_options;

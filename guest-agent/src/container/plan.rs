@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::capabilities::CapabilitySets;
 use super::cgroup::device_filter::{DeviceFilter, DeviceFilterError};
 use super::cgroup::resources::{Limits, ResourceError};
+use super::hooks::GuestHooks;
 use super::namespaces::{Kind, NamespaceError, Namespaces};
 use super::process::{Inherited, ProcessError, ProcessPlan};
 use super::rootfs::{RootError, RootPlan};
@@ -33,6 +34,8 @@ pub struct ContainerPlan {
     pub domainname: Option<String>,
     /// Kernel parameters.
     pub sysctl: BTreeMap<String, String>,
+    /// Programs to run in it.
+    pub hooks: GuestHooks,
 }
 
 /// A specification that can't be carried out.
@@ -76,7 +79,8 @@ impl ContainerPlan {
         if !spec.oci_version.starts_with("1.") {
             return Err(PlanError::Version(spec.oci_version));
         }
-        refuse_hooks(&spec)?;
+        let hooks = GuestHooks::new(spec.hooks.as_ref(), &spec.oci_version)
+            .map_err(|(kind, path)| PlanError::Hook { kind, path })?;
         let linux = spec.linux.as_ref().ok_or(PlanError::Missing("linux"))?;
         refuse_unsupported(linux)?;
         let namespaces = Namespaces::new(linux)?;
@@ -109,15 +113,8 @@ impl ContainerPlan {
             hostname,
             domainname,
             sysctl,
+            hooks,
         })
-    }
-}
-
-fn refuse_hooks(spec: &Spec) -> Result<(), PlanError> {
-    let hooks = spec.hooks.iter().flatten();
-    match hooks.flat_map(|(kind, hooks)| items(hooks).iter().map(move |hook| (kind, hook))).next() {
-        Some((kind, hook)) => Err(PlanError::Hook { kind: kind.clone(), path: hook.path.clone() }),
-        None => Ok(()),
     }
 }
 

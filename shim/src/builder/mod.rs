@@ -17,6 +17,7 @@ use nix::sys::socket::SockType;
 
 use self::confine::Confined;
 use crate::host::cgroup::CgroupError;
+use crate::host::spawn::Network;
 use crate::pod::agent::{Agent, AgentError, Greeting};
 use crate::pod::guest::{self, Backends, CONSOLE_KEPT, FileError, Files, Start};
 use crate::pod::machine::{Control, Jailed, MachineError, identity_args, socket_pair};
@@ -162,7 +163,15 @@ pub fn build(order: &Order, options: Options) -> Result<Built, BuildError> {
 async fn save_guest(recipe: &Recipe, files: &Files, draft: &Draft) -> Result<Greeting, BuildError> {
     let prepare = |step| move |source| BuildError::Prepare { step, source };
     let (channel, vmm_channel) = Channel::pair().map_err(MachineError::Channel)?;
-    let vmm = Jailed::start(&recipe.vmm, &identity_args(), "VMM", vmm_channel.as_fd(), None, None)?;
+    let vmm = Jailed::start(
+        &recipe.vmm,
+        &identity_args(),
+        "VMM",
+        vmm_channel.as_fd(),
+        None,
+        None,
+        Network::Callers,
+    )?;
     drop(vmm_channel);
     let vmm = Arc::new(vmm);
 

@@ -102,10 +102,11 @@ async fn run(config: Config, memory: u64, directory: &Path) -> Result<Vec<u8>, R
     let pod_spec = PodSpec {
         id: ID.to_owned(),
         directory: directory.join("pod"),
+        network: None,
+        own_network: false,
         limits: PodLimits::new(config.size, &Demand::default(), true),
         config,
         cgroup: None,
-        network: None,
         received_us: now_us(),
     };
     let pod = Pod::launch(pod_spec).await?;

@@ -17,6 +17,7 @@ use protobuf::Message;
 use super::start::{ADDRESS_FILE, socket_path};
 use crate::error::chain;
 use crate::events::timestamp;
+use crate::hooks;
 use crate::host::cgroup;
 use crate::host::process::{ProcessId, signal, wait_ended};
 use crate::net::{Namespace, release};
@@ -25,6 +26,12 @@ use crate::pod::state::{self, ExitRecord, State};
 
 /// All killed processes together are gone within this time.
 const KILL_LIMIT: Duration = Duration::from_secs(3);
+
+/// containerd waits so long, less what its own steps take.
+const LIMIT: Duration = Duration::from_millis(4500);
+
+/// What hooks get in any case.
+const HOOKS_LEAST: Duration = Duration::from_millis(500);
 
 const CGROUP_LIMIT: Duration = Duration::from_secs(1);
 
@@ -46,8 +53,11 @@ pub(super) fn run(flags: &Flags) -> Result<(), DeleteError> {
     } else {
         PathBuf::from(&flags.bundle)
     };
+    let started = Instant::now();
     let exit = ExitRecord::load(&bundle);
-    clean_up(&bundle)?;
+    let cleaned = clean_up(&bundle);
+    hooks::finish_within(&bundle, LIMIT.saturating_sub(started.elapsed()).max(HOOKS_LEAST));
+    cleaned?;
     // Whoever died without a record was killed with its pod.
     let exit = exit.unwrap_or(ExitRecord {
         pid: 0,

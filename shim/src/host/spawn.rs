@@ -42,6 +42,20 @@ pub struct Spawn<'a> {
     pub cgroup: Option<BorrowedFd<'a>>,
     /// Mount namespace to be born in, and the working directory there.
     pub mounts: Option<(BorrowedFd<'a>, &'a str)>,
+    /// Network namespace to be born in.
+    pub network: Network<'a>,
+}
+
+/// The network namespace of a new process.
+#[derive(Debug, Clone, Copy, Default)]
+pub enum Network<'a> {
+    /// The caller's.
+    #[default]
+    Callers,
+    /// One of its own.
+    New,
+    /// This one.
+    Of(BorrowedFd<'a>),
 }
 
 /// A process that was started.
@@ -105,7 +119,8 @@ const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 /// Steps in the child, in order; their numbers travel over the report pipe.
-const STEPS: [&str; 6] = [
+const STEPS: [&str; 7] = [
+    "join the network namespace",
     "join the mount namespace",
     "change the directory",
     "place descriptors",
@@ -138,6 +153,7 @@ struct Plan {
     null: OwnedFd,
     socket: OwnedFd,
     stderr: OwnedFd,
+    network: Option<OwnedFd>,
     mounts: Option<OwnedFd>,
     directory: Option<CString>,
     report: OwnedFd,
@@ -177,13 +193,19 @@ pub fn spawn(request: &Spawn<'_>) -> Result<Spawned, SpawnError> {
         null: park(null.as_fd())?,
         socket: park(request.socket)?,
         stderr: park(request.stderr)?,
+        network: match request.network {
+            Network::Of(namespace) => Some(park(namespace)?),
+            Network::Callers | Network::New => None,
+        },
         mounts: request.mounts.map(|(namespace, _)| park(namespace)).transpose()?,
         directory: request.mounts.map(|(_, directory)| CString::new(directory)).transpose()?,
         report: park(report_writer.as_fd())?,
     };
     drop(report_writer);
 
-    let (pid, pidfd) = fork(&plan, request.cgroup).map_err(|errno| prepare("clone3")(errno.into()))?;
+    let own_network = matches!(request.network, Network::New);
+    let (pid, pidfd) =
+        fork(&plan, request.cgroup, own_network).map_err(|errno| prepare("clone3")(errno.into()))?;
     // Ours must go, or the pipe would never end.
     drop(plan);
     drop(args);
@@ -210,7 +232,7 @@ fn park(fd: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(parked) })
 }
 
-fn fork(plan: &Plan, cgroup: Option<BorrowedFd<'_>>) -> Result<(i32, OwnedFd), Errno> {
+fn fork(plan: &Plan, cgroup: Option<BorrowedFd<'_>>, own_network: bool) -> Result<(i32, OwnedFd), Errno> {
     let mut pidfd: RawFd = -1;
     let mut args = CloneArgs {
         // Handlers are reset with the clone: ours must never run in the child.
@@ -219,6 +241,9 @@ fn fork(plan: &Plan, cgroup: Option<BorrowedFd<'_>>) -> Result<(i32, OwnedFd), E
         exit_signal: libc::SIGCHLD as u64,
         ..CloneArgs::default()
     };
+    if own_network {
+        args.flags |= libc::CLONE_NEWNET as u64;
+    }
     if let Some(cgroup) = cgroup {
         args.flags |= CLONE_INTO_CGROUP;
         args.cgroup = cgroup.as_raw_fd() as u64;
@@ -256,25 +281,28 @@ fn become_program(plan: &Plan) -> Result<std::convert::Infallible, u8> {
     // SAFETY: these are plain system calls on descriptors and strings that the plan keeps alive; none of them touches
     // memory but the argument vectors, which are NULL-terminated, and the zeroed signal structures.
     unsafe {
+        if let Some(network) = &plan.network {
+            check(0, libc::setns(network.as_raw_fd(), libc::CLONE_NEWNET).into())?;
+        }
         if let Some(mounts) = &plan.mounts {
-            check(0, libc::setns(mounts.as_raw_fd(), libc::CLONE_NEWNS).into())?;
+            check(1, libc::setns(mounts.as_raw_fd(), libc::CLONE_NEWNS).into())?;
         }
         if let Some(directory) = &plan.directory {
-            check(1, libc::chdir(directory.as_ptr()).into())?;
+            check(2, libc::chdir(directory.as_ptr()).into())?;
         }
         for (fd, place) in
             [(&plan.null, 0), (&plan.null, 1), (&plan.stderr, libc::STDERR_FILENO), (&plan.socket, SOCKET_FD)]
         {
-            check(2, libc::dup2(fd.as_raw_fd(), place).into())?;
+            check(3, libc::dup2(fd.as_raw_fd(), place).into())?;
         }
         check(
-            3,
+            4,
             libc::syscall(libc::SYS_close_range, SOCKET_FD + 1, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC),
         )?;
 
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
-        check(4, libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut()).into())?;
+        check(5, libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut()).into())?;
         // Rust ignores it from the start, and that would be inherited.
         libc::signal(libc::SIGPIPE, libc::SIG_DFL);
         libc::umask(0);
@@ -290,7 +318,7 @@ fn become_program(plan: &Plan) -> Result<std::convert::Infallible, u8> {
             libc::AT_EMPTY_PATH,
         );
     }
-    Err(5)
+    Err(6)
 }
 
 /// The report pipe ends without a word when the program was executed.
@@ -329,6 +357,10 @@ mod tests {
 
     /// Runs a shell in the new process, and gives what it wrote to its standard error.
     fn run(script: &str, args: &[&str]) -> String {
+        run_in(Network::Callers, script, args)
+    }
+
+    fn run_in(network: Network<'_>, script: &str, args: &[&str]) -> String {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (mut reader, writer) = io::pipe().unwrap();
         let mut all = vec!["-c".to_owned(), script.to_owned(), "sh".to_owned()];
@@ -340,6 +372,7 @@ mod tests {
             stderr: writer.as_fd(),
             cgroup: None,
             mounts: None,
+            network,
         })
         .unwrap();
         drop((theirs, writer));
@@ -365,6 +398,17 @@ mod tests {
     }
 
     #[test]
+    fn it_is_born_in_the_network_that_was_asked_for() {
+        let identity = |path: &str| std::fs::read_link(path).unwrap().display().to_string();
+        let ours = identity("/proc/self/ns/net");
+        let script = "readlink /proc/self/ns/net >&2";
+        let new = run_in(Network::New, script, &[]);
+        assert!(new.starts_with("net:[") && new.trim() != ours, "{new}");
+        let namespace = File::open("/proc/self/ns/net").unwrap();
+        assert_eq!(run_in(Network::Of(namespace.as_fd()), script, &[]).trim(), ours);
+    }
+
+    #[test]
     fn it_is_process_1_and_gets_its_arguments() {
         assert_eq!(run("echo $$ $1 >&2", &["an argument"]), "1 an argument\n");
     }
@@ -379,6 +423,7 @@ mod tests {
             stderr: theirs.as_fd(),
             cgroup: None,
             mounts: None,
+            network: Network::Callers,
         };
         let error = spawn(&request(Path::new("/nonexistent/vmm"))).unwrap_err();
         assert!(matches!(error, SpawnError::Program { .. }), "{error}");

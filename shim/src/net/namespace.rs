@@ -132,7 +132,6 @@ impl Namespace {
     }
 
     /// The namespace itself.
-    #[cfg(test)]
     pub fn fd(&self) -> std::os::fd::BorrowedFd<'_> {
         (*self.fd).as_fd()
     }

@@ -27,7 +27,7 @@ use crate::config::Templates;
 use crate::error::{Classify, Code, chain};
 use crate::host::cgroup::{self, CgroupError, Limits, PodCgroup};
 use crate::host::process::ProcessId;
-use crate::host::spawn::check_program;
+use crate::host::spawn::{self, check_program};
 use crate::net::NetError;
 use crate::template::{Found, Order, Recipe, Store, Template};
 
@@ -122,7 +122,14 @@ pub(super) async fn boot(
     }
 
     let network = spec.network.as_deref().map(|path| Network::open(path, &spec.config)).transpose();
-    let network = network.map_err(BootError::from)?;
+    let network = network.map_err(BootError::from)?.map(Arc::new);
+    // The VMM is in it, so that whoever looks for it at the id of the pod's process finds it there.
+    let held = network.clone();
+    let place = match &held {
+        Some(network) => spawn::Network::Of(network.fd()),
+        None if spec.own_network => spawn::Network::New,
+        None => spawn::Network::Callers,
+    };
 
     fs::create_dir(&spec.directory)
         .map_err(|source| BootError::Directory { path: spec.directory.clone(), source })?;
@@ -137,7 +144,12 @@ pub(super) async fn boot(
         Some(path) => Some(make_cgroup(path, &spec.limits.limits(), resources)?),
         None => None,
     };
-    let vmm = Vmm { recipe: &order.recipe, files: &files, cgroup: cgroup.as_ref().map(AsFd::as_fd) };
+    let vmm = Vmm {
+        recipe: &order.recipe,
+        files: &files,
+        cgroup: cgroup.as_ref().map(AsFd::as_fd),
+        network: place,
+    };
     let (template, wanted) = match spec.config.templates {
         Templates::Auto => look_up(order.store(), &order),
         Templates::Off => (None, None),
@@ -147,8 +159,9 @@ pub(super) async fn boot(
     let prepared = vmm.prepare(start, resources)?;
     if let Some(network) = network {
         network.begin();
-        resources.network = Some(Arc::new(network));
+        resources.network = Some(network);
     }
+    adopt_network(spec, prepared.vmm, resources);
     timeline.stamp("prepare");
 
     let tree = Arc::new(SharedTree::create(&spec.directory).await.map_err(BootError::from)?);
@@ -156,8 +169,15 @@ pub(super) async fn boot(
 
     let (fuse_server, fuse_vmm) = socket_pair(SockType::SeqPacket)?;
     let mounts = Some((tree.namespace(), TREE));
-    let fs_server =
-        Jailed::start(&spec.config.fs_server, &[], "file server", fuse_server.as_fd(), vmm.cgroup, mounts)?;
+    let fs_server = Jailed::start(
+        &spec.config.fs_server,
+        &[],
+        "file server",
+        fuse_server.as_fd(),
+        vmm.cgroup,
+        mounts,
+        spawn::Network::Callers,
+    )?;
     drop(fuse_server);
     let id = fs_server.id();
     resources.fs_server = Some(Arc::new(fs_server));
@@ -177,9 +197,24 @@ pub(super) async fn boot(
         Ok(running) => Ok(running.with(tree, wanted, cgroup)),
         Err(error) => {
             give_up(&store, &template, error, resources).await;
-            let running = vmm.boot(vmm.prepare(Start::Cold, resources)?, ends, timeline).await?;
+            let prepared = vmm.prepare(Start::Cold, resources)?;
+            adopt_network(spec, prepared.vmm, resources);
+            let running = vmm.boot(prepared, ends, timeline).await?;
             Ok(running.with(tree, wanted, cgroup))
         }
+    }
+}
+
+/// Takes charge of the network namespace that a VMM was born with. Nobody has put anything into it yet.
+fn adopt_network(spec: &PodSpec, vmm: ProcessId, resources: &mut Resources) {
+    if !spec.own_network {
+        return;
+    }
+    let path = format!("/proc/{}/ns/net", vmm.pid);
+    match Network::open(Path::new(&path), &spec.config) {
+        Ok(network) => resources.network = Some(Arc::new(network)),
+        // A VMM that has ended has none, and what it said on that occasion says more.
+        Err(error) => log::debug!("the pod has no network namespace of its own: {}", chain(&error)),
     }
 }
 
@@ -268,6 +303,7 @@ struct Vmm<'a> {
     recipe: &'a Recipe,
     files: &'a Files,
     cgroup: Option<BorrowedFd<'a>>,
+    network: spawn::Network<'a>,
 }
 
 /// The host's ends of the guest's devices, but for the agent's stream.
@@ -297,8 +333,15 @@ impl Vmm<'_> {
     fn prepare(&self, start: Start<'_>, resources: &mut Resources) -> Result<Prepared, PodError> {
         let launched = Instant::now();
         let (channel, vmm_channel) = Channel::pair().map_err(MachineError::Channel)?;
-        let vmm =
-            Jailed::start(&self.recipe.vmm, &identity_args(), "VMM", vmm_channel.as_fd(), self.cgroup, None)?;
+        let vmm = Jailed::start(
+            &self.recipe.vmm,
+            &identity_args(),
+            "VMM",
+            vmm_channel.as_fd(),
+            self.cgroup,
+            None,
+            self.network,
+        )?;
         drop(vmm_channel);
         let id = vmm.id();
         resources.vmm = Some(Arc::new(vmm));

@@ -21,7 +21,7 @@ use super::tail::Tail;
 use crate::error::{Classify, Code, untrusted};
 use crate::host::process::{Child, ProcessId};
 use crate::host::small_namespace::{NamespaceError, small_namespace};
-use crate::host::spawn::{Spawn, SpawnError, spawn};
+use crate::host::spawn::{Network, Spawn, SpawnError, spawn};
 
 /// The VMM answers a request within this time, or is given up.
 const REPLY_LIMIT: Duration = Duration::from_secs(10);
@@ -110,6 +110,7 @@ impl Jailed {
         socket: BorrowedFd<'_>,
         cgroup: Option<BorrowedFd<'_>>,
         mounts: Option<(BorrowedFd<'_>, &str)>,
+        network: Network<'_>,
     ) -> Result<Jailed, MachineError> {
         let prepare = |step| move |source| MachineError::Prepare { step, source };
         let (reader, writer) = io::pipe().map_err(prepare("create a pipe"))?;
@@ -118,7 +119,8 @@ impl Jailed {
             None => Some(small_namespace()?),
         };
         let mounts = mounts.or_else(|| nothing.as_ref().map(|namespace| (namespace.as_fd(), "/")));
-        let spawned = spawn(&Spawn { program, args, socket, stderr: writer.as_fd(), cgroup, mounts })?;
+        let spawned =
+            spawn(&Spawn { program, args, socket, stderr: writer.as_fd(), cgroup, mounts, network })?;
         drop(writer);
         let stderr =
             Tail::start(reader.into(), STDERR_KEPT, name, Level::Warn).map_err(prepare("read a pipe"))?;

@@ -75,12 +75,14 @@ pub struct PodSpec {
     pub directory: PathBuf,
     /// Sizes and places.
     pub config: Config,
+    /// The pod's network namespace on the host, if it has one.
+    pub network: Option<PathBuf>,
+    /// Whether it gets one that comes and goes with its VMM, if it has none.
+    pub own_network: bool,
     /// What it may use.
     pub limits: PodLimits,
     /// Cgroup on the host; `None` on hosts without cgroup version 2.
     pub cgroup: Option<PathBuf>,
-    /// The pod's network namespace on the host, if it has one.
-    pub network: Option<PathBuf>,
     /// When the request for it arrived, on the clock of [`timeline::now_us`].
     pub received_us: u64,
 }
@@ -115,6 +117,8 @@ pub struct Pod {
     limits: PodLimits,
     cgroup: Option<PodCgroup>,
     network: Option<Arc<Network>>,
+    /// Whether interfaces come into its namespace only once the first container has been created.
+    own_network: bool,
     resources: tokio::sync::Mutex<Resources>,
     /// Set by [`Pod::stop`]: from then on the end of the pod is no accident.
     stopping: watch::Sender<bool>,
@@ -212,6 +216,7 @@ impl Pod {
             limits: spec.limits,
             cgroup: booted.cgroup,
             network: resources.network.clone(),
+            own_network: spec.own_network,
             resources: tokio::sync::Mutex::new(resources),
             stopping: watch::Sender::new(false),
             condemned: watch::Sender::new(None),
@@ -249,9 +254,10 @@ impl Pod {
             id: id.to_owned(),
             directory: directory.clone(),
             config,
+            network: None,
+            own_network: false,
             limits,
             cgroup: None,
-            network: None,
             received_us: 0,
         };
         let resources = Resources::new(directory);
@@ -352,6 +358,14 @@ impl Pod {
     /// What it may use.
     pub fn limits(&self) -> &PodLimits {
         &self.limits
+    }
+
+    /// Looks for interfaces that came after the pod was made, which it would not have been told of: by a hook, or by Docker.
+    pub async fn connect_late(&self, had_hooks: bool) -> Result<(), PodError> {
+        if !self.own_network && !had_hooks {
+            return Ok(());
+        }
+        self.while_alive(self.connect_network()).await?.map_err(PodError::from)
     }
 
     /// Counts a container in that the pod was not made with.

@@ -1,6 +1,6 @@
 //! The network of a pod: the interfaces of its namespace on the host become the guest's.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
@@ -90,6 +90,11 @@ impl Network {
     /// What the namespace is found by again.
     pub fn record(&self) -> &Record {
         self.namespace.record()
+    }
+
+    /// The namespace.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.namespace.fd()
     }
 
     /// Begins to join the interfaces to taps, which takes the kernel its time.

@@ -16,7 +16,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bulkhead_agent_protocol::SHARED_DIR;
-use oci_spec::runtime::{Hooks, Linux, LinuxNamespaceType, LinuxResources, Process, RootBuilder, Spec};
+use oci_spec::runtime::{Hook, Hooks, Linux, LinuxNamespaceType, LinuxResources, Process, RootBuilder, Spec};
 
 pub use devices::{DeviceNumber, DiskPlace, HostDisk};
 pub use mounts::HostMount;
@@ -75,9 +75,6 @@ pub enum SpecError {
         /// Its path.
         path: PathBuf,
     },
-    /// Programs to be run on the host.
-    #[error("the specification has {0} hooks: hooks are not supported, they would run outside the pod")]
-    Hooks(&'static str),
     /// A device of the host.
     #[error(
         "the container asks for the device {0:?} of the host: only block devices can be passed into a pod"
@@ -276,7 +273,8 @@ fn serialize(what: &'static str, value: &impl serde::Serialize) -> Result<Vec<u8
 
 /// Translates the specification of the container `id`.
 pub fn translate(mut spec: Spec, id: &str, pod: &PodNamespaces) -> Result<GuestSpec, SpecError> {
-    refuse_hooks(spec.hooks().as_ref())?;
+    let inside = hooks_inside(spec.hooks().as_ref());
+    spec.set_hooks(inside);
     let process = spec.process_mut().as_mut().ok_or(SpecError::Missing("process"))?;
     labels::clear(process)?;
     let console_size = console_size(process);
@@ -311,21 +309,13 @@ pub fn translate(mut spec: Spec, id: &str, pod: &PodNamespaces) -> Result<GuestS
     Ok(GuestSpec { spec, disks, mounts: host_mounts, own_pid_namespace, console_size })
 }
 
-fn refuse_hooks(hooks: Option<&Hooks>) -> Result<(), SpecError> {
-    let Some(hooks) = hooks else { return Ok(()) };
-    #[allow(deprecated, reason = "who still uses them must hear that they don't run")]
-    let kinds = [
-        ("prestart", hooks.prestart()),
-        ("createRuntime", hooks.create_runtime()),
-        ("createContainer", hooks.create_container()),
-        ("startContainer", hooks.start_container()),
-        ("poststart", hooks.poststart()),
-        ("poststop", hooks.poststop()),
-    ];
-    match kinds.iter().find(|(_, hooks)| hooks.as_ref().is_some_and(|hooks| !hooks.is_empty())) {
-        Some((kind, _)) => Err(SpecError::Hooks(kind)),
-        None => Ok(()),
-    }
+/// The hooks that run in the container, and so in the guest; all others run on the host ([`crate::hooks`]).
+fn hooks_inside(hooks: Option<&Hooks>) -> Option<Hooks> {
+    let filled = |list: &Option<Vec<Hook>>| list.clone().filter(|list| !list.is_empty());
+    let mut inside = Hooks::default();
+    inside.set_create_container(filled(hooks?.create_container()));
+    inside.set_start_container(filled(hooks?.start_container()));
+    (inside != Hooks::default()).then_some(inside)
 }
 
 fn console_size(process: &Process) -> Option<ConsoleSize> {

@@ -176,12 +176,13 @@ fn a_profile_that_somebody_chose_is_missed() {
 }
 
 #[test]
-fn hooks_are_refused_by_name() {
-    for kind in ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"] {
-        let message = refused(added("", "hooks", json!({kind: [{"path": "/bin/hook"}]})));
-        assert!(message.contains(kind), "{message}");
-    }
-    assert!(translated(added("", "hooks", json!({"prestart": []}))).is_ok());
+fn hooks_of_the_host_stay_there_and_others_go_into_the_guest() {
+    let hook = json!([{"path": "/bin/hook"}]);
+    let hooks = json!({"prestart": hook, "poststop": hook, "startContainer": hook});
+    let (spec, _) = translated(added("", "hooks", hooks)).unwrap();
+    assert_eq!(spec["hooks"], json!({"startContainer": hook}));
+    let (spec, _) = translated(added("", "hooks", json!({"prestart": hook, "createContainer": []}))).unwrap();
+    assert_eq!(spec.get("hooks"), None);
 }
 
 #[test]

@@ -17,6 +17,7 @@ use crate::builder::background;
 use crate::config::Config;
 use crate::error::ApiError;
 use crate::events::Event;
+use crate::hooks::{self, HostHooks};
 use crate::host::cgroup;
 use crate::id;
 use crate::options::RuntimeOptions;
@@ -46,6 +47,7 @@ impl Shim {
         let container = match self.create_in(&mut slot, &request, received_us).await {
             Ok(container) => container,
             Err(error) => {
+                hooks::finish(Path::new(&request.bundle)).await;
                 log::error!("container {}: {error}", request.id);
                 return Err(error);
             }
@@ -113,6 +115,7 @@ impl Shim {
         let shared_root = if disks.has_root() { None } else { Some(request.rootfs.as_slice()) };
         let files = Files::prepare(shared_root, &guest.mounts, &spec, &bundle).await?;
 
+        let hooks = HostHooks::of(&spec, &request.id, &bundle);
         let is_new = existing.is_none();
         let demand = Demand::of(&spec, &role)?;
         let claim = claim(&spec, &role, request, &guest);
@@ -139,7 +142,7 @@ impl Shim {
             }
         };
         let own_pid_namespace = guest.own_pid_namespace;
-        let order = Order { id: &request.id, is_new, hostname: hostname(&spec), guest };
+        let order = Order { id: &request.id, is_new, hostname: hostname(&spec), guest, hooks };
         match order.carry_out(&pod, files, disks, host_stdio).await {
             Ok(Made { guest_pid, io, disks }) => {
                 if is_new {
@@ -185,8 +188,11 @@ impl Shim {
         limits.add(&new.id, new.claim);
         let cgroup = pod_cgroup(new.spec)?;
         let network = spec::network_namespace(new.spec);
+        // Docker looks for it at the id of the process, from a hook or once the container has been created.
+        let own_network = network.is_none();
         let received_us = new.received_us;
-        let spec = PodSpec { id: new.id, directory, config, limits, cgroup, network, received_us };
+        let spec =
+            PodSpec { id: new.id, directory, config, network, own_network, limits, cgroup, received_us };
         let pod = Pod::launch(spec).await?;
         self.note_launched(&pod);
         Ok(pod)
@@ -238,6 +244,7 @@ struct Order<'a> {
     is_new: bool,
     hostname: String,
     guest: GuestSpec,
+    hooks: Option<HostHooks>,
 }
 
 /// What has been set up.
@@ -258,12 +265,18 @@ impl Order<'_> {
         host_stdio: HostStdio,
     ) -> Result<Made, ApiError> {
         let attach = async { files.attach(pod.tree(), self.id).await.map_err(ApiError::from) };
+        let hooks = async {
+            match &self.hooks {
+                Some(hooks) => hooks.create(pod.host_pid()).await.map_err(ApiError::from),
+                None => Ok(()),
+            }
+        };
         if self.is_new {
             // The guest boots meanwhile.
             let configure = async { pod.configure(&self.hostname).await.map_err(ApiError::from) };
-            tokio::try_join!(attach, configure)?;
+            tokio::try_join!(attach, configure, hooks)?;
         } else {
-            attach.await?;
+            tokio::try_join!(attach, hooks)?;
         }
         let disks = disks.attach(pod).await?;
         match self.make(pod, &disks, host_stdio).await {

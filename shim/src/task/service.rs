@@ -33,6 +33,7 @@ use super::stats;
 use super::stdio::{BACKGROUND_IDLE, DRAIN_IDLE, HostStdio, Stdio};
 use crate::error::{ApiError, Code};
 use crate::events::{Event, timestamp};
+use crate::hooks;
 use crate::id;
 use crate::pod::agent::{AgentError, Exit};
 use crate::pod::now_ns;
@@ -296,11 +297,17 @@ async fn start(shim: &Shim, id: &str, exec_id: &str) -> Result<u32, ApiError> {
         State::Running => return Err(ApiError::precondition("the process has been started already")),
         State::Stopped(_) => return Err(ended(&container)),
     }
+    if exec_id.is_empty() {
+        container.pod.connect_late(hooks::are_recorded(&container.bundle)).await?;
+    }
     explain(&container.pod, container.pod.agent().start(id, exec_id).await).await?;
     container.pod.timeline().stamp("start");
     container.pod.timeline().finish(id);
     process.set_state(State::Running);
     let pid = process.pid;
+    if exec_id.is_empty() {
+        hooks::started(&container.bundle, pid).await;
+    }
     shim.publisher.publish(if exec_id.is_empty() {
         Event::Start(TaskStart { container_id: id.into(), pid, ..Default::default() })
     } else {
@@ -422,6 +429,7 @@ async fn delete(shim: &Arc<Shim>, id: &str, exec_id: &str) -> Result<DeleteRespo
                 ..Default::default()
             }));
             shim.release_if_empty().await;
+            hooks::finish(&container.bundle).await;
         }
     }
     Ok(DeleteResponse {

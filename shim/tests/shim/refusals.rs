@@ -172,7 +172,12 @@ async fn root_file_systems_that_cannot_be_mounted() {
 async fn specifications_that_need_the_host() {
     let cases: [(Change<Value>, &str); 5] = [
         (|spec| spec["linux"]["namespaces"] = json!([{"type": "mount"}]), "host network"),
-        (|spec| spec["hooks"] = json!({"createRuntime": [{"path": "/bin/true"}]}), "createRuntime hooks"),
+        (
+            |spec| {
+                spec["linux"]["resources"] = json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 4096}]})
+            },
+            "4096 bytes in huge pages",
+        ),
         (
             |spec| {
                 spec["linux"]["devices"] =

@@ -28,6 +28,7 @@ pub mod ctr;
 pub mod death;
 pub mod disks;
 pub mod exec;
+pub mod hooks;
 pub mod hostile;
 pub mod io;
 pub mod jail;
@@ -174,6 +175,7 @@ pub fn all() -> Vec<Case> {
         resources::CASES,
         operate::CASES,
         ports::CASES,
+        hooks::CASES,
         rootfs::CASES,
         likeness::CASES,
         disks::CASES,

@@ -9,7 +9,7 @@ use crate::bundle;
 use crate::failure::{Explain, Outcome};
 use crate::shim::{CALL_LIMIT, CreateOptions};
 use crate::stdio::Streams;
-use crate::{ensure, ensure_eq, fail};
+use crate::{ensure, ensure_eq};
 
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
@@ -20,7 +20,6 @@ pub const CASES: &[Case] = &[
     Case::new("oci-limits", limits),
     Case::new("oci-memory-limit-kills", memory_limit_kills),
     Case::new("oci-read-only-root", read_only_root),
-    Case::new("oci-hooks-are-refused", hooks).bulkhead_only(),
     Case::new("oci-no-modules", no_modules).bulkhead_only(),
     Case::new("oci-default-seccomp-filter", default_filter).bulkhead_only(),
 ];
@@ -142,22 +141,6 @@ fn read_only_root(environment: &mut Environment) -> Outcome<String> {
     let output = environment.run_to_end(&id, &spec)?.success()?;
     ensure_eq!(output, "touch: /file: Read-only file system\nrun\nshm\n", "writes");
     Ok("the root refuses writes, tmpfs mounts take them".into())
-}
-
-fn hooks(environment: &mut Environment) -> Outcome<String> {
-    let id = environment.id("hooks");
-    let mut spec = bundle::spec(&id, bundle::shell("true"));
-    spec["hooks"] = json!({ "prestart": [{ "path": "/bin/true" }] });
-    let host = environment.host()?;
-    let bundle = host.bundle(&id, &spec)?;
-    let shim = host.start(&bundle)?;
-    let stdio = shim.stdio("init", Streams::default())?;
-    let Err(error) = shim.create(&stdio, CreateOptions::default()) else {
-        fail!("a container with hooks was created")
-    };
-    ensure!(error.message.contains("hook"), "the error does not say that it is about hooks: {error}");
-    super::Container { bundle, shim, stdio }.release()?;
-    Ok(error.message)
 }
 
 fn no_modules(environment: &mut Environment) -> Outcome<String> {

@@ -14,6 +14,7 @@ use super::terminal::{Terminal, TerminalError};
 use super::{Job, Setup};
 use crate::container::capabilities::CapabilityError;
 use crate::container::executable::{self, ExecutableError};
+use crate::container::hooks::HookError;
 use crate::container::namespaces::{Kind, NamespaceError};
 use crate::container::plan::ContainerPlan;
 use crate::container::rootfs::{self, BuiltRoot, OpenedRoot, RootError};
@@ -41,6 +42,8 @@ enum ChildError {
     User(#[from] UserError),
     #[error(transparent)]
     Capability(#[from] CapabilityError),
+    #[error(transparent)]
+    Hook(#[from] HookError),
     // The words of other OCI runtimes, which tools look for.
     #[error("unable to start container process")]
     Executable(#[from] ExecutableError),
@@ -49,7 +52,7 @@ enum ChildError {
 impl ChildError {
     fn kind(&self) -> FailureKind {
         match self {
-            Self::Executable(_) => FailureKind::Specification,
+            Self::Executable(_) | Self::Hook(_) => FailureKind::Specification,
             Self::Sysctl(SysctlError::Missing(_)) => FailureKind::Specification,
             Self::Root(error) if error.is_specification() => FailureKind::Specification,
             _ => FailureKind::Internal,
@@ -145,6 +148,7 @@ fn set_up(setup: Setup<'_>, agent: &Agent, two_steps: bool) -> Result<std::conve
             }
             start_session()?;
             let built = enter_container(plan, opened, agent)?;
+            plan.hooks.created(setup.container_id)?;
             connect_stdio(&setup, agent)?;
             // Only now: the terminal's file in /dev may have had to be made.
             plan.root.finish(built)?;
@@ -279,6 +283,9 @@ fn become_process(setup: Setup<'_>, agent: &Agent) -> Result<std::convert::Infal
 
     agent.tell(&Message::Ready)?;
     agent.wait_for_start()?;
+    if let Job::Container(container) = setup.job {
+        container.hooks.starting(setup.container_id)?;
+    }
 
     if let Some(filter) = &plan.filter {
         filter.install().step("install the system call filter")?;

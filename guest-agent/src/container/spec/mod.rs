@@ -74,12 +74,18 @@ pub struct Mount {
 /// `hooks`: every kind by its name.
 pub type Hooks = BTreeMap<String, Option<Vec<Hook>>>;
 
-/// A hook, as far as a refusal needs it.
-#[derive(Debug, Clone, Deserialize)]
+/// A program to run.
+#[derive(Debug, Clone, Default, Deserialize)]
 pub struct Hook {
     /// The program.
     #[serde(default)]
-    pub path: String,
+    pub path: PathBuf,
+    /// Its arguments, with its name.
+    pub args: Option<Vec<String>>,
+    /// Its environment.
+    pub env: Option<Vec<String>>,
+    /// Seconds that it may take.
+    pub timeout: Option<i64>,
 }
 
 /// The elements of an optional list, none if it is absent or null.
