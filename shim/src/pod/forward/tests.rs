@@ -13,6 +13,7 @@ use nix::sched::{CloneFlags, unshare};
 use tokio::net::UnixStream;
 
 use super::*;
+use crate::pod::heartbeat::Heartbeat;
 
 /// A server in the guest echoes on this port.
 const ECHO: u16 = 80;
@@ -83,7 +84,7 @@ impl Stage {
             }
         });
         let directory = std::env::temp_dir().join(format!("bulkhead-forward-{name}-{}", std::process::id()));
-        let pod = Pod::with_guest(name, directory, ours, channel).await;
+        let pod = Pod::with_guest(name, directory, ours, channel, Heartbeat::default()).await;
         let (namespace, keeper) = namespace();
         Stage { pod, vmm, namespace, open, _keeper: keeper, _agent: agent }
     }
