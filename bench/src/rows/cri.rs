@@ -21,7 +21,8 @@ pub async fn measure(bench: &mut Bench<'_>) {
     };
     let mut runtimes = bench.runtimes.clone();
     for round in 0..WARM_UP + bench.rounds {
-        runtimes.rotate_left(1);
+        let next = runtimes.len().min(1);
+        runtimes.rotate_left(next);
         let mut failed = Vec::new();
         for runtime in &runtimes {
             if let Err(error) = one(bench, &node, runtime, round >= WARM_UP).await {

@@ -35,8 +35,8 @@ pub async fn measure(bench: &mut Bench<'_>) {
             }
         }
         runtimes.retain(|runtime| !failed.contains(&runtime.kind));
-        let step = 1.min(runtimes.len());
-        runtimes.rotate_left(step);
+        let next = runtimes.len().min(1);
+        runtimes.rotate_left(next);
         bench.progress(&format!("network: round {} done", round + 1));
     }
 }

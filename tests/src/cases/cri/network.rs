@@ -3,7 +3,6 @@
 use std::io::Read;
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::Path;
-use std::sync::LazyLock;
 use std::thread;
 use std::time::Duration;
 
@@ -20,10 +19,21 @@ const SERVER: &str =
     "mkdir /www; hostname >/www/name; seq 1 450000 >/www/much; echo serving; exec httpd -f -p 80 -h /www";
 
 /// The length of `/www/much`, and the sum of its bytes.
-static MUCH: LazyLock<(usize, u64)> = LazyLock::new(|| {
-    let text: String = (1..=450_000).map(|number| format!("{number}\n")).collect();
-    (text.len(), text.bytes().map(u64::from).sum())
-});
+fn much() -> (usize, u64) {
+    let (mut length, mut sum, mut number) = (0, 0, 1_u64);
+    while number <= 450_000 {
+        let mut rest = number;
+        while rest > 0 {
+            length += 1;
+            sum += b'0' as u64 + rest % 10;
+            rest /= 10;
+        }
+        length += 1;
+        sum += b'\n' as u64;
+        number += 1;
+    }
+    (length, sum)
+}
 
 /// Starts a pod with a container that serves.
 fn serving<'a>(
@@ -40,7 +50,7 @@ fn serving<'a>(
 
 fn expect_much(bytes: &[u8]) -> Outcome {
     let sum: u64 = bytes.iter().map(|&byte| u64::from(byte)).sum();
-    ensure_eq!((bytes.len(), sum), *MUCH, "bytes and their sum");
+    ensure_eq!((bytes.len(), sum), much(), "bytes and their sum");
     Ok(())
 }
 
@@ -109,7 +119,7 @@ pub fn host(environment: &mut Environment) -> Outcome<String> {
     let pinged = server.exec(&format!("ping -c 2 -i 0.2 -W 5 {GATEWAY}"))?;
     ensure!(pinged.stdout.contains("2 packets received"), "{pinged:?}");
     pod.finish()?;
-    Ok(format!("{} bytes each way, IPv4, IPv6, UDP, ping", MUCH.0))
+    Ok(format!("{} bytes each way, IPv4, IPv6, UDP, ping", much().0))
 }
 
 /// Pods reach each other, whatever runs them; the containers of a pod share its loopback, and no other pod's.
@@ -129,7 +139,7 @@ pub fn pods(environment: &mut Environment) -> Outcome<String> {
         (&outside, &first, "first"),
         (&server, &first, "first"),
     ] {
-        ensure_eq!(fetch(from, to)?, format!("{name}\n{}\n", MUCH.0), "from the pod {name}");
+        ensure_eq!(fetch(from, to)?, format!("{name}\n{}\n", much().0), "from the pod {name}");
     }
     let loopback = first.run_script("same", "wget -qO- http://127.0.0.1/name", |_| {})?;
     ensure_eq!(loopback.stdout, "first\n", "over the pod's loopback");
@@ -185,12 +195,15 @@ pub fn port_forward(environment: &mut Environment) -> Outcome<String> {
         let answer = forwarded(node, &pod, port, path)?;
         ensure!(answer.ends_with(expected), "port {port}: {answer:?}");
     }
-    let much = forwarded(node, &pod, 80, "/much")?;
-    ensure!(much.len() > MUCH.0, "{} bytes of {}", much.len(), MUCH.0);
+    let body = forwarded(node, &pod, 80, "/much")?;
+    ensure!(body.len() > much().0, "{} bytes of {}", body.len(), much().0);
     let refused = forwarded(node, &pod, 9, "/")?;
     ensure!(refused.to_lowercase().contains("refused"), "a port that nobody listens on: {refused:?}");
     pod.finish()?;
-    Ok(format!("to all addresses, to the pod's loopback, {} bytes, and refused where nobody listens", MUCH.0))
+    Ok(format!(
+        "to all addresses, to the pod's loopback, {} bytes, and refused where nobody listens",
+        much().0
+    ))
 }
 
 /// What an HTTP request gets over the kubelet's port-forward: the answer, or the words of its error channel.
