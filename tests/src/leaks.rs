@@ -25,10 +25,11 @@ const COMMON: [&str; 7] = [
     "/run/containerd/runc/default",
     "/run/containerd/runc/k8s.io",
     "io.containerd.runtime.v2.task/default",
+    "io.containerd.sandbox.controller.v1.shim/k8s.io",
 ];
 
 /// What a node gets with its first pod and keeps: the mount namespace that pods start from.
-const KEPT: [&str; 2] = ["/run/bulkhead", "/run/bulkhead/small-1.mnt"];
+const KEPT: [&str; 3] = ["/run/bulkhead", "/run/bulkhead/small", "/run/bulkhead/small/1.mnt"];
 
 /// Templates stay for the pods to come.
 const TEMPLATES: &str = "/var/lib/bulkhead/templates";

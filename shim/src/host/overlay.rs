@@ -89,8 +89,8 @@ fn split(option: &str) -> Option<(&str, &str)> {
 }
 
 /// The number of the mount that `path` is on.
-fn mount_id(path: &str) -> io::Result<u64> {
-    let c_path = c_string(Path::new(path)).map_err(io::Error::other)?;
+pub(super) fn mount_id(path: impl AsRef<Path>) -> io::Result<u64> {
+    let c_path = c_string(path.as_ref()).map_err(io::Error::other)?;
     let mut status = MaybeUninit::<libc::statx>::zeroed();
     let flags = libc::AT_NO_AUTOMOUNT;
     // SAFETY: the path is NUL-terminated, and the structure is the one that the call fills.

@@ -4,6 +4,9 @@
 //! once more. On a node with thousands of mounts a pod would pay for all of them several times, though it needs none. So
 //! threads and processes that want a namespace of their own enter this one first. It stays the same from the first pod on,
 //! held by a bind mount of its file at [`PIN`]; where that can't be made, each user makes one for itself.
+//!
+//! The kernel takes such a mount only where it is passed on to nobody, and no copy of a tree that has it can be attached in a
+//! younger namespace. So its directory is a mount too, which is private and which no recursive bind mount copies.
 
 use std::fs::{self, File};
 use std::io;
@@ -17,8 +20,10 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::stat::Mode;
 use nix::unistd::{chdir, pivot_root};
 
+use super::overlay::mount_id;
+
 /// Where the namespace is held. The name changes with what is in it.
-const PIN: &str = "/run/bulkhead/small-1.mnt";
+const PIN: &str = "/run/bulkhead/small/1.mnt";
 
 /// Empty directories in the namespace's read-only root to mount on.
 pub const POINTS: [&str; 3] = ["/dev", "/a", "/b"];
@@ -114,6 +119,12 @@ fn make_pin(pin: &Path) -> Result<OwnedFd, NamespaceError> {
         return Ok(held);
     }
     let made = make()?;
+    let kept_apart = |errno: Errno| NamespaceError::Pin { path: directory.to_owned(), source: errno.into() };
+    if mount_id(directory).ok() == directory.parent().and_then(|parent| mount_id(parent).ok()) {
+        mount(Some(directory), directory, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+            .map_err(kept_apart)?;
+    }
+    mount(None::<&str>, directory, None::<&str>, MsFlags::MS_UNBINDABLE, None::<&str>).map_err(kept_apart)?;
     File::options().create(true).append(true).open(pin).map_err(failed_at(pin))?;
     let source = format!("/proc/self/fd/{}", made.as_raw_fd());
     mount(Some(source.as_str()), pin, None::<&str>, MsFlags::MS_BIND, None::<&str>)
@@ -148,6 +159,7 @@ fn make() -> Result<OwnedFd, NamespaceError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::mounts::DetachedTree;
 
     #[test]
     fn it_holds_one_read_only_mount() {
@@ -170,7 +182,7 @@ mod tests {
 
     #[test]
     fn it_is_made_once_and_found_again() {
-        let directory = std::env::temp_dir().join(format!("bulkhead-pin-{}", std::process::id()));
+        let directory = std::env::temp_dir().join(format!("bulkhead-pin-{}/small", std::process::id()));
         let pin = directory.join("pin");
         assert!(open_pin(&pin).is_none());
         let inode = |fd: &OwnedFd| nix::sys::stat::fstat(fd).unwrap().st_ino;
@@ -178,9 +190,17 @@ mod tests {
         let found = open_pin(&pin).unwrap();
         let again = make_pin(&pin).unwrap();
         let all = [inode(&made), inode(&found), inode(&again)];
+        // What a volume of everything above it would be: without the pin, or it could not be attached in a younger namespace.
+        let parent = DetachedTree::bind(directory.parent().unwrap(), true).unwrap();
+        let attached = std::thread::spawn(move || {
+            enter_new().unwrap();
+            parent.attach(Path::new(POINTS[1]))
+        });
+        attached.join().unwrap().unwrap();
         umount2(&pin, MntFlags::MNT_DETACH).unwrap();
         assert!(open_pin(&pin).is_none(), "an ordinary file is not a namespace");
-        fs::remove_dir_all(&directory).unwrap();
+        umount2(&directory, MntFlags::MNT_DETACH).unwrap();
+        fs::remove_dir_all(directory.parent().unwrap()).unwrap();
         assert_eq!(all, [all[0]; 3]);
     }
 }

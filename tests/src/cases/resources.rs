@@ -75,7 +75,8 @@ fn files_in_memory(environment: &mut Environment) -> Outcome<String> {
 
 fn write_400_mb(environment: &Environment, volume: &Path) -> Outcome<String> {
     let id = environment.id("volume");
-    let mut spec = bundle::spec(&id, bundle::shell("dd if=/dev/zero of=/data/file bs=1000000 count=400 2>/dev/null"));
+    let mut spec =
+        bundle::spec(&id, bundle::shell("dd if=/dev/zero of=/data/file bs=1000000 count=400 2>/dev/null"));
     if let Some(mounts) = spec["mounts"].as_array_mut() {
         mounts.push(bundle::bind(volume, "/data", &["rbind", "rw"]));
     }

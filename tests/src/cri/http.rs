@@ -27,6 +27,7 @@ pub fn http_get(address: &str, path: &str) -> Outcome<Vec<u8>> {
         .windows(4)
         .position(|part| part == b"\r\n\r\n")
         .explain(|| format!("no HTTP answer of {address}"))?;
-    ensure!(answer.starts_with(b"HTTP/1.0 200"), "{}", String::from_utf8_lossy(&answer[..end]));
+    let head = String::from_utf8_lossy(&answer[..end]);
+    ensure!(head.starts_with("HTTP/1.") && head.split(' ').nth(1) == Some("200"), "{head}");
     Ok(answer[end + 4..].to_vec())
 }
