@@ -17,7 +17,7 @@ const LIMIT: Duration = Duration::from_secs(5);
 const WATCHED: [&str; 3] = ["/run/containerd", "/run/bulkhead", "/var/lib/bulkhead"];
 
 /// Directories that the first container makes and that stay for the next ones.
-const COMMON: [&str; 7] = [
+const COMMON: [&str; 8] = [
     "/run/containerd/s",
     "/run/containerd/fifo",
     "/run/containerd/runc",
