@@ -104,7 +104,9 @@ fn of_the_guest(environment: &mut Environment) -> Outcome<String> {
     let mut spec = bundle::spec(&id, process);
     spec["linux"]["resources"]["devices"] = json!([{ "allow": true, "access": "rwm" }]);
     if let Some(mounts) = spec["mounts"].as_array_mut() {
-        mounts.push(json!({ "destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid"] }));
+        mounts.push(
+            json!({ "destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid"] }),
+        );
     }
     let mut container = environment.created(&id, &spec, Streams { stdin: true, ..Streams::default() })?;
     container.shim.start("")?;
