@@ -22,7 +22,7 @@ fn volume(host: &Path, inside: &str) -> proto::Mount {
 }
 
 fn tmpfs(path: &Path) -> Outcome {
-    mount(Some("tests"), path, Some("tmpfs"), MsFlags::empty(), Some("size=1m"))
+    mount(Some("tests"), path, Some("tmpfs"), MsFlags::MS_NODEV, Some("size=1m"))
         .explain(|| format!("mount {}", path.display()))
 }
 
