@@ -159,7 +159,9 @@ fn pod(process: i32) -> Option<Pod> {
     let record = State::load(&server.bundle.join(state::DIRECTORY)).ok().flatten();
     let is_there = |id: &ProcessId| ProcessId::of(id.pid).is_ok_and(|now| now == *id);
     let vmm = record.as_ref().and_then(|record| record.vmm);
+    // The record comes first and goes last.
     let state = match &vmm {
+        None if record.is_none() => PodState::Dead,
         None => PodState::Starting,
         Some(vmm) if is_there(vmm) => PodState::Running,
         Some(_) => PodState::Dead,
