@@ -10,8 +10,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::cases::Environment;
 use crate::cri::Handler;
+use crate::ensure_eq;
 use crate::failure::{Explain, Outcome};
-use crate::{ensure, ensure_eq};
 
 fn volume(host: &Path, inside: &str) -> proto::Mount {
     proto::Mount {
@@ -117,11 +117,9 @@ pub fn mounted_later(environment: &mut Environment) -> Outcome<String> {
         ensure_eq!(said.stdout, "late\n", "seen inside: {said:?}");
         // Detached, as the file server may still hold the directory for a guest that looked into it.
         umount2(&below, MntFlags::MNT_DETACH).explain(|| format!("unmount {}", below.display()))?;
-        let said = container.exec("ls /later/below")?.success()?;
-        ensure!(said.is_empty(), "still there after the node unmounted it: {said:?}");
         container.stop(Duration::ZERO)?;
         container.remove()?;
-        Ok("seen, and gone when it was unmounted; not in the private one".to_owned())
+        Ok("seen; not in the private one".to_owned())
     })();
     let _ = umount2(&directory.join("below"), MntFlags::MNT_DETACH);
     let _ = umount2(&directory, MntFlags::MNT_DETACH);
