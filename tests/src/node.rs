@@ -170,11 +170,23 @@ pub fn resident_but_largest_mapping(pid: i32) -> Outcome<u64> {
     let field = |line: &str, key: &str| {
         line.strip_prefix(key)?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()
     };
-    let sizes: Vec<u64> = smaps.lines().filter_map(|line| field(line, "Size:")).collect();
-    let resident: Vec<u64> = smaps.lines().filter_map(|line| field(line, "Rss:")).collect();
-    let mappings = sizes.into_iter().zip(resident);
-    let total: u64 = mappings.clone().map(|(_, resident)| resident).sum();
-    let largest = mappings.max().map_or(0, |(_, resident)| resident);
+    // Mappings that follow each other without a gap are one: a template's memory is a file with pieces of none in it.
+    let mut runs: Vec<(u64, u64, u64)> = Vec::new();
+    for line in smaps.lines() {
+        let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+        let address = |text| u64::from_str_radix(text, 16).ok();
+        if let Some((Some(start), Some(end))) = range.map(|(start, end)| (address(start), address(end))) {
+            match runs.last_mut() {
+                Some((_, last, _)) if *last == start => *last = end,
+                _ => runs.push((start, end, 0)),
+            }
+        } else if let (Some(kib), Some((_, _, resident))) = (field(line, "Rss:"), runs.last_mut()) {
+            *resident += kib;
+        }
+    }
+    let total: u64 = runs.iter().map(|(_, _, resident)| resident).sum();
+    let largest =
+        runs.iter().max_by_key(|(start, end, _)| end - start).map_or(0, |(_, _, resident)| *resident);
     Ok((total - largest) * 1024)
 }
 
