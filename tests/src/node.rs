@@ -160,34 +160,39 @@ pub fn tree(directory: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Resident memory of a process without its largest mapping, bytes: for a VMM, without guest memory.
+/// Resident memory of a process without its largest mapping, bytes: for a VMM, without guest memory. If a file is mapped there
+/// in pieces, all that lies from the first to the last of them belongs to it.
 ///
 /// # Errors
 /// When it is gone.
 pub fn resident_but_largest_mapping(pid: i32) -> Outcome<u64> {
     let path = format!("/proc/{pid}/smaps");
     let smaps = fs::read_to_string(&path).explain(|| format!("read {path}"))?;
-    let field = |line: &str, key: &str| {
-        line.strip_prefix(key)?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()
-    };
-    // Mappings that follow each other without a gap are one: a template's memory is a file with pieces of none in it.
-    let mut runs: Vec<(u64, u64, u64)> = Vec::new();
+    let address = |text| u64::from_str_radix(text, 16).ok();
+    // Start, end, inode, resident KiB.
+    let mut mappings: Vec<(u64, u64, &str, u64)> = Vec::new();
     for line in smaps.lines() {
-        let range = line.split(' ').next().and_then(|range| range.split_once('-'));
-        let address = |text| u64::from_str_radix(text, 16).ok();
-        if let Some((Some(start), Some(end))) = range.map(|(start, end)| (address(start), address(end))) {
-            match runs.last_mut() {
-                Some((_, last, _)) if *last == start => *last = end,
-                _ => runs.push((start, end, 0)),
-            }
-        } else if let (Some(kib), Some((_, _, resident))) = (field(line, "Rss:"), runs.last_mut()) {
-            *resident += kib;
+        let words: Vec<&str> = line.split_whitespace().collect();
+        if let Some((start, end)) = words.first().and_then(|range| range.split_once('-'))
+            && let (Some(start), Some(end), Some(inode)) = (address(start), address(end), words.get(4))
+        {
+            mappings.push((start, end, inode, 0));
+        } else if let (["Rss:", kib, "kB"], Some(mapping)) = (words.as_slice(), mappings.last_mut()) {
+            mapping.3 = kib.parse().unwrap_or(0);
         }
     }
-    let total: u64 = runs.iter().map(|(_, _, resident)| resident).sum();
-    let largest =
-        runs.iter().max_by_key(|(start, end, _)| end - start).map_or(0, |(_, _, resident)| *resident);
-    Ok((total - largest) * 1024)
+    let size = |inode: &str| -> u64 {
+        mappings.iter().filter(|mapping| mapping.2 == inode).map(|mapping| mapping.1 - mapping.0).sum()
+    };
+    let largest = mappings.iter().max_by_key(|(start, end, ..)| end - start).copied();
+    let (start, end, ..) = largest.explain(|| format!("{path} is empty"))?;
+    let files = mappings.iter().map(|mapping| mapping.2).filter(|inode| *inode != "0");
+    let file = files.max_by_key(|inode| size(inode)).unwrap_or("0");
+    let pieces = mappings.iter().filter(|mapping| mapping.2 == file && file != "0");
+    let first = pieces.clone().map(|piece| piece.0).min().unwrap_or(start).min(start);
+    let last = pieces.map(|piece| piece.1).max().unwrap_or(end).max(end);
+    let own = mappings.iter().filter(|mapping| mapping.1 <= first || mapping.0 >= last);
+    Ok(own.map(|mapping| mapping.3).sum::<u64>() * 1024)
 }
 
 /// Time since boot: in the nested host, the virtual time.
