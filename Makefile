@@ -7,7 +7,7 @@ PREFIX ?= /usr/local
 VMLINUX := target/guest/vmlinux
 IMAGE := target/guest/guest.erofs
 
-.PHONY: help demo test bench bench-compare build guest unit e2e lint audit install clean packages
+.PHONY: help demo test attack bench bench-compare build guest unit e2e lint audit install clean packages
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ unit: packages ## Unit tests, and the VMM's tests on this machine's /dev/kvm
 
 e2e: build guest ## The end-to-end suite through containerd (ARGS="NAME..." runs the cases whose names match)
 	@tests/run.sh e2e $(ARGS)
+
+attack: build guest ## What gets out of containers of runc and of Bulkhead, as a table (ARGS="NAME..." for a part)
+	@tests/run.sh attack $(ARGS)
 
 bench: build guest ## Measure runc, crun, gVisor and Bulkhead side by side (ARGS="--rounds 3 start memory" for a part)
 	@tests/run.sh bench $(ARGS)

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# run.sh demo | e2e | bench [ARG...]: run the demo, the end-to-end suite or the benchmark where there is a KVM for it.
+# run.sh demo | e2e | attack | bench [ARG...]: run the demo, the end-to-end suite, the attack suite or the benchmark where there is a
+# KVM for it.
 #
 # On hardware KVM they run on this machine, as root; else in the nested KVM host (tests/nested), the suite in two of them side
 # by side. Both get the same payload: our release binaries, guest kernel and image, and the test images, as hard links in a
-# directory of their own. ARGs go to the suite: `run.sh e2e exec stdin` runs the cases whose names contain one of these; or to the
-# benchmark: `run.sh bench --rounds 3 start memory` measures these groups of rows.
+# directory of their own. ARGs go to the suite: `run.sh e2e exec stdin` runs the cases whose names contain one of these; the
+# same for `attack`; or to the benchmark: `run.sh bench --rounds 3 start memory` measures these groups of rows.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -17,8 +18,8 @@ fail() {
 }
 what=${1:-}
 case $what in
-demo | e2e | bench) shift ;;
-*) fail "say what to run: demo, e2e or bench" ;;
+demo | e2e | attack | bench) shift ;;
+*) fail "say what to run: demo, e2e, attack or bench" ;;
 esac
 program=bulkhead-$what
 for file in "$release"/{containerd-shim-bulkhead-v1,bulkhead,bulkhead-vmm,bulkhead-fs,"$program"} "$guest"/{vmlinux,guest.erofs}; do
@@ -38,6 +39,7 @@ software | none)
 esac
 
 "$root/tests/images/build.sh"
+"$root/tests/attack/build.sh"
 mkdir -p "$root/target/payload"
 payload=$(mktemp -d "$root/target/payload/$what.XXXXXX")
 logs= # of the suite's two halves
@@ -56,7 +58,7 @@ ln "$release"/{containerd-shim-bulkhead-v1,bulkhead,"$program"} "$payload/bin/"
 ln "$release"/{bulkhead-vmm,bulkhead-fs} "$payload/libexec/bulkhead/"
 ln "$guest"/{vmlinux,guest.erofs} "$payload/share/bulkhead/"
 ln "$root"/target/images/{busybox,custom,pause}.tar "$payload/images/"
-cp -al "$root/target/images/busybox" "$payload/images/"
+cp -al "$root"/target/images/{attack,busybox} "$payload/images/"
 printf '#!/bin/sh\nexec "$(dirname "$0")/bin/%s" "$@"\n' "$program" >"$payload/run"
 chmod 755 "$payload" "$payload/run"
 results=$root/target/$what
@@ -75,6 +77,7 @@ if [[ $kind == hardware ]]; then
     "$root/guest-image/fetch-debs.sh" sid "$root/target/debs/sid" containernetworking-plugins
     dpkg-deb -x "$(compgen -G "$root/target/debs/sid/containernetworking-plugins_*.deb" | sort -V | tail -n1)" "$payload/containerd"
     ln -s containerd/usr/lib/cni "$payload/cni"
+    [[ $what != attack ]] || set -- --results "$results" "$@"
     "${sudo[@]}" "$payload/run" "$@"
     exit
 fi
@@ -84,6 +87,12 @@ nested=$root/tests/nested/run.sh
 if [[ $what == demo || ($what == e2e && $# -gt 0) ]]; then
     "$nested" --timeout 3000 "$payload" "$@"
     exit
+fi
+if [[ $what == attack ]]; then
+    code=0
+    "$nested" --timeout 3000 --results "$results" "$payload" "$@" || code=$?
+    echo "attack: table in ${results#"$root/"}/attack.md"
+    exit "$code"
 fi
 if [[ $what == bench ]]; then
     "$nested" --timeout 7200 --results "$results" "$payload" "$@"

@@ -3,6 +3,7 @@
 //! Ways to a container: [`containerd::PrivateContainerd`] with the real `ctr`, and [`shim::ShimServer`], which drives a shim
 //! over ttrpc just as containerd does and costs a fraction; pods as Kubernetes has them come from [`cri`]. [`leaks`] compares the node before and after either.
 
+pub mod attack;
 pub mod bundle;
 pub mod cases;
 pub mod cleanup;

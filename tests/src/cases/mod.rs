@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use containerd_shim_protos::api::WaitResponse;
 use serde_json::Value;
 
+use crate::attack::arena::Arena;
 use crate::bundle::{self, Bundle};
 use crate::containerd::PrivateContainerd;
 use crate::cri::{Handler, Known, Node, Pod};
@@ -21,6 +22,7 @@ use crate::process::{self, eventually};
 use crate::shim::{CALL_LIMIT, CreateOptions, Shim, ShimHost};
 use crate::stdio::{Stdio, Streams};
 
+pub mod attack;
 pub mod bad_input;
 pub mod control;
 pub mod cri;
@@ -69,6 +71,8 @@ pub enum Fixture {
     /// The same with two pods that are shared by the cases that only add containers to them: one of the handler under test,
     /// and one of runc, which says what is right.
     CriPods,
+    /// An [`Arena`]. The last, as it changes the node's settings while it is there.
+    Attack,
 }
 
 /// The runtime under test.
@@ -186,6 +190,7 @@ pub fn all() -> Vec<Case> {
         death::CASES,
         sandbox::CASES,
         hostile::CASES,
+        attack::CASES,
         jail::CASES,
         template::CASES,
         cri::CASES,
@@ -206,6 +211,7 @@ pub struct Environment {
     template: Option<PathBuf>,
     /// Whether pods boot.
     cold: bool,
+    arena: Option<Arena>,
     node: Option<Node>,
     pods: BTreeMap<Handler, Known>,
     /// The handler under test.
@@ -224,6 +230,7 @@ impl Environment {
             host: None,
             template: None,
             cold: false,
+            arena: None,
             node: None,
             pods: BTreeMap::new(),
             handler: Handler::Bulkhead,
@@ -284,6 +291,9 @@ impl Environment {
             containerd.import("busybox")?;
             self.containerd = Some(containerd);
         }
+        if fixture == Fixture::Attack && self.arena.is_none() {
+            self.arena = Some(Arena::new(self.layout.clone())?);
+        }
         self.handler = match (self.runtime, case.sandboxed) {
             (Runtime::Runc, _) => Handler::Runc,
             (Runtime::Bulkhead, false) => Handler::Bulkhead,
@@ -317,6 +327,9 @@ impl Environment {
 
     /// Takes every fixture down.
     pub fn reset(&mut self) {
+        if let Some(arena) = self.arena.take() {
+            let _ = arena.finish();
+        }
         for (_, known) in std::mem::take(&mut self.pods) {
             if let Some(node) = &self.node {
                 let _ = Pod { node, known }.finish();
@@ -360,6 +373,14 @@ impl Environment {
     /// When the case did not ask for it.
     pub fn shared(&self) -> Outcome<&Container> {
         self.shared.as_ref().explain(|| "no shared container was started".into())
+    }
+
+    /// Where attempts to get out are made.
+    ///
+    /// # Errors
+    /// When the case did not ask for it.
+    pub fn arena(&mut self) -> Outcome<&mut Arena> {
+        self.arena.as_mut().explain(|| "no arena was prepared".into())
     }
 
     /// The node for pods through the CRI.

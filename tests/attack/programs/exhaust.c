@@ -1,0 +1,3 @@
+#include "attack.h"
+
+const struct attack exhaust_attacks[] = {{NULL, NULL}};

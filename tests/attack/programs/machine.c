@@ -1,0 +1,3 @@
+#include "attack.h"
+
+const struct attack machine_attacks[] = {{NULL, NULL}};
