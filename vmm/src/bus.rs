@@ -1,8 +1,9 @@
 //! Where trapped accesses of vCPUs go.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::devices::mmio::{self, MmioTransport};
+use crate::devices::mmio::MmioTransport;
+use crate::devices::registers::RegisterMemory;
 use crate::devices::{BackendState, DeviceState};
 use crate::ioapic::{IoApic, IoApicState};
 use crate::layout::{
@@ -21,16 +22,22 @@ pub enum PowerRequest {
 
 /// Everything behind ports and memory that isn't RAM.
 pub struct Bus {
-    /// A window without a device shows a placeholder.
+    /// What windows without a device are written is ignored.
     devices: Vec<Mutex<Option<MmioTransport>>>,
+    registers: Arc<RegisterMemory>,
     ioapic: Mutex<IoApic>,
 }
 
 impl Bus {
     /// A bus with a window for each device, in order, and `free` more windows for devices that come later.
-    pub fn new(devices: Vec<MmioTransport>, free: usize, ioapic: IoApic) -> Self {
+    pub fn new(
+        devices: Vec<MmioTransport>,
+        free: usize,
+        registers: Arc<RegisterMemory>,
+        ioapic: IoApic,
+    ) -> Self {
         let devices = devices.into_iter().map(Some).chain((0..free).map(|_| None));
-        Bus { devices: devices.map(Mutex::new).collect(), ioapic: Mutex::new(ioapic) }
+        Bus { devices: devices.map(Mutex::new).collect(), registers, ioapic: Mutex::new(ioapic) }
     }
 
     /// Puts a device into window number `index`, or takes it away.
@@ -74,8 +81,8 @@ impl Bus {
 
     /// A write to memory that isn't RAM. What isn't there ignores it.
     pub fn mmio_write(&self, address: u64, data: &[u8]) {
-        if let Some((mut device, offset)) = self.device(address) {
-            if let Some(device) = device.as_mut() {
+        if let Some((index, offset)) = self.window(address) {
+            if let Some(device) = lock(&self.devices[index]).as_mut() {
                 device.write(offset, data);
             }
         } else if let Some(offset) = ioapic_offset(address) {
@@ -83,13 +90,11 @@ impl Bus {
         }
     }
 
-    /// A read from memory that isn't RAM. What isn't there reads as all ones.
+    /// A read from memory that isn't RAM. What isn't there reads as all ones. Registers of devices are memory where KVM can have it
+    /// read-only; only elsewhere their reads come here.
     pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
-        if let Some((device, offset)) = self.device(address) {
-            match device.as_ref() {
-                Some(device) => device.read(offset, data),
-                None => mmio::read_placeholder(offset, data),
-            }
+        if let Some((index, offset)) = self.window(address) {
+            self.registers.window(index).read(offset, data);
         } else if let Some(offset) = ioapic_offset(address) {
             lock(&self.ioapic).read(offset, data);
         } else {
@@ -102,11 +107,11 @@ impl Bus {
         lock(&self.ioapic).end_of_interrupt(vector);
     }
 
-    /// The window behind an address, locked, and the offset in it.
-    fn device(&self, address: u64) -> Option<(MutexGuard<'_, Option<MmioTransport>>, u64)> {
+    /// The number of the window behind an address, and the offset in it.
+    fn window(&self, address: u64) -> Option<(usize, u64)> {
         let offset = address.checked_sub(MMIO_BASE)?;
         let index = usize::try_from(offset / MMIO_STRIDE).ok()?;
-        self.devices.get(index).map(|device| (lock(device), offset % MMIO_STRIDE))
+        (index < self.devices.len()).then_some((index, offset % MMIO_STRIDE))
     }
 }
 
@@ -137,9 +142,15 @@ mod tests {
         fn raise(&self, _pin: u32) {}
     }
 
+    fn rng(registers: &Arc<RegisterMemory>, window: usize) -> (MmioTransport, Arc<DeviceSlot>) {
+        let slot = DeviceSlot::new(1, registers.window(window)).unwrap();
+        (MmioTransport::new(Rng.info(), slot.clone(), test_ram()), slot)
+    }
+
     fn bus() -> Bus {
-        let rng = MmioTransport::new(Rng.info(), DeviceSlot::new(1).unwrap(), test_ram());
-        Bus::new(vec![rng], 1, IoApic::new(1, Box::new(Nowhere)))
+        let registers = RegisterMemory::new();
+        let (rng, _) = rng(&registers, 0);
+        Bus::new(vec![rng], 1, registers, IoApic::new(1, Box::new(Nowhere)))
     }
 
     fn read(bus: &Bus, address: u64) -> u32 {
@@ -167,10 +178,11 @@ mod tests {
         assert_eq!([0, 4, 8, 0x100].map(|register| read(&bus, window + register)), [0x7472_6976, 2, 0, 0]);
         bus.mmio_write(window + 0x70, &1u32.to_le_bytes());
         assert_eq!(read(&bus, window + 0x70), 0);
-        let rng = MmioTransport::new(Rng.info(), DeviceSlot::new(1).unwrap(), test_ram());
+        let (rng, slot) = rng(&bus.registers, 1);
         bus.set_device(1, Some(rng));
         assert_eq!(read(&bus, window + 8), 4);
         bus.set_device(1, None);
+        slot.clear();
         assert_eq!(read(&bus, window + 8), 0);
     }
 

@@ -7,7 +7,7 @@
 //! 0x0002_0000  kernel command line         }
 //! 0x0009_fc00  MP table                    }
 //! 0x0010_0000  RAM: the kernel, wherever its headers say
-//! 0xd000_0000  end of RAM below 4 GiB; virtio-mmio windows, one page each
+//! 0xd000_0000  end of RAM below 4 GiB; virtio-mmio windows, eight to a page
 //! 0xfec0_0000  IOAPIC
 //! 0xfee0_0000  local APICs
 //! 0xfffb_d000  three pages that KVM needs on Intel CPUs
@@ -35,8 +35,8 @@ pub const HIGH_RAM: u64 = 0x10_0000;
 
 /// The first device window.
 pub const MMIO_BASE: u64 = 0xd000_0000;
-/// Size and distance of device windows.
-pub const MMIO_STRIDE: u64 = 0x1000;
+/// Size and distance of device windows: the registers and as many bytes of configuration space.
+pub const MMIO_STRIDE: u64 = 0x200;
 /// The IOAPIC's window.
 pub const IOAPIC_BASE: u64 = 0xfec0_0000;
 /// Size of the IOAPIC's window.

@@ -5,17 +5,19 @@ use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_PMU_CAP_DISABLE,
-    KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_userspace_memory_region,
+    KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MEM_READONLY,
+    KVM_PMU_CAP_DISABLE, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
-use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_NOTIFY};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::cpu::CpuidTemplate;
+use crate::devices::interrupt::USED_BUFFER;
+use crate::devices::registers::RegisterMemory;
 use crate::devices::slot::{DeviceSlot, Kicks};
 use crate::ioapic::{InterruptRouter, MsiRoute};
-use crate::layout::{FIRST_IRQ, IRQ_PINS, KVM_TSS, irq, mmio_address};
+use crate::layout::{FIRST_IRQ, IRQ_PINS, KVM_TSS, MMIO_BASE, irq, mmio_address};
 use crate::machine::{MachineError, kvm_failed};
 use crate::memory::SharedRam;
 
@@ -107,6 +109,27 @@ pub(crate) fn set_memory(vm: &VmFd, ram: &SharedRam) -> Result<(), MachineError>
     Ok(())
 }
 
+/// Lets the guest read the registers of devices without an exit, where KVM can. `slot` is the number of a free memory slot.
+pub(crate) fn show_registers(
+    kvm: &Kvm,
+    vm: &VmFd,
+    registers: &RegisterMemory,
+    slot: usize,
+) -> Result<(), MachineError> {
+    if !kvm.check_extension(Cap::ReadonlyMem) {
+        return Ok(());
+    }
+    let slot = kvm_userspace_memory_region {
+        slot: slot as u32,
+        flags: KVM_MEM_READONLY,
+        guest_phys_addr: MMIO_BASE,
+        memory_size: registers.size(),
+        userspace_addr: registers.address(),
+    };
+    // SAFETY: the memory stays for as long as vCPUs run: their threads hold the bus, which holds it as well.
+    unsafe { vm.set_user_memory_region(slot) }.map_err(kvm_failed("take the registers of devices"))
+}
+
 /// Creates vCPUs, each with its features and nothing else set.
 pub(crate) fn create_vcpus(vm: &VmFd, cpuid: &CpuidTemplate, count: u8) -> Result<Vec<VcpuFd>, MachineError> {
     (0..count)
@@ -136,6 +159,10 @@ pub(crate) fn wire(vm: &VmFd, first: usize, slots: &[Arc<DeviceSlot>]) -> Result
                 vm.register_ioevent(kick, &address, NoDatamatch).map_err(kvm_failed("take an ioeventfd"))?;
             }
         }
+        // Nobody has to hear of it (see `Interrupt`), so it ends in KVM.
+        let address = IoEventAddress::Mmio(mmio_address(index) + u64::from(VIRTIO_MMIO_INTERRUPT_ACK));
+        vm.register_ioevent(slot.acknowledged(), &address, USED_BUFFER)
+            .map_err(kvm_failed("take an ioeventfd"))?;
     }
     Ok(())
 }

@@ -142,7 +142,7 @@ mod tests {
 
     #[test]
     fn windows_are_counted_from_the_first() {
-        let line = "quiet bulkhead.device_slots=5 virtio_mmio.device=4K@0xd0000000:9\n";
+        let line = "quiet bulkhead.device_slots=5 virtio_mmio.device=512@0xd0000000:9\n";
         assert_eq!(name_on(line, 2).as_deref(), Some("virtio-mmio.7"));
         assert_eq!(name_on(line, u32::MAX), None);
         assert_eq!(name_on("quiet", 0), None);

@@ -37,13 +37,7 @@ pub fn command_line(devices: usize, slots: usize, parameters: &str) -> Result<St
     let mut line = format!("{BASE} bulkhead.power_port={POWER_PORT:#x} bulkhead.device_slots={devices}");
     for index in 0..devices + slots {
         // Writing to a string can't fail.
-        let _ = write!(
-            line,
-            " virtio_mmio.device={}K@{:#x}:{}",
-            MMIO_STRIDE >> 10,
-            mmio_address(index),
-            irq(index)
-        );
+        let _ = write!(line, " virtio_mmio.device={MMIO_STRIDE}@{:#x}:{}", mmio_address(index), irq(index));
     }
     if !parameters.is_empty() {
         line.push(' ');
@@ -70,8 +64,8 @@ mod tests {
         let line = command_line(1, 1, "root=/dev/vda quiet").unwrap();
         assert!(line.starts_with("console=hvc0 "));
         assert!(line.ends_with(
-            " bulkhead.power_port=0x604 bulkhead.device_slots=1 virtio_mmio.device=4K@0xd0000000:9 \
-             virtio_mmio.device=4K@0xd0001000:10 root=/dev/vda quiet"
+            " bulkhead.power_port=0x604 bulkhead.device_slots=1 virtio_mmio.device=512@0xd0000000:9 \
+             virtio_mmio.device=512@0xd0000200:10 root=/dev/vda quiet"
         ));
     }
 

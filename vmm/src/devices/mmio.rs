@@ -6,41 +6,34 @@ use log::error;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
-    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
+    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_VERSION_1,
 };
 use virtio_bindings::virtio_mmio::{
-    VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_DEVICE_FEATURES,
-    VIRTIO_MMIO_DEVICE_FEATURES_SEL, VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES,
-    VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS,
-    VIRTIO_MMIO_MAGIC_VALUE, VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW,
-    VIRTIO_MMIO_QUEUE_DESC_HIGH, VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM,
-    VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH,
-    VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_SHM_BASE_HIGH, VIRTIO_MMIO_SHM_BASE_LOW,
-    VIRTIO_MMIO_SHM_LEN_HIGH, VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID,
-    VIRTIO_MMIO_VERSION,
+    VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_DEVICE_FEATURES, VIRTIO_MMIO_DEVICE_FEATURES_SEL, VIRTIO_MMIO_DEVICE_ID,
+    VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INTERRUPT_ACK,
+    VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH,
+    VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX,
+    VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW,
+    VIRTIO_MMIO_SHM_BASE_HIGH, VIRTIO_MMIO_SHM_BASE_LOW, VIRTIO_MMIO_SHM_LEN_HIGH, VIRTIO_MMIO_SHM_LEN_LOW,
+    VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use super::interrupt::USED_BUFFER;
 use super::queue::{QueueFault, QueueRegisters, Virtqueue};
-use super::slot::DeviceSlot;
+use super::slot::{DeviceSlot, SlotState};
 use super::worker::chain_of;
 use super::{Activated, BackendState, DeviceInfo, DeviceState, StateFault};
 use crate::memory::SharedRam;
 
-/// "virt", little-endian.
-const MAGIC: u32 = 0x7472_6976;
 /// "blkh", little-endian: ours.
 const VENDOR: u32 = 0x686b_6c62;
-
-/// The version of the register layout.
-const VERSION: u32 = 2;
 
 const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
 const DRIVER: u32 = VIRTIO_CONFIG_S_DRIVER;
 const FEATURES_OK: u32 = VIRTIO_CONFIG_S_FEATURES_OK;
 const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
 const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
-const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
 
 /// Feature bits offered for every device.
 const COMMON_FEATURES: u64 =
@@ -63,19 +56,6 @@ pub struct TransportState {
     pub queues: Vec<QueueRegisters>,
 }
 
-/// A read at `offset` of a window without a device: drivers leave alone what has device id 0 (section 4.2.2).
-pub fn read_placeholder(offset: u64, data: &mut [u8]) {
-    data.fill(0);
-    if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
-        *data = match u32::try_from(offset) {
-            Ok(VIRTIO_MMIO_MAGIC_VALUE) => MAGIC,
-            Ok(VIRTIO_MMIO_VERSION) => VERSION,
-            _ => 0,
-        }
-        .to_le_bytes();
-    }
-}
-
 /// One device's registers. Called by vCPU threads, under a lock.
 #[derive(Debug)]
 pub struct MmioTransport {
@@ -90,6 +70,7 @@ impl MmioTransport {
     pub fn new(info: DeviceInfo, slot: Arc<DeviceSlot>, ram: SharedRam) -> Self {
         let mut transport = MmioTransport { info, slot, ram, state: TransportState::default() };
         transport.state = transport.initial_state();
+        transport.show();
         transport
     }
 
@@ -119,10 +100,18 @@ impl MmioTransport {
             config: self.info.config.contents(),
             config_generation: self.info.config.generation(),
             transport: self.state.clone(),
-            interrupt_status: self.slot.interrupt.status(),
+            interrupt_status: self.pending_interrupts(&state),
             positions,
             backend,
         })
+    }
+
+    /// What a driver may not have taken notice of.
+    fn pending_interrupts(&self, state: &SlotState) -> u32 {
+        let status = self.slot.interrupt.status();
+        let all_seen =
+            state.active.as_ref().is_none_or(|active| active.queues.iter().all(Virtqueue::is_seen));
+        if all_seen { status & !USED_BUFFER } else { status }
     }
 
     /// Takes a saved state, which goes through the checks that its driver went through. Before the device thread starts.
@@ -145,14 +134,17 @@ impl MmioTransport {
             return Err(StateFault::Other("set of features"));
         }
         self.info.config.set_generation(saved.config_generation);
-        self.slot.interrupt.restore(saved.interrupt_status);
+        let features = self.state.driver_features;
+        // An interrupt for what its driver has seen since may be on its way.
+        let on_its_way = if features & 1 << VIRTIO_RING_F_EVENT_IDX != 0 { USED_BUFFER } else { 0 };
+        self.slot.interrupt.restore(saved.interrupt_status | on_its_way);
+        self.show();
         let Some(positions) = &saved.positions else {
             return if status & DRIVER_OK == 0 { Ok(()) } else { Err(StateFault::Impossible("it is idle")) };
         };
         if status & (FEATURES_OK | DRIVER_OK) != FEATURES_OK | DRIVER_OK || positions.len() != queues.len() {
             return Err(StateFault::Impossible("its queues are in use"));
         }
-        let features = self.state.driver_features;
         let mut queues = self.check_queues(features)?;
         for (queue, position) in queues.iter_mut().zip(positions) {
             match (queue.position(), position) {
@@ -170,17 +162,6 @@ impl MmioTransport {
         &self.slot
     }
 
-    /// A guest's read at `offset` of the device's window. What isn't a register reads as zero.
-    pub fn read(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        let Ok(offset) = u32::try_from(offset) else { return };
-        if let Some(offset) = offset.checked_sub(VIRTIO_MMIO_CONFIG) {
-            self.info.config.read(offset as usize, data);
-        } else if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
-            *data = self.read_register(offset).to_le_bytes();
-        }
-    }
-
     /// A guest's write at `offset` of the device's window. What isn't a writable register is ignored.
     pub fn write(&mut self, offset: u64, data: &[u8]) {
         let Ok(offset) = u32::try_from(offset) else { return };
@@ -188,6 +169,9 @@ impl MmioTransport {
             && offset < VIRTIO_MMIO_CONFIG
         {
             self.write_register(offset, u32::from_le_bytes(data));
+            if !matches!(offset, VIRTIO_MMIO_QUEUE_NOTIFY | VIRTIO_MMIO_INTERRUPT_ACK) {
+                self.show_state();
+            }
         }
     }
 
@@ -201,32 +185,38 @@ impl MmioTransport {
         self.info.features | COMMON_FEATURES
     }
 
-    fn read_register(&self, offset: u32) -> u32 {
-        let selected = self.state.queue_sel as usize;
-        match offset {
-            VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
-            VIRTIO_MMIO_VERSION => VERSION,
-            VIRTIO_MMIO_DEVICE_ID => self.info.kind.id(),
-            VIRTIO_MMIO_VENDOR_ID => VENDOR,
-            VIRTIO_MMIO_DEVICE_FEATURES => half(self.offered_features(), self.state.device_features_sel),
-            VIRTIO_MMIO_QUEUE_NUM_MAX => {
-                self.info.queue_sizes.get(selected).map_or(0, |&size| u32::from(size))
-            }
-            VIRTIO_MMIO_QUEUE_READY => {
-                self.state.queues.get(selected).map_or(0, |queue| u32::from(queue.ready))
-            }
-            VIRTIO_MMIO_INTERRUPT_STATUS => self.slot.interrupt.status(),
-            VIRTIO_MMIO_STATUS => {
-                self.state.status | if self.slot.interrupt.needs_reset() { NEEDS_RESET } else { 0 }
-            }
-            // No shared memory region: all ones (section 4.2.2).
-            VIRTIO_MMIO_SHM_LEN_LOW
-            | VIRTIO_MMIO_SHM_LEN_HIGH
-            | VIRTIO_MMIO_SHM_BASE_LOW
-            | VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
-            VIRTIO_MMIO_CONFIG_GENERATION => self.info.config.generation(),
-            _ => 0,
+    /// Shows everything that the driver can read.
+    fn show(&self) {
+        let registers = &self.slot.registers;
+        registers.identify();
+        registers.store(VIRTIO_MMIO_DEVICE_ID, self.info.kind.id());
+        registers.store(VIRTIO_MMIO_VENDOR_ID, VENDOR);
+        // No shared memory region: all ones (section 4.2.2).
+        for register in [
+            VIRTIO_MMIO_SHM_LEN_LOW,
+            VIRTIO_MMIO_SHM_LEN_HIGH,
+            VIRTIO_MMIO_SHM_BASE_LOW,
+            VIRTIO_MMIO_SHM_BASE_HIGH,
+        ] {
+            registers.store(register, u32::MAX);
         }
+        self.info.config.show(registers);
+        self.show_state();
+    }
+
+    /// Shows what depends on what the driver wrote.
+    fn show_state(&self) {
+        let registers = &self.slot.registers;
+        let selected = self.state.queue_sel as usize;
+        let size = self.info.queue_sizes.get(selected).map_or(0, |&size| u32::from(size));
+        let ready = self.state.queues.get(selected).map_or(0, |queue| u32::from(queue.ready));
+        registers.store(
+            VIRTIO_MMIO_DEVICE_FEATURES,
+            half(self.offered_features(), self.state.device_features_sel),
+        );
+        registers.store(VIRTIO_MMIO_QUEUE_NUM_MAX, size);
+        registers.store(VIRTIO_MMIO_QUEUE_READY, ready);
+        self.slot.interrupt.show_status(self.state.status);
     }
 
     fn write_register(&mut self, offset: u32, value: u32) {
@@ -382,19 +372,11 @@ mod tests {
     }
 
     #[test]
-    fn the_configuration_space_takes_any_access() {
+    fn the_configuration_space_is_shown() {
         let driver = fresh();
-        let read = |offset, size| {
-            let mut data = vec![0xee; size];
-            driver.transport.read(offset, &mut data);
-            data
-        };
-        assert_eq!(read(0x100, 1), [1]);
-        assert_eq!(read(0x102, 2), [3, 4]);
-        assert_eq!(read(0x104, 4), [5, 6, 7, 8]);
-        assert_eq!(read(0x100, 8), [1, 2, 3, 4, 5, 6, 7, 8]);
-        assert_eq!(read(0x107, 4), [8, 0, 0, 0]);
-        assert_eq!(read(0x0, 2), [0, 0]);
+        let mut data = [0xee; 10];
+        driver.transport.slot().registers.read(0x100, &mut data);
+        assert_eq!(data, [1, 2, 3, 4, 5, 6, 7, 8, 0, 0]);
     }
 
     #[test]
@@ -495,7 +477,14 @@ mod tests {
         let mut driver = TestDriver::activated(Box::new(Echo::default()), 0);
         driver.request(0, &[writable(BUFFERS, 4)]);
         assert_eq!(driver.get(0x60), 1);
+        driver.transport.slot().interrupt.signal_config();
+        assert_eq!(driver.get(0x60), 3);
+        // That of used buffers may come to nobody's ears, so it changes nothing.
         driver.set(0x64, 1);
+        assert_eq!(driver.get(0x60), 3);
+        driver.set(0x64, 3);
+        assert_eq!(driver.get(0x60), 1);
+        driver.set(0x70, 0);
         assert_eq!(driver.get(0x60), 0);
     }
 
@@ -507,7 +496,7 @@ mod tests {
             let offset = nonsense.below(0x120);
             let size = 1 << nonsense.below(4);
             if nonsense.below(4) == 0 {
-                driver.transport.read(offset, &mut [0; 8][..size]);
+                driver.transport.slot().registers.read(offset, &mut [0; 8][..size]);
             } else {
                 let value = nonsense.next() >> nonsense.below(64);
                 driver.transport.write(offset, &value.to_le_bytes()[..size]);

@@ -2,8 +2,9 @@
 //!
 //! A device has two faces that meet in a [`slot::DeviceSlot`]:
 //!
-//! - the *register face* ([`mmio::MmioTransport`]), which vCPU threads call on a trapped access. It negotiates features,
-//!   takes the driver's queue addresses, checks them, and activates or resets the device;
+//! - the *register face* ([`mmio::MmioTransport`]), which vCPU threads call on a trapped write. It negotiates features,
+//!   takes the driver's queue addresses, checks them, and activates or resets the device; what drivers read is in
+//!   [`registers`];
 //! - the *backend* (an implementation of [`VirtioDevice`]), which lives on the device thread inside a
 //!   [`worker::DeviceWorker`] and is called when a queue was kicked or one of its descriptors is ready.
 //!
@@ -28,10 +29,11 @@ mod chain;
 mod config;
 pub mod console;
 pub mod fs;
-mod interrupt;
+pub(crate) mod interrupt;
 pub mod mmio;
 pub mod net;
 mod queue;
+pub mod registers;
 pub mod rng;
 pub mod slot;
 mod state;

@@ -286,6 +286,17 @@ impl Virtqueue {
         }
     }
 
+    /// Whether the driver says that it has seen all that is used: it wants to hear of the next.
+    pub(super) fn is_seen(&self) -> bool {
+        let Some(ring) = &self.ring else { return true };
+        let event = GuestAddress(ring.avail_ring() + 4 + 2 * u64::from(ring.size()));
+        ring.event_idx_enabled()
+            && self
+                .ram
+                .load(event, Ordering::Acquire)
+                .is_ok_and(|event| u16::from_le(event) == ring.next_used())
+    }
+
     /// Whether the driver has made buffers available that were not taken. Only reads, so it leaves no trace in memory.
     pub(super) fn has_available(&self) -> bool {
         self.ring.as_ref().is_some_and(|ring| {

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::registers::Registers;
 use super::{Activated, Interrupt};
 
 /// Shared by one [`super::mmio::MmioTransport`] and one [`super::worker::DeviceWorker`].
@@ -15,6 +16,9 @@ pub struct DeviceSlot {
     /// The driver's notifications arrive here.
     pub(super) kicks: Kicks,
     pub(super) interrupt: Interrupt,
+    /// Where KVM leaves acknowledgements of used buffers; nobody reads it.
+    acknowledged: EventFd,
+    pub(super) registers: Registers,
 }
 
 /// The eventfds of a device's notifications.
@@ -58,19 +62,20 @@ pub(super) struct SlotState {
 }
 
 impl DeviceSlot {
-    /// A slot for a device of `queues` queues.
-    pub fn new(queues: usize) -> std::io::Result<Arc<Self>> {
-        Self::with(Kicks::PerQueue((0..queues).map(|_| eventfd()).collect::<Result<_, _>>()?))
+    /// A slot for a device of `queues` queues with these registers.
+    pub fn new(queues: usize, registers: Registers) -> std::io::Result<Arc<Self>> {
+        Self::with(Kicks::PerQueue((0..queues).map(|_| eventfd()).collect::<Result<_, _>>()?), registers)
     }
 
     /// A slot for one device after the other, each with as many queues as it likes.
-    pub fn reusable() -> std::io::Result<Arc<Self>> {
-        Self::with(Kicks::Shared(eventfd()?))
+    pub fn reusable(registers: Registers) -> std::io::Result<Arc<Self>> {
+        Self::with(Kicks::Shared(eventfd()?), registers)
     }
 
-    fn with(kicks: Kicks) -> std::io::Result<Arc<Self>> {
-        let interrupt = Interrupt::new(eventfd()?);
-        Ok(Arc::new(DeviceSlot { state: Mutex::default(), wake: eventfd()?, kicks, interrupt }))
+    fn with(kicks: Kicks, registers: Registers) -> std::io::Result<Arc<Self>> {
+        let interrupt = Interrupt::new(eventfd()?, registers.clone());
+        let (state, wake, acknowledged) = (Mutex::default(), eventfd()?, eventfd()?);
+        Ok(Arc::new(DeviceSlot { state, wake, kicks, interrupt, acknowledged, registers }))
     }
 
     /// The device's interrupt, for the wiring of its line.
@@ -81,6 +86,11 @@ impl DeviceSlot {
     /// The eventfds of notifications, for the wiring of ioeventfds.
     pub fn kicks(&self) -> &Kicks {
         &self.kicks
+    }
+
+    /// Where acknowledgements of used buffers go, for the wiring of an ioeventfd.
+    pub fn acknowledged(&self) -> &EventFd {
+        &self.acknowledged
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, SlotState> {
@@ -119,6 +129,7 @@ impl DeviceSlot {
     pub fn clear(&self) {
         *self.lock() = SlotState::default();
         self.interrupt.clear();
+        self.registers.show_placeholder();
     }
 
     fn wake_worker(&self) {

@@ -7,6 +7,7 @@ use event_manager::{EventManager, SubscriberOps};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::mmio::MmioTransport;
+use super::registers::RegisterMemory;
 use super::slot::DeviceSlot;
 use super::worker::DeviceWorker;
 use super::{
@@ -72,7 +73,7 @@ impl TestDriver {
     pub fn new(device: Box<dyn VirtioDevice>) -> Self {
         let info = device.info();
         let ram = test_ram();
-        let slot = DeviceSlot::new(info.queue_sizes.len()).unwrap();
+        let slot = DeviceSlot::new(info.queue_sizes.len(), RegisterMemory::new().window(0)).unwrap();
         let mut loop_ = EventManager::new_with_capacity(16).unwrap();
         loop_.add_subscriber(DeviceWorker::new(device, slot.clone()));
         let queues =
@@ -128,7 +129,7 @@ impl TestDriver {
 
     pub fn get(&self, offset: u64) -> u32 {
         let mut data = [0; 4];
-        self.transport.read(offset, &mut data);
+        self.transport.slot().registers.read(offset, &mut data);
         u32::from_le_bytes(data)
     }
 

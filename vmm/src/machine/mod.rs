@@ -24,6 +24,7 @@ use bulkhead_seccomp::Filter;
 use bulkhead_vmm_protocol::{AttachDisk, AttachNet, ExitReason, PrepareConfig, VmConfig};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use log::{error, warn};
+use vm_memory::GuestMemoryBackend;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, BootError};
@@ -32,6 +33,7 @@ use crate::cpu::{self, CpuidTemplate};
 use crate::device_loop::{DeviceLoop, THREAD_STACK};
 use crate::devices::VirtioDevice;
 use crate::devices::mmio::MmioTransport;
+use crate::devices::registers::RegisterMemory;
 use crate::devices::slot::DeviceSlot;
 use crate::devices::worker::{DeviceWorker, chain_of};
 use crate::ioapic::IoApic;
@@ -57,6 +59,7 @@ pub struct Prepared {
     memory: Memory,
     memory_mib: u32,
     ram: SharedRam,
+    registers: Arc<RegisterMemory>,
     cpuid: CpuidTemplate,
     vcpus: Vec<VcpuFd>,
     crew: Crew,
@@ -77,9 +80,11 @@ impl Prepared {
             None => vm::create_vm(&kvm)?,
             Some(mut file) => create_vm_and_populate(&kvm, &ram, &mut file)?,
         });
+        let registers = RegisterMemory::new();
         vm::set_memory(&vm, &ram)?;
+        vm::show_registers(&kvm, &vm, &registers, ram.num_regions())?;
         let vcpus = vm::create_vcpus(&vm, &cpuid, config.vcpus)?;
-        Ok(Prepared { kvm, vm, memory, memory_mib, ram, cpuid, vcpus, crew })
+        Ok(Prepared { kvm, vm, memory, memory_mib, ram, registers, cpuid, vcpus, crew })
     }
 }
 
@@ -117,12 +122,16 @@ struct DeviceParts {
 }
 
 impl DeviceParts {
-    fn new(devices: Vec<Box<dyn VirtioDevice>>, ram: &SharedRam) -> Result<Self, MachineError> {
+    fn new(
+        devices: Vec<Box<dyn VirtioDevice>>,
+        ram: &SharedRam,
+        registers: &Arc<RegisterMemory>,
+    ) -> Result<Self, MachineError> {
         let mut parts = DeviceParts { transports: Vec::new(), workers: Vec::new(), slots: Vec::new() };
-        for device in devices {
+        for (device, index) in devices.into_iter().zip(0..) {
             let info = device.info();
-            let slot =
-                DeviceSlot::new(info.queue_sizes.len()).map_err(host_failed("eventfds for a device"))?;
+            let slot = DeviceSlot::new(info.queue_sizes.len(), registers.window(index))
+                .map_err(host_failed("eventfds for a device"))?;
             parts.transports.push(MmioTransport::new(info, slot.clone(), ram.clone()));
             parts.workers.push(DeviceWorker::new(device, slot.clone()));
             parts.slots.push(slot);
@@ -150,7 +159,7 @@ impl Machine {
         config: &VmConfig,
         fds: Vec<OwnedFd>,
     ) -> Result<(Self, Handles), MachineError> {
-        let Prepared { kvm, vm, memory, memory_mib, ram, cpuid, vcpus, crew } = prepared;
+        let Prepared { kvm, vm, memory, memory_mib, ram, registers, cpuid, vcpus, crew } = prepared;
         let Resources { start: mut kernel, devices, handles } = Resources::take(config, config.kernel, fds)?;
 
         let command_line = boot::command_line(devices.len(), DEVICE_SLOTS, &config.cmdline)
@@ -167,12 +176,12 @@ impl Machine {
             }
         }
 
-        let parts = DeviceParts::new(devices, &ram)?;
+        let parts = DeviceParts::new(devices, &ram, &registers)?;
         vm::wire(&vm, 0, &parts.slots)?;
         let router = KvmRouter { vm: vm.clone(), slots: parts.slots };
         let ioapic = IoApic::new(crew.vcpus(), Box::new(router));
-        let slots = Slots::new(vm.clone(), ram.clone(), parts.transports.len());
-        let bus = Arc::new(Bus::new(parts.transports, DEVICE_SLOTS, ioapic));
+        let slots = Slots::new(vm.clone(), ram.clone(), registers.clone(), parts.transports.len());
+        let bus = Arc::new(Bus::new(parts.transports, DEVICE_SLOTS, registers, ioapic));
         let saver = Saver::new(memory_mib, &memory, &kvm, vm, &cpuid)?;
         Ok((Machine { vcpus, crew, bus, ram, workers: parts.workers, slots, saver }, handles))
     }

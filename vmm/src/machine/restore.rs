@@ -26,7 +26,7 @@ impl Machine {
         config: &RestoreConfig,
         fds: Vec<OwnedFd>,
     ) -> Result<(Self, Handles), MachineError> {
-        let Prepared { kvm, vm, memory, memory_mib, ram, cpuid, vcpus, crew } = prepared;
+        let Prepared { kvm, vm, memory, memory_mib, ram, registers, cpuid, vcpus, crew } = prepared;
         let RestoreConfig { config, state } = config;
         let Resources { start: mut file, mut devices, handles } = Resources::take(config, *state, fds)?;
         if matches!(memory, Memory::Anonymous) {
@@ -47,7 +47,7 @@ impl Machine {
             return mismatch("CPU features");
         }
         restore_backends(&mut devices, &mut state.devices)?;
-        let mut parts = DeviceParts::new(devices, &ram)?;
+        let mut parts = DeviceParts::new(devices, &ram, &registers)?;
         for (index, (transport, saved)) in parts.transports.iter_mut().zip(&state.devices).enumerate() {
             transport.restore(saved).map_err(|fault| device_failed(index, &fault))?;
         }
@@ -58,10 +58,14 @@ impl Machine {
         vm::wire(&vm, 0, &wired)?;
         restore_vcpus(&vm, &vcpus, &state)?;
         // What was pending may or may not have reached a local APIC; once more does no harm.
-        wired.iter().for_each(|slot| slot.interrupt().raise_pending());
+        for (slot, saved) in wired.iter().zip(&state.devices) {
+            if saved.interrupt_status != 0 {
+                slot.interrupt().raise_again();
+            }
+        }
 
-        let slots = Slots::new(vm.clone(), ram.clone(), parts.transports.len());
-        let bus = Arc::new(Bus::new(parts.transports, DEVICE_SLOTS, ioapic));
+        let slots = Slots::new(vm.clone(), ram.clone(), registers.clone(), parts.transports.len());
+        let bus = Arc::new(Bus::new(parts.transports, DEVICE_SLOTS, registers, ioapic));
         let saver = Saver::new(memory_mib, &memory, &kvm, vm, &cpuid)?;
         Ok((Machine { vcpus, crew, bus, ram, workers: parts.workers, slots, saver }, handles))
     }

@@ -18,6 +18,7 @@ use crate::devices::VirtioDevice;
 use crate::devices::blk::Block;
 use crate::devices::mmio::MmioTransport;
 use crate::devices::net::Net;
+use crate::devices::registers::RegisterMemory;
 use crate::devices::slot::DeviceSlot;
 use crate::devices::worker::DeviceWorker;
 use crate::layout::DEVICE_SLOTS;
@@ -69,6 +70,7 @@ pub enum SlotError {
 pub(super) struct Slots {
     vm: Arc<VmFd>,
     ram: SharedRam,
+    registers: Arc<RegisterMemory>,
     /// Number of the first slot's window.
     first: usize,
     slots: [Slot; DEVICE_SLOTS],
@@ -82,8 +84,8 @@ struct Slot {
 
 impl Slots {
     /// Free slots behind the windows of `first` other devices.
-    pub fn new(vm: Arc<VmFd>, ram: SharedRam, first: usize) -> Self {
-        Slots { vm, ram, first, slots: Default::default() }
+    pub fn new(vm: Arc<VmFd>, ram: SharedRam, registers: Arc<RegisterMemory>, first: usize) -> Self {
+        Slots { vm, ram, registers, first, slots: Default::default() }
     }
 
     /// Puts a disk into a free slot.
@@ -132,7 +134,7 @@ impl Slots {
             Some(wired) => wired.clone(),
             None => {
                 let failed = |source| SlotError::Wire { slot: number, source: Box::new(source) };
-                let wired = DeviceSlot::reusable()
+                let wired = DeviceSlot::reusable(self.registers.window(index))
                     .map_err(|error| failed(host_failed("eventfds for a device")(error)))?;
                 vm::wire(&self.vm, index, std::slice::from_ref(&wired)).map_err(failed)?;
                 wired

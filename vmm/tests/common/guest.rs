@@ -8,7 +8,7 @@ pub const LOAD: u64 = 0x10_0000;
 pub const DATA: u64 = 0x20_0000;
 /// First device window and the distance of windows.
 pub const MMIO: u64 = 0xd000_0000;
-pub const WINDOW: u64 = 0x1000;
+pub const WINDOW: u64 = 0x200;
 
 /// Code under construction.
 #[derive(Default, Clone)]
@@ -170,7 +170,7 @@ impl Driver {
 
     /// Descriptor table, available ring, used ring of a queue.
     pub fn rings(&self, queue: u64) -> (u64, u64, u64) {
-        let base = RINGS + (self.window - MMIO) * 16 + queue * 0x4000;
+        let base = RINGS + (self.window - MMIO) / WINDOW * 0x1_0000 + queue * 0x4000;
         (base, base + 0x1000, base + 0x2000)
     }
 

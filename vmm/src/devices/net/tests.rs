@@ -109,7 +109,7 @@ impl TestDriver {
         (0..12)
             .map(|at| {
                 let mut byte = [0];
-                self.transport.read(0x100 + at, &mut byte);
+                self.transport.slot().registers.read(0x100 + at, &mut byte);
                 byte[0]
             })
             .collect()
