@@ -3,6 +3,7 @@
 pub mod block;
 pub mod burst;
 pub mod cri;
+pub mod crowded;
 pub mod inside;
 pub mod memory;
 pub mod network;
@@ -21,9 +22,10 @@ use crate::report::{Better, Row, Skipped};
 use crate::runtime::{self, Runtime};
 
 /// Groups of rows, in the order in which they are measured.
-pub const GROUPS: [Group; 13] = [
+pub const GROUPS: [Group; 14] = [
     Group::Start,
     Group::Mounts,
+    Group::Pods,
     Group::Cri,
     Group::Network,
     Group::Memory,
@@ -44,6 +46,8 @@ pub enum Group {
     Start,
     /// Starting one pod after the other where a great deal is mounted.
     Mounts,
+    /// Starting one pod after the other beside many idle ones.
+    Pods,
     /// Starting pods as the kubelet does.
     Cri,
     /// Traffic with pods.
@@ -74,6 +78,7 @@ impl Group {
         match self {
             Self::Start => "start",
             Self::Mounts => "mounts",
+            Self::Pods => "pods",
             Self::Cri => "cri",
             Self::Network => "network",
             Self::Memory => "memory",
@@ -93,6 +98,7 @@ impl Group {
         match self {
             Self::Start => "pod start up to the first byte of output, by phase; stop and remove",
             Self::Mounts => "pod start on a node with 2,000 mounts",
+            Self::Pods => "pod start beside 200 idle pods",
             Self::Cri => "pod start through the CRI with a pod network, by call; exec; stop and remove",
             Self::Network => {
                 "TCP, UDP, requests and connections between the node and a pod, and between pods"
@@ -120,7 +126,8 @@ impl Group {
     pub async fn measure(self, bench: &mut Bench<'_>) {
         match self {
             Self::Start => start::measure(bench).await,
-            Self::Mounts => start::measure_with_mounts(bench).await,
+            Self::Mounts => crowded::measure_with_mounts(bench).await,
+            Self::Pods => crowded::measure_with_pods(bench).await,
             Self::Cri => cri::measure(bench).await,
             Self::Network => network::measure(bench).await,
             Self::Memory => memory::measure(bench).await,

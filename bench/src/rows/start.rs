@@ -1,11 +1,7 @@
 //! Starting a pod, and stopping and removing it: the runtimes take turns, so that whatever changes on the node meanwhile
 //! meets all of them.
 
-use std::io;
-use std::path::Path;
 use std::time::Duration;
-
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::Bench;
 use crate::pod::{self, PodError};
@@ -45,52 +41,6 @@ pub async fn measure(bench: &mut Bench<'_>) {
         bench.progress(&format!("start: round {} of {}", round + 1, WARM_UP + bench.rounds));
     }
     add_phases(bench, &starts);
-}
-
-/// Mounts of the node in [`measure_with_mounts`]: what a node with some two hundred pods has.
-const MOUNTS: usize = 2000;
-
-/// Measures starts on a node where a great deal is mounted.
-pub async fn measure_with_mounts(bench: &mut Bench<'_>) {
-    let directory = bench.directory.join("mounts");
-    if let Err(error) = mount_many(&directory) {
-        bench.progress(&format!("SKIPPED mounts: {}: {error}", directory.display()));
-        bench.results.skip("pod-start-2000-mounts", "all", error.to_string());
-    } else {
-        let mut runtimes = bench.runtimes.clone();
-        for round in 0..WARM_UP + bench.rounds {
-            runtimes.rotate_left(1);
-            for runtime in &runtimes {
-                match one_with_mounts(bench, runtime).await {
-                    Ok(took) if round >= WARM_UP => {
-                        bench.results.add_time("pod-start-2000-mounts", runtime.kind.name(), took);
-                    }
-                    Ok(_) => {}
-                    Err(error) => bench.fail("pod-start-2000-mounts", runtime.kind.name(), &error),
-                }
-            }
-            bench.progress(&format!("mounts: round {} of {}", round + 1, WARM_UP + bench.rounds));
-        }
-    }
-    for number in (0..MOUNTS).rev() {
-        let _ = umount2(&directory.join(number.to_string()), MntFlags::MNT_DETACH);
-    }
-}
-
-fn mount_many(directory: &Path) -> io::Result<()> {
-    std::fs::create_dir(directory)?;
-    for number in 0..MOUNTS {
-        let place = directory.join(number.to_string());
-        std::fs::create_dir(&place)?;
-        mount(Some("bench"), &place, Some("tmpfs"), MsFlags::empty(), Some("size=4k"))?;
-    }
-    Ok(())
-}
-
-async fn one_with_mounts(bench: &Bench<'_>, runtime: &Runtime) -> Result<Duration, PodError> {
-    let (pod, times) = bench.pods.start(runtime, &pod::idle()).await?;
-    pod.stop().await?;
-    Ok(times.total)
 }
 
 fn row_name(kind: Kind) -> &'static str {
