@@ -123,6 +123,11 @@ impl Code {
         self.out(0x604, 0x34).hang()
     }
 
+    /// Bytes as they are.
+    pub fn data(self, bytes: &[u8]) -> Self {
+        self.bytes(bytes)
+    }
+
     /// Length in bytes so far.
     pub fn len(&self) -> u64 {
         self.0.len() as u64

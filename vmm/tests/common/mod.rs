@@ -4,3 +4,4 @@
 
 pub mod guest;
 pub mod process;
+pub mod program;

@@ -107,7 +107,8 @@ impl Boot {
 
     /// Starts a VMM and sends it the request made from the configuration.
     pub fn start_with(self, request: impl FnOnce(VmConfig) -> Request) -> (Vmm, Result<(), Refusal>) {
-        let mut vmm = Vmm::spawn(env!("CARGO_BIN_EXE_bulkhead-vmm"));
+        let other = std::env::var("BULKHEAD_VMM").ok();
+        let mut vmm = Vmm::spawn(other.as_deref().unwrap_or(env!("CARGO_BIN_EXE_bulkhead-vmm")));
         if let Err(refusal) = vmm.prepare(&self.prepare, &self.prepare_fds) {
             return (vmm, Err(refusal));
         }
@@ -178,14 +179,7 @@ impl Vmm {
 
     /// Waits for the end of the machine and of the process; returns the reason and the console's output.
     pub fn wait_for_end(mut self) -> (ExitReason, String) {
-        let reason = match self.control.receive::<FromVmm>() {
-            Ok(packet) => match packet.message {
-                FromVmm::Event(Event::Exited(reason)) => reason,
-                other => panic!("{other:?} instead of the end"),
-            },
-            Err(ChannelError::TimedOut) => panic!("the guest didn't end in time"),
-            Err(error) => panic!("no event: {error}; the VMM says: {}", self.last_words()),
-        };
+        let reason = self.event();
         let status = self.wait();
         assert!(status.success(), "{status}");
         let mut output = String::new();
@@ -193,6 +187,32 @@ impl Vmm {
             console.read_to_string(&mut output).unwrap();
         }
         (reason, output)
+    }
+
+    /// The same with the console's output counted only, whether or not an answer to a request comes before.
+    pub fn end_of_machine(mut self) -> (ExitReason, u64) {
+        let console = self.console.take();
+        // Nobody may have to wait for a reader.
+        let drain = std::thread::spawn(move || {
+            console.map_or(0, |mut console| std::io::copy(&mut console, &mut std::io::sink()).unwrap_or(0))
+        });
+        let reason = self.event();
+        let status = self.wait();
+        assert!(status.success(), "{status}");
+        (reason, drain.join().unwrap())
+    }
+
+    fn event(&mut self) -> ExitReason {
+        loop {
+            match self.control.receive::<FromVmm>() {
+                Ok(packet) => match packet.message {
+                    FromVmm::Event(Event::Exited(reason)) => return reason,
+                    FromVmm::Reply(_) => {}
+                },
+                Err(ChannelError::TimedOut) => panic!("the guest didn't end in time"),
+                Err(error) => panic!("no event: {error}; the VMM says: {}", self.last_words()),
+            }
+        }
     }
 
     /// Waits for the process to end.
