@@ -35,6 +35,13 @@ const STACK: usize = 256 * 1024;
 /// pod's cgroup, this is the stop behind that.
 const MAX_OPEN_FILES: u64 = 1 << 20;
 
+/// Where the kernel says how many files may be open on the whole node. One pod gets an eighth of them at most.
+const ALL_OPEN_FILES: &str = "/proc/sys/fs/file-max";
+const SHARE: u64 = 8;
+
+/// Fewer are of no use, however small the node is.
+const MIN_OPEN_FILES: u64 = 1 << 12;
+
 /// Why the server can't start or go on.
 #[derive(Debug, thiserror::Error)]
 enum FatalError {
@@ -69,12 +76,19 @@ fn end(result: Result<(), FatalError>) -> ! {
     unsafe { libc::_exit(code) }
 }
 
+/// How many descriptors the server may have, of those that it is `allowed` and `all` that the node has.
+fn open_files(allowed: u64, all: Option<&str>) -> u64 {
+    let all = all.and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(u64::MAX);
+    allowed.min(MAX_OPEN_FILES).min((all / SHARE).max(MIN_OPEN_FILES))
+}
+
 fn run() -> Result<(), FatalError> {
     if std::env::args_os().len() > 1 {
         return Err(FatalError::Arguments);
     }
     let allowed = getrlimit(Resource::Nofile).maximum.unwrap_or(MAX_OPEN_FILES);
-    let open_files = allowed.min(MAX_OPEN_FILES);
+    let all = std::fs::read_to_string(ALL_OPEN_FILES).ok();
+    let open_files = open_files(allowed, all.as_deref());
     let own_fds = enter_file_server(FUSE_FD, &Limits { open_files }).map_err(FatalError::Jail)?;
 
     // SAFETY: the shim put the socket there for us, nobody else in this process owns it.
@@ -114,4 +128,18 @@ fn report(error: &FatalError) {
         source = error.source();
     }
     eprintln!("{line}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_never_gets_all_of_the_nodes_open_files() {
+        assert_eq!(open_files(1 << 30, Some("9223372036854775807\n")), MAX_OPEN_FILES);
+        assert_eq!(open_files(1 << 30, Some("400000\n")), 50_000);
+        assert_eq!(open_files(1024, Some("400000")), 1024);
+        assert_eq!(open_files(1 << 30, Some("100")), MIN_OPEN_FILES);
+        assert_eq!(open_files(1 << 30, None), MAX_OPEN_FILES);
+    }
 }
