@@ -2,8 +2,8 @@
 # run.sh demo | e2e | attack | bench [ARG...]: run the demo, the end-to-end suite, the attack suite or the benchmark where there is a
 # KVM for it.
 #
-# On hardware KVM they run on this machine, as root; else in the nested KVM host (tests/nested), the suite in two of them side
-# by side. Both get the same payload: our release binaries, guest kernel and image, and the test images, as hard links in a
+# On hardware KVM they run on this machine, as root; else in the nested KVM host (tests/nested), the suites in two of them
+# side by side. Both get the same payload: our release binaries, guest kernel and image, and the test images, as hard links in a
 # directory of their own. ARGs go to the suite: `run.sh e2e exec stdin` runs the cases whose names contain one of these; the
 # same for `attack`; or to the benchmark: `run.sh bench --rounds 3 start memory` measures these groups of rows.
 set -euo pipefail
@@ -84,15 +84,10 @@ fi
 
 nested=$root/tests/nested/run.sh
 "$root/tests/nested/build.sh"
-if [[ $what == demo || ($what == e2e && $# -gt 0) ]]; then
-    "$nested" --timeout 3000 "$payload" "$@"
+if [[ $what == demo || ($what != bench && $# -gt 0) ]]; then
+    mkdir -p "$results"
+    "$nested" --timeout 3000 --results "$results" "$payload" "$@"
     exit
-fi
-if [[ $what == attack ]]; then
-    code=0
-    "$nested" --timeout 3000 --results "$results" "$payload" "$@" || code=$?
-    echo "attack: table in ${results#"$root/"}/attack.md"
-    exit "$code"
 fi
 if [[ $what == bench ]]; then
     "$nested" --timeout 7200 --results "$results" "$payload" "$@"
@@ -106,7 +101,7 @@ for shard in 1 2; do
     : >"$logs/$shard.log" # there before its reader looks for it
     "$nested" --timeout 3000 --results "$logs/$shard" "$payload" --shard "$shard/2" >>"$logs/$shard.log" 2>&1 &
     pids+=($!)
-    tail -q -n +1 -f --pid=$! "$logs/$shard.log" | grep --line-buffered -E '^(prep|ok|FAIL|skip|     \|) ' &
+    tail -q -n +1 -f --pid=$! "$logs/$shard.log" | grep -a --line-buffered -E '^(prep|ok|FAIL|skip|     \|) ' &
 done
 codes=()
 for pid in "${pids[@]}"; do
@@ -116,8 +111,15 @@ for pid in "${pids[@]}"; do
 done
 wait
 pids=()
-grep -h '^nested: .*virtual' "$logs"/*.log || true
+grep -ah '^nested: .*virtual' "$logs"/*.log || true
 mkdir -p "$results" && cp -r "$logs/." "$results" # for a closer look
+if [[ $what == attack ]]; then
+    "$release/bulkhead-attack" --results "$results" --merge "$logs/1" "$logs/2"
+    sed -n '/contained$/p' "$results/attack.md"
+    echo "attack: the table is in ${results#"$root/"}/attack.md"
+    [[ ${codes[*]} == "0 0" ]]
+    exit
+fi
 for shard in 1 2; do
     # A shard that did not come to its summary has said why.
     grep -q '^[0-9]* passed' "$logs/$shard.log" || { tail -n 30 "$logs/$shard.log" >&2 && fail "shard $shard ended early with exit code ${codes[shard - 1]}"; }

@@ -165,6 +165,12 @@ impl Reader {
         });
     }
 
+    /// What was written so far.
+    pub fn so_far(&self) -> String {
+        let content = self.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
+        String::from_utf8_lossy(&content.bytes).into_owned()
+    }
+
     /// Everything that was written, once the last writer has closed it.
     ///
     /// # Errors

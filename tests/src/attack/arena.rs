@@ -2,16 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::time::Duration;
 
-use nix::sys::stat::{major, minor};
 use serde_json::{Value, json};
 
 use super::facts::{Facts, Watch};
 use super::report::Result as Verdict;
+use super::spec::{all_capabilities, specification};
+use super::stage::{Said, Stage, nonce};
 use super::{Attempt, Profile, Program};
 use crate::bundle::{self, Bundle};
 use crate::cases::{Container, Runtime, status};
@@ -19,99 +19,18 @@ use crate::cleanup::WorkDir;
 use crate::failure::{Explain, Failure, Outcome};
 use crate::layout::Layout;
 use crate::leaks::Snapshot;
-use crate::process;
 use crate::shim::{CALL_LIMIT, CreateOptions, ShimHost};
 use crate::stdio::{Stdio, Streams};
 use crate::{ensure, ensure_eq, node};
 
 /// How many descriptors and how much memory an attempt may cost a process of ours on the host, beyond what it had before.
-const DESCRIPTORS: usize = 4096;
+const DESCRIPTORS: usize = 64;
 const MEMORY: u64 = 32 << 20;
 
-/// How much of what a program says is shown.
-const SAID: usize = 300;
+/// Where the templates are that pods start from.
+const TEMPLATES: &str = "/var/lib/bulkhead/templates";
 
 const MODPROBE: &str = "/proc/sys/kernel/modprobe";
-
-/// What an attempt's host side works with.
-pub struct Stage {
-    runtime: Runtime,
-    /// Where the parts are.
-    pub layout: Layout,
-    /// A directory of the host that no pod gets. `secret` in it holds what no pod may read.
-    pub outside: PathBuf,
-    /// Where shared directories are made.
-    shares: PathBuf,
-    /// Mounts of the host that go with the stage, in order.
-    mounts: Vec<PathBuf>,
-    /// Texts that no program may print.
-    secrets: Vec<String>,
-}
-
-impl Stage {
-    /// Whether the container is one of ours.
-    pub fn is_bulkhead(&self) -> bool {
-        self.runtime == Runtime::Bulkhead
-    }
-
-    /// An empty directory on the host, to be given to the container.
-    ///
-    /// # Errors
-    /// When it can't be made.
-    pub fn share(&mut self, name: &str) -> Outcome<PathBuf> {
-        let path = self.shares.join(name);
-        fs::create_dir_all(&path).explain(|| format!("make {}", path.display()))?;
-        Ok(path)
-    }
-
-    /// Mounts something on the host, until the attempt is over.
-    ///
-    /// # Errors
-    /// What `mount` says.
-    pub fn mount(&mut self, arguments: &[&str], target: &Path) -> Outcome {
-        fs::create_dir_all(target).explain(|| format!("make {}", target.display()))?;
-        let mut command = Command::new("mount");
-        process::run(command.args(arguments).arg(target), b"", CALL_LIMIT)?.success("mount")?;
-        self.mounts.push(target.to_owned());
-        Ok(())
-    }
-}
-
-impl Drop for Stage {
-    fn drop(&mut self) {
-        for mount in self.mounts.iter().rev() {
-            let _ = process::run(Command::new("umount").arg("-l").arg(mount), b"", CALL_LIMIT);
-        }
-        let _ = fs::remove_dir_all(&self.shares);
-    }
-}
-
-/// Gives a container a volume.
-pub fn volume(spec: &mut Value, source: &Path, destination: &str, options: &[&str]) {
-    if let Some(mounts) = spec["mounts"].as_array_mut() {
-        mounts.push(bundle::bind(source, destination, options));
-    }
-}
-
-/// What a program said, and how it ended.
-#[derive(Debug, Clone, Default)]
-pub struct Said {
-    /// Its output.
-    pub stdout: String,
-    /// Its error output.
-    pub stderr: String,
-    /// How it ended, for a person.
-    pub end: String,
-    /// The container was refused.
-    pub refused: bool,
-}
-
-impl Said {
-    fn short(&self) -> String {
-        let text = format!("{} {} [{}]", self.stdout.trim(), self.stderr.trim(), self.end);
-        text.replace('\n', " ").chars().take(SAID).collect()
-    }
-}
 
 /// One pod, and the processes that serve it on the host.
 struct Pod {
@@ -143,6 +62,8 @@ pub struct Arena {
     secrets: Vec<String>,
     modprobe: String,
     counter: u32,
+    /// The node after the last attempt, unless that has to be looked at anew.
+    last: Option<Facts>,
 }
 
 impl Arena {
@@ -156,6 +77,7 @@ impl Arena {
         fs::create_dir(&outside).explain(|| format!("make {}", outside.display()))?;
         let secret = format!("secret-of-the-host-{}", nonce());
         fs::write(outside.join("secret"), &secret).explain(|| "write the secret".into())?;
+        let programs = layout.bin("");
         let module_log = work.path().join("modprobe.log");
         let logger = work.path().join("modprobe");
         let script =
@@ -175,10 +97,11 @@ impl Arena {
             hosts,
             pods: BTreeMap::new(),
             neighbour: None,
-            watch: Watch { module_log, outside: vec![outside] },
+            watch: Watch { module_log, outside: vec![outside, TEMPLATES.into(), programs] },
             secrets: vec![secret],
             modprobe,
             counter: 0,
+            last: None,
         };
         arena.start_neighbour()?;
         Ok(arena)
@@ -220,6 +143,11 @@ impl Arena {
             shares: self.work.path().join(format!("shares-{}", self.counter)),
             mounts: Vec::new(),
             secrets: self.secrets.clone(),
+            absent: None,
+            listener: None,
+            server: None,
+            fifo: None,
+            victim: None,
         };
         let leaks = Snapshot::take(&[]);
         let id = format!("{}-{}", if runtime == Runtime::Runc { "runc" } else { "bulkhead" }, self.counter);
@@ -229,13 +157,24 @@ impl Arena {
             if let Some(setup) = attempt.setup {
                 setup(&mut stage, &mut made)?;
             }
+            if let Some(reason) = stage.absent.take() {
+                return Ok(Verdict {
+                    runtime,
+                    profile,
+                    breaches: Vec::new(),
+                    said: String::new(),
+                    absent: Some(reason),
+                });
+            }
             spec = Some(made);
         } else {
             self.shared(runtime, profile)?;
         }
-        let before = Facts::take(&self.watch);
+        // What a setup does to the node is not the attempt's doing.
+        let last = self.last.take().filter(|_| attempt.setup.is_none());
+        let before = last.unwrap_or_else(|| Facts::take(&self.watch));
         let (said, mut breaches) = match spec {
-            Some(spec) => self.run_alone(attempt, runtime, profile, &id, spec)?,
+            Some(spec) => self.run_alone(attempt, &stage, profile, &id, spec)?,
             None => self.run_shared(attempt, runtime, profile, &id)?,
         };
         let after = Facts::take(&self.watch);
@@ -243,6 +182,11 @@ impl Arena {
         let told = stage.secrets.iter().any(|secret| said.stdout.contains(secret.as_str()));
         if told {
             breaches.push("read what it was not given".into());
+        }
+        if let Some(victim) = &mut stage.victim
+            && !matches!(victim.try_wait(), Ok(None))
+        {
+            breaches.push("a process of the host was killed".into());
         }
         if let Some(judge) = attempt.judge {
             breaches.extend(judge(&stage, &said)?);
@@ -253,26 +197,33 @@ impl Arena {
         if let Err(Failure(reason)) = self.expect_neighbour() {
             breaches.push(format!("the neighbour: {reason}"));
         }
+        if breaches.is_empty() && attempt.setup.is_none() {
+            self.last = Some(after);
+        }
         drop(stage);
         if attempt.alone
             && let Err(Failure(left)) = leaks.expect_nothing_left()
         {
             breaches.push(left);
         }
-        Ok(Verdict { runtime, profile, breaches, said: said.short() })
+        Ok(Verdict { runtime, profile, breaches, said: said.short(), absent: None })
     }
 
     /// The program as the container's own process.
     fn run_alone(
         &mut self,
         attempt: &Attempt,
-        runtime: Runtime,
+        stage: &Stage,
         profile: Profile,
         id: &str,
         mut spec: Value,
     ) -> Outcome<(Said, Vec<String>)> {
+        let runtime = stage.runtime;
         let bundle = self.bundle(runtime, id, &spec)?;
         spec["process"] = self.process(attempt, profile, &bundle);
+        if let (Some(victim), Some(environment)) = (&stage.victim, spec["process"]["env"].as_array_mut()) {
+            environment.push(format!("VICTIM={}", victim.id()).into());
+        }
         fs::write(bundle.path.join("config.json"), spec.to_string())
             .explain(|| "write config.json".into())?;
         let pod = match self.create(runtime, bundle)? {
@@ -307,7 +258,8 @@ impl Arena {
             said.end = format!("{}; {}", said.end, error.message);
         }
         read(&pod.container.stdio, &mut said);
-        pod.container.shim.delete("")?;
+        said.log = shim.log.so_far();
+        shim.delete("")?;
         pod.container.release()?;
         Ok((said, breaches))
     }
@@ -474,7 +426,9 @@ fn grown(before: &[(i32, Option<Cost>)]) -> Vec<String> {
     for (pid, before) in before {
         let (Some(before), Some(after)) = (before, cost(*pid)) else { continue };
         let name = node::process(*pid).map_or_else(String::new, |process| process.name);
-        if after.descriptors > before.descriptors + DESCRIPTORS {
+        // What a guest has in its caches the file server holds open, within a limit of its own.
+        let more = if name == "bulkhead-fs" { file_server_limit(*pid) } else { DESCRIPTORS };
+        if after.descriptors > before.descriptors + more {
             found.push(format!("{name} has {} descriptors, had {}", after.descriptors, before.descriptors));
         }
         if after.memory > before.memory + MEMORY {
@@ -485,60 +439,13 @@ fn grown(before: &[(i32, Option<Cost>)]) -> Vec<String> {
     found
 }
 
-fn all_capabilities() -> Value {
-    let names = "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE \
-                 NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN \
-                 SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE \
-                 MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE";
-    let all: Vec<String> = names.split_whitespace().map(|name| format!("CAP_{name}")).collect();
-    json!({ "bounding": all, "effective": all, "permitted": all, "inheritable": all })
-}
-
-/// What containerd writes for a container, an ordinary or a privileged one.
-fn specification(id: &str, process: Value, profile: Profile) -> Value {
-    let mut process = process;
-    let mut spec = bundle::spec(id, Value::Null);
-    if profile == Profile::Privileged {
-        if process["capabilities"].is_object() {
-            process["capabilities"] = all_capabilities();
-        }
-        spec["linux"]["maskedPaths"] = json!([]);
-        spec["linux"]["readonlyPaths"] = json!([]);
-        spec["linux"]["devices"] = host_devices();
-        spec["linux"]["resources"]["devices"] = json!([{ "allow": true, "access": "rwm" }]);
-        for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
-            if let Some(options) = mount["options"].as_array_mut() {
-                options.retain(|option| option != "ro");
-            }
-        }
-        if let Some(mounts) = spec["mounts"].as_array_mut() {
-            mounts.push(json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
-                                "options": ["nosuid", "noexec", "nodev", "relatime", "rw"] }));
-        }
-    }
-    spec["process"] = process;
-    spec
-}
-
-/// All device nodes of the host, as a privileged container gets them.
-fn host_devices() -> Value {
-    let mut found = Vec::new();
-    for path in node::tree(Path::new("/dev")) {
-        let Ok(status) = fs::symlink_metadata(&path) else { continue };
-        let kind = status.file_type();
-        if !kind.is_char_device() && !kind.is_block_device() {
-            continue;
-        }
-        found.push(json!({
-            "path": path, "type": if kind.is_block_device() { "b" } else { "c" },
-            "major": major(status.rdev()), "minor": minor(status.rdev()),
-            "fileMode": status.mode() & 0o777, "uid": status.uid(), "gid": status.gid(),
-        }));
-    }
-    found.into()
-}
-
-/// A number that nobody guesses.
-fn nonce() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap_or_default().trim().to_owned()
+/// The file server's limit of descriptors; none is as good as zero.
+fn file_server_limit(pid: i32) -> usize {
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap_or_default();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap_or_default();
+    let limit = line.split_whitespace().next().and_then(|word| word.parse().ok()).unwrap_or(0);
+    let all =
+        fs::read_to_string("/proc/sys/fs/file-max").ok().and_then(|text| text.trim().parse::<usize>().ok());
+    // A pod may not have the node's whole table.
+    if all.is_some_and(|all| limit <= all / 8) { limit } else { 0 }
 }

@@ -76,6 +76,8 @@ pub struct Facts {
     formats: BTreeSet<String>,
     files: BTreeMap<PathBuf, String>,
     alarms: Vec<String>,
+    groups: BTreeSet<String>,
+    loops: BTreeSet<String>,
     hostname: String,
     clock_offset: i64,
 }
@@ -113,14 +115,11 @@ impl Facts {
                 .map(|line| line.split(' ').skip(3).take(3).collect::<Vec<_>>().join(" "))
                 .collect(),
             settings,
-            formats: fs::read_dir("/proc/sys/fs/binfmt_misc")
-                .into_iter()
-                .flatten()
-                .flatten()
-                .map(|entry| entry.file_name().to_string_lossy().into_owned())
-                .collect(),
+            formats: names("/proc/sys/fs/binfmt_misc"),
             files,
             alarms: alarms(),
+            groups: names("/sys/fs/cgroup").into_iter().filter(|name| !name.contains('.')).collect(),
+            loops: names("/sys/block").into_iter().filter(|name| is_bound(name)).collect(),
             hostname: text("/proc/sys/kernel/hostname"),
             clock_offset: clock_offset(),
         }
@@ -149,6 +148,8 @@ impl Facts {
         found.extend(new(&self.mounts, &after.mounts).iter().map(|mount| format!("mounted: {mount}")));
         found.extend(new(&after.mounts, &self.mounts).iter().map(|mount| format!("unmounted: {mount}")));
         found.extend(new(&self.formats, &after.formats).iter().map(|name| format!("binary format {name}")));
+        found.extend(new(&self.groups, &after.groups).iter().map(|name| format!("control group {name}")));
+        found.extend(new(&self.loops, &after.loops).iter().map(|name| format!("bound on the host: {name}")));
         found.extend(changed("setting", &self.settings, &after.settings));
         found.extend(changed("file", &self.files, &after.files));
         let alarms = after.alarms.iter().filter(|alarm| !self.alarms.contains(alarm));
@@ -172,6 +173,12 @@ impl Facts {
         for name in after.formats.difference(&self.formats) {
             let _ = fs::write(Path::new("/proc/sys/fs/binfmt_misc").join(name), "-1");
         }
+        for name in after.groups.difference(&self.groups) {
+            let _ = fs::remove_dir(Path::new("/sys/fs/cgroup").join(name));
+        }
+        for name in after.loops.difference(&self.loops) {
+            let _ = Command::new("losetup").arg("-d").arg(Path::new("/dev").join(name)).output();
+        }
         for mount in after.mounts.difference(&self.mounts) {
             if let Some(target) = mount.split(' ').nth(1) {
                 let _ = umount2(target, MntFlags::MNT_DETACH);
@@ -187,6 +194,16 @@ impl Facts {
             }
         }
     }
+}
+
+fn names(directory: &str) -> BTreeSet<String> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+/// Whether a loop device has a file.
+fn is_bound(name: &str) -> bool {
+    Path::new("/sys/block").join(name).join("loop/backing_file").exists()
 }
 
 fn changed(kind: &str, before: &BTreeMap<PathBuf, String>, after: &BTreeMap<PathBuf, String>) -> Vec<String> {
@@ -231,6 +248,7 @@ fn describe(path: &Path) -> String {
     let Ok(status) = fs::symlink_metadata(path) else { return "gone".into() };
     let content = match status.is_file() && status.size() <= 1 << 16 {
         true => fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default(),
+        false if status.is_file() => format!("{} bytes of {}", status.size(), status.mtime()),
         false => String::new(),
     };
     let links = if status.is_dir() { 0 } else { status.nlink() };

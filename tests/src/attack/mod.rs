@@ -9,9 +9,15 @@ use serde_json::Value;
 use crate::failure::Outcome;
 
 pub mod arena;
+pub mod escapes;
+pub mod exhaustion;
 pub mod facts;
+pub mod machine;
 pub mod modules;
 pub mod report;
+mod spec;
+pub mod stage;
+pub mod volumes;
 
 /// Under which circumstances a program is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -55,10 +61,10 @@ pub enum Contrast {
 }
 
 /// Changes a container's specification and prepares the host.
-pub type Setup = fn(&mut arena::Stage, &mut Value) -> Outcome;
+pub type Setup = fn(&mut stage::Stage, &mut Value) -> Outcome;
 
 /// Looks for more than the common facts; returns breaches.
-pub type Judge = fn(&arena::Stage, &arena::Said) -> Outcome<Vec<String>>;
+pub type Judge = fn(&stage::Stage, &stage::Said) -> Outcome<Vec<String>>;
 
 /// One attempt.
 #[derive(Clone, Copy)]
@@ -147,7 +153,8 @@ impl Attempt {
 
 /// Every attempt.
 pub fn all() -> Vec<Attempt> {
-    [modules::ATTEMPTS].concat()
+    [modules::ATTEMPTS, volumes::ATTEMPTS, escapes::ATTEMPTS, machine::ATTEMPTS, exhaustion::ATTEMPTS]
+        .concat()
 }
 
 #[cfg(test)]

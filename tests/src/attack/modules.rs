@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::arena::{Said, Stage, volume};
+use super::stage::{Said, Stage, volume};
 use super::{Attempt, Program};
 use crate::failure::{Explain, Outcome};
 use crate::process;

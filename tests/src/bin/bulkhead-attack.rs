@@ -8,14 +8,16 @@ use bulkhead_tests::attack::arena::Arena;
 use bulkhead_tests::attack::report::{self, Row};
 use bulkhead_tests::attack::{self, Contrast, Profile};
 use bulkhead_tests::cases::{Environment, Runtime};
-use bulkhead_tests::failure::{Failure, Outcome};
+use bulkhead_tests::failure::{Explain, Failure, Outcome};
 use bulkhead_tests::layout::Layout;
 use bulkhead_tests::{cleanup, cri};
 
-const USAGE: &str = "usage: bulkhead-attack [--list] [--results DIR] [NAME...]
+const USAGE: &str = "usage: bulkhead-attack [--list] [--results DIR] [--shard I/N] [NAME...]
+       bulkhead-attack --results DIR --merge DIR...
 
 Makes the attempts whose names contain one of the NAMEs; without any, all. Writes attack.md and attack.json into DIR
-(/results). Fails if Bulkhead did not contain one, or if runc contained one that is there to show that the suite can see.";
+(/results). Fails if Bulkhead did not contain one, or if runc contained one that is there to show that the suite can see.
+--shard 1/2 makes one half of them; --merge puts the tables of such runs together.";
 
 fn main() -> ExitCode {
     match run() {
@@ -31,6 +33,7 @@ fn main() -> ExitCode {
 fn run() -> Outcome<bool> {
     let mut results = PathBuf::from("/results");
     let mut names: Vec<String> = Vec::new();
+    let mut shard = (1, 1);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
@@ -43,6 +46,16 @@ fn run() -> Outcome<bool> {
                 return Ok(true);
             }
             "--results" => results = arguments.next().unwrap_or_default().into(),
+            "--shard" => {
+                let text = arguments.next().unwrap_or_default();
+                let parsed = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+                let valid = parsed.filter(|(index, count): &(usize, usize)| (1..=*count).contains(index));
+                shard = valid.explain(|| format!("--shard {text:?}: expected I/N with I from 1 to N"))?;
+            }
+            "--merge" => {
+                let parts: Vec<PathBuf> = arguments.map(PathBuf::from).collect();
+                return report::merge(&results, &parts).map(|()| true);
+            }
             option if option.starts_with('-') => {
                 return Err(Failure(format!("unknown option {option}\n{USAGE}")));
             }
@@ -57,12 +70,12 @@ fn run() -> Outcome<bool> {
     let mut arena = Arena::new(layout)?;
     let mut rows = Vec::new();
     let mut failed = Vec::new();
-    for attempt in attack::all() {
-        if !names.is_empty() && !names.iter().any(|name| attempt.name.contains(name.as_str())) {
-            continue;
-        }
+    let selected = attack::all().into_iter().enumerate().filter(|(_, attempt)| {
+        names.is_empty() || names.iter().any(|name| attempt.name.contains(name.as_str()))
+    });
+    for (number, attempt) in selected.skip(shard.0 - 1).step_by(shard.1) {
         let attempt_started = Instant::now();
-        let mut row = Row { attempt, results: Vec::new() };
+        let mut row = Row { number, attempt, results: Vec::new() };
         for runtime in [Runtime::Runc, Runtime::Bulkhead] {
             if runtime == Runtime::Runc && matches!(attempt.contrast, Contrast::Without(_)) {
                 continue;
