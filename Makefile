@@ -24,6 +24,7 @@ e2e: build guest ## The end-to-end suite through containerd (ARGS="NAME..." runs
 	@tests/run.sh e2e $(ARGS)
 
 attack: build guest ## What gets out of containers of runc and of Bulkhead, as a table (ARGS="NAME..." for a part)
+	@$(if $(ARGS),,BULKHEAD_PROGRAMS=200 $(CARGO) test --locked --quiet -p bulkhead-vmm --test programs)
 	@tests/run.sh attack $(ARGS)
 
 bench: build guest ## Measure runc, crun, gVisor and Bulkhead side by side (ARGS="--rounds 3 start memory" for a part)
