@@ -4,6 +4,8 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use bulkhead_shim::host::small_namespace::{self, NamespaceError};
+
 use super::files::{self, FileError};
 use super::record::{Record, RecordError};
 use super::{InstallError, Options, restart};
@@ -31,6 +33,9 @@ pub enum UninstallError {
     /// A file.
     #[error(transparent)]
     File(#[from] FileError),
+    /// What pods start from.
+    #[error(transparent)]
+    Namespace(#[from] NamespaceError),
     /// containerd could not be told.
     #[error(transparent)]
     Restart(#[from] InstallError),
@@ -80,6 +85,9 @@ pub fn uninstall(options: &Options, force: bool, out: &mut impl Write) -> Result
         if !options.dry_run && fs::remove_dir(options.place(directory)).is_ok() {
             writeln!(out, "{would} {}", directory.display())?;
         }
+    }
+    if options.root == Path::new("/") && !options.dry_run && small_namespace::release()? {
+        writeln!(out, "removed the mount namespace that pods started from")?;
     }
     Ok(restart(options, unregistered, out)?)
 }

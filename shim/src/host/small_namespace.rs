@@ -46,7 +46,7 @@ pub enum NamespaceError {
         source: Errno,
     },
     /// The place where it is held.
-    #[error("can't prepare {path} to hold a mount namespace")]
+    #[error("can't prepare or release {path}, which holds a mount namespace")]
     Pin {
         /// Which file or directory.
         path: PathBuf,
@@ -87,6 +87,44 @@ pub fn enter_new() -> Result<OwnedFd, NamespaceError> {
     setns(&small, CloneFlags::CLONE_NEWNS).map_err(failed("enter the small one"))?;
     unshare(CloneFlags::CLONE_NEWNS).map_err(failed("unshare"))?;
     openat(&own, "mnt", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).map_err(failed("open the new one"))
+}
+
+/// Lets go of the node's small namespace; tells whether one was held. The next pod makes another, and those that run keep
+/// theirs.
+///
+/// # Errors
+/// When something at its place can't be unmounted or removed.
+pub fn release() -> Result<bool, NamespaceError> {
+    release_pin(Path::new(PIN))
+}
+
+fn release_pin(pin: &Path) -> Result<bool, NamespaceError> {
+    let directory = pin.parent().unwrap_or(Path::new("/"));
+    let mut was_held = false;
+    // The file, and the private mount of its directory; each as often as it is there.
+    for place in [pin, directory] {
+        loop {
+            match umount2(place, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+                Ok(()) => was_held = true,
+                // Not a mount point, or not there.
+                Err(Errno::EINVAL | Errno::ENOENT) => break,
+                Err(errno) => {
+                    return Err(NamespaceError::Pin { path: place.to_owned(), source: errno.into() });
+                }
+            }
+        }
+    }
+    let gone = |path: &Path, result: io::Result<()>| match result {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(NamespaceError::Pin { path: path.to_owned(), source })
+        }
+        _ => Ok(()),
+    };
+    gone(pin, fs::remove_file(pin))?;
+    gone(directory, fs::remove_dir(directory))?;
+    // What else is in there is not ours to remove.
+    let _ = directory.parent().map(fs::remove_dir);
+    Ok(was_held)
 }
 
 /// The calling thread's namespaces in procfs, for when there is no `/proc` to find them by.
@@ -199,8 +237,10 @@ mod tests {
         attached.join().unwrap().unwrap();
         umount2(&pin, MntFlags::MNT_DETACH).unwrap();
         assert!(open_pin(&pin).is_none(), "an ordinary file is not a namespace");
-        umount2(&directory, MntFlags::MNT_DETACH).unwrap();
-        fs::remove_dir_all(directory.parent().unwrap()).unwrap();
+        let again = make_pin(&pin).unwrap();
+        drop(again);
+        assert!(release_pin(&pin).unwrap() && !directory.parent().unwrap().exists());
+        assert!(!release_pin(&pin).unwrap(), "there is nothing any more");
         assert_eq!(all, [all[0]; 3]);
     }
 }
