@@ -5,6 +5,7 @@ mod filesystems;
 mod interfaces;
 mod machine;
 mod power;
+mod redirect;
 mod slots;
 mod vsock;
 
@@ -22,8 +23,10 @@ use crate::service::{Machine as _, Service};
 use crate::stdio::Streams;
 use crate::{error_chain, logging, server};
 
+pub(crate) use filesystems::CGROUPS;
 use filesystems::FileSystemError;
 use machine::GuestMachine;
+pub(crate) use redirect::Redirection;
 
 /// How long the host may take to accept the connection.
 const DIAL_LIMIT: Duration = Duration::from_secs(10);

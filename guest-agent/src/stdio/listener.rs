@@ -9,11 +9,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bulkhead_agent_protocol::forward::{LoopbackPort, QUESTION};
+use bulkhead_agent_protocol::names::STREAM as NAMES;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::timeout;
 
-use super::{Connection, port, question};
+use super::{Connection, names, port, question};
 use crate::sys::{check, fd};
 
 /// Most connections that wait for their number or their process.
@@ -39,6 +40,8 @@ enum Purpose {
     Port(LoopbackPort),
     /// What the operator wants to know.
     Question,
+    /// Names that the host knows.
+    Names,
 }
 
 /// Connections by their numbers.
@@ -82,6 +85,10 @@ impl Streams {
                         drop(place);
                         question::serve(connection).await;
                     }
+                    Ok(Some((connection, Purpose::Names))) => {
+                        drop(place);
+                        names::serve(connection).await;
+                    }
                     Err(error) => log::warn!("a stream was dropped before it had a number: {error}"),
                 }
             });
@@ -99,6 +106,9 @@ impl Streams {
         }
         if number == QUESTION {
             return Ok(Some((connection, Purpose::Question)));
+        }
+        if number == NAMES {
+            return Ok(Some((connection, Purpose::Names)));
         }
         let (waits, claimed) = oneshot::channel();
         if self.lock().insert(number, Arrived { connection, _waits: waits }).is_some() {

@@ -6,6 +6,7 @@
 mod connection;
 mod copy;
 mod listener;
+mod names;
 mod port;
 mod question;
 

@@ -54,7 +54,7 @@ mod tests {
                 assert_eq!(LoopbackPort::from_number(port.to_number()), Some(port));
             }
         }
-        for number in [0, 1, QUESTION, u64::MAX >> 1] {
+        for number in [0, 1, QUESTION, crate::names::STREAM, u64::MAX >> 1] {
             assert_eq!(LoopbackPort::from_number(number), None);
         }
     }

@@ -2,6 +2,7 @@
 #![allow(missing_docs, reason = "the documentation of generated code is in the proto file")]
 
 pub mod forward;
+pub mod names;
 
 /// Port on the host side (context id 2) that the agent dials to serve its API.
 pub const AGENT_PORT: u32 = 1024;

@@ -16,6 +16,9 @@ use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 /// Where the hierarchy is mounted.
 pub const MOUNT: &str = "/sys/fs/cgroup";
 
+/// The file that is there as long as the memory controller is on.
+const MEMORY_MAX: &str = "memory.max";
+
 /// Controllers that each pod's cgroup uses, if the host has them.
 const CONTROLLERS: [&str; 4] = ["cpu", "memory", "pids", "io"];
 
@@ -60,6 +63,8 @@ pub struct Limits {
 pub struct PodCgroup {
     path: PathBuf,
     directory: Flock<File>,
+    /// Whether memory could be limited in it when it was made.
+    has_memory: bool,
 }
 
 /// Whether this host has cgroup version 2 and nothing else.
@@ -133,15 +138,26 @@ impl PodCgroup {
                 errno => CgroupError::Io { action: "lock", path: path.to_owned(), source: errno.into() },
             })?;
         check_free(path)?;
-        let cgroup = PodCgroup { path: path.to_owned(), directory };
+        let has_memory = path.join(MEMORY_MAX).exists();
+        let cgroup = PodCgroup { path: path.to_owned(), directory, has_memory };
         cgroup.limit(limits);
         Ok(cgroup)
+    }
+
+    /// Brings limits and figures back if they are gone. systemd, whenever it looks over its slices, leaves those controllers
+    /// on that its own units need, and it does not know what kubelet's slices hold beside them.
+    pub fn keep(&self, limits: impl FnOnce() -> Limits) {
+        if self.has_memory && !self.path.join(MEMORY_MAX).exists() {
+            log::info!("controllers of the cgroup {} were turned off: on again", self.path.display());
+            enable(&self.path, &CONTROLLERS);
+            self.limit(&limits());
+        }
     }
 
     /// Sets limits; one that can't be set is said and left out.
     pub fn limit(&self, limits: &Limits) {
         let always = [
-            ("memory.max", limits.memory_max.to_string()),
+            (MEMORY_MAX, limits.memory_max.to_string()),
             // One pod, one fate: half a pod is of no use.
             ("memory.oom.group", "1".to_owned()),
             ("pids.max", limits.pids_max.to_string()),

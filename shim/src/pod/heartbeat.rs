@@ -37,6 +37,7 @@ impl Heartbeat {
         let mut heard = Instant::now();
         while missed < self.misses {
             tokio::time::sleep(self.interval).await;
+            pod.keep_limits();
             // Until it is up, others wait for it, with limits of their own.
             let is_up = pod.is_up.load(Ordering::Relaxed);
             if !is_up || answers(pod, self.limit).await || pod.vmm.is_held() {

@@ -13,6 +13,7 @@ pub mod guest;
 pub mod heartbeat;
 pub mod limits;
 pub mod machine;
+pub mod names;
 pub mod network;
 pub mod resources;
 pub mod slots;
@@ -368,6 +369,11 @@ impl Pod {
         self.while_alive(self.connect_network()).await?.map_err(PodError::from)
     }
 
+    /// Whether the pod's network namespace is one that its VMM brought along, for Docker to find.
+    pub fn has_own_network(&self) -> bool {
+        self.own_network
+    }
+
     /// Counts a container in that the pod was not made with.
     pub fn add_claim(&self, id: &str, claim: Claim) {
         self.limits.add(id, claim);
@@ -378,6 +384,13 @@ impl Pod {
     pub fn remove_claim(&self, id: &str) {
         self.limits.remove(id);
         self.apply_limits();
+    }
+
+    /// Has the host follow the limits still, whatever others have done to its control groups.
+    pub fn keep_limits(&self) {
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.keep(|| self.limits.limits());
+        }
     }
 
     /// Has the host follow the limits after a change.
@@ -451,6 +464,11 @@ impl Pod {
     /// Opens a new stream to a TCP port of the guest; what it then says is in [`bulkhead_agent_protocol::forward`].
     pub async fn open_port(&self, port: LoopbackPort) -> Result<UnixStream, PodError> {
         self.open_numbered(port.to_number()).await
+    }
+
+    /// Opens the stream for names; what goes over it is in [`bulkhead_agent_protocol::names`].
+    async fn open_names(&self) -> Result<UnixStream, PodError> {
+        self.open_numbered(bulkhead_agent_protocol::names::STREAM).await
     }
 
     /// Asks the guest a question of the operator's; what it answers is the guest's, and cut at `limit` bytes.

@@ -256,6 +256,7 @@ impl SandboxService {
             let message = "the pod has no cgroup on this host, so there are no figures of it";
             ApiError::new(Code::UNAVAILABLE, message)
         })?;
+        sandbox.pod.keep_limits();
         let any = stats::convert(&cgroup::stats(group)).map_err(|error| {
             ApiError::new(Code::INTERNAL, format!("can't encode the statistics: {error}"))
         })?;

@@ -36,6 +36,7 @@ use crate::events::{Event, timestamp};
 use crate::hooks;
 use crate::id;
 use crate::pod::agent::{AgentError, Exit};
+use crate::pod::names;
 use crate::pod::now_ns;
 use crate::sizing::Demand;
 use crate::spec;
@@ -299,6 +300,7 @@ async fn start(shim: &Shim, id: &str, exec_id: &str) -> Result<u32, ApiError> {
     }
     if exec_id.is_empty() {
         container.pod.connect_late(hooks::are_recorded(&container.bundle)).await?;
+        names::start(&container.pod, &container.bundle).await;
     }
     explain(&container.pod, container.pod.agent().start(id, exec_id).await).await?;
     container.pod.timeline().stamp("start");

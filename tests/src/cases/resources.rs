@@ -150,6 +150,12 @@ fn host_limits(environment: &mut Environment) -> Outcome<String> {
             .explain(|| format!("read {}", path.display()))
     };
     let found = [read("cpuset.cpus")?, read("cpu.weight")?, read("memory.max")?];
+    // What systemd does to a slice none of whose own units needs the controller.
+    let control = outer.join("bulkheadtest-pods.slice/cgroup.subtree_control");
+    fs::write(&control, "-memory").explain(|| format!("write to {}", control.display()))?;
+    ensure!(read("memory.max").is_err(), "the memory controller is still on");
+    let restored =
+        process::eventually("the limit of memory comes back", Duration::from_secs(15), || read("memory.max"));
     let processes: Vec<String> = read("cgroup.procs")?
         .lines()
         .map(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned())
@@ -157,6 +163,7 @@ fn host_limits(environment: &mut Environment) -> Outcome<String> {
         .filter(|name| !name.starts_with("kvm-"))
         .collect();
     container.finish()?;
+    ensure_eq!(&restored?, &found[2], "the limit of memory after its controller was off");
     let [cpus, weight, memory] = &found;
     ensure_eq!((cpus.as_str(), weight.as_str()), ("0", "59"), "CPUs and weight");
     // The machine and what serving it costs; and the container's limit where its root file system is in the host's memory.
