@@ -17,14 +17,16 @@ const LIMIT: Duration = Duration::from_secs(5);
 const WATCHED: [&str; 3] = ["/run/containerd", "/run/bulkhead", "/var/lib/bulkhead"];
 
 /// Directories that the first container makes and that stay for the next ones.
-const COMMON: [&str; 8] = [
+const COMMON: [&str; 10] = [
     "/run/containerd/s",
     "/run/containerd/fifo",
     "/run/containerd/runc",
     "/run/containerd/runc/bulkhead-test",
     "/run/containerd/runc/default",
     "/run/containerd/runc/k8s.io",
+    "/run/containerd/runc/moby",
     "io.containerd.runtime.v2.task/default",
+    "io.containerd.runtime.v2.task/moby",
     "io.containerd.sandbox.controller.v1.shim/k8s.io",
 ];
 
@@ -38,7 +40,7 @@ const TEMPLATES: &str = "/var/lib/bulkhead/templates";
 const HALF_MADE: [&str; 2] = [".new-", ".old-"];
 
 /// Control groups that the first container makes, and the harness removes at its end.
-const COMMON_GROUPS: [&str; 4] = ["default", "bulkhead-test", "k8s.io", cri::CGROUP];
+const COMMON_GROUPS: [&str; 5] = ["default", "bulkhead-test", "docker", "k8s.io", cri::CGROUP];
 
 /// Everything on the node that a pod could leave behind, as lines for a person.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -9,6 +9,7 @@ pub mod cases;
 pub mod cleanup;
 pub mod containerd;
 pub mod cri;
+pub mod docker;
 pub mod events;
 pub mod failure;
 pub mod layout;

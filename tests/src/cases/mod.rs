@@ -14,6 +14,7 @@ use crate::attack::arena::Arena;
 use crate::bundle::{self, Bundle};
 use crate::containerd::PrivateContainerd;
 use crate::cri::{Handler, Known, Node, Pod};
+use crate::docker::Docker;
 use crate::ensure;
 use crate::failure::{Explain, Outcome};
 use crate::layout::Layout;
@@ -29,6 +30,7 @@ pub mod cri;
 pub mod ctr;
 pub mod death;
 pub mod disks;
+pub mod docker;
 pub mod exec;
 pub mod hooks;
 pub mod hostile;
@@ -66,6 +68,8 @@ pub enum Fixture {
     Pod,
     /// A [`PrivateContainerd`] with the busybox image.
     Containerd,
+    /// A [`Docker`].
+    Docker,
     /// A [`Node`].
     Cri,
     /// The same with two pods that are shared by the cases that only add containers to them: one of the handler under test,
@@ -186,6 +190,7 @@ pub fn all() -> Vec<Case> {
         network::CASES,
         control::CASES,
         ctr::CASES,
+        docker::CASES,
         bad_input::CASES,
         death::CASES,
         sandbox::CASES,
@@ -206,6 +211,7 @@ pub struct Environment {
     pub runtime: Runtime,
     shared: Option<Container>,
     containerd: Option<PrivateContainerd>,
+    docker: Option<Docker>,
     host: Option<ShimHost>,
     /// The template of the default size.
     template: Option<PathBuf>,
@@ -227,6 +233,7 @@ impl Environment {
             runtime,
             shared: None,
             containerd: None,
+            docker: None,
             host: None,
             template: None,
             cold: false,
@@ -240,7 +247,11 @@ impl Environment {
 
     /// Why a case can't run here, if so.
     pub fn skip_reason(&self, case: &Case) -> Option<&'static str> {
-        (case.bulkhead_only && self.runtime != Runtime::Bulkhead).then_some("about our runtime only")
+        if case.bulkhead_only && self.runtime != Runtime::Bulkhead {
+            return Some("about our runtime only");
+        }
+        (case.fixture == Fixture::Docker && !Docker::is_there(&self.layout))
+            .then_some("there is no Docker here")
     }
 
     /// Makes the template that pods of the default size start from, unless it is there; other runtimes have none.
@@ -294,6 +305,9 @@ impl Environment {
         if fixture == Fixture::Attack && self.arena.is_none() {
             self.arena = Some(Arena::new(self.layout.clone())?);
         }
+        if fixture == Fixture::Docker && self.docker.is_none() {
+            self.docker = Some(Docker::start(&self.layout)?);
+        }
         self.handler = match (self.runtime, case.sandboxed) {
             (Runtime::Runc, _) => Handler::Runc,
             (Runtime::Bulkhead, false) => Handler::Bulkhead,
@@ -302,6 +316,10 @@ impl Environment {
         if matches!(fixture, Fixture::Cri | Fixture::CriPods) {
             self.prepare_node(fixture == Fixture::CriPods)?;
             return Ok(self.node()?.watched());
+        }
+        if fixture == Fixture::Docker {
+            let docker = self.docker()?;
+            return Ok(vec![docker.containerd().path().join("state"), docker.path().join("exec/netns")]);
         }
         // Not before: the shared container is for all.
         self.cold = case.cold;
@@ -339,6 +357,7 @@ impl Environment {
         if let Some(shared) = self.shared.take() {
             let _ = shared.finish();
         }
+        self.docker.take();
         self.containerd.take();
         self.host.take();
     }
@@ -421,6 +440,14 @@ impl Environment {
         self.containerd.as_mut().explain(|| "no containerd was started".into())
     }
 
+    /// Docker.
+    ///
+    /// # Errors
+    /// When the case did not ask for it.
+    pub fn docker(&self) -> Outcome<&Docker> {
+        self.docker.as_ref().explain(|| "no Docker was started".into())
+    }
+
     /// An id that no other container has.
     pub fn id(&self, name: &str) -> String {
         format!("{name}-{}", self.counter.fetch_add(1, Ordering::Relaxed))
@@ -429,7 +456,10 @@ impl Environment {
     /// Logs of the fixtures, for a failure.
     pub fn logs(&self) -> String {
         let containerd = self.containerd.as_ref().map(PrivateContainerd::log).unwrap_or_default();
-        containerd + &self.node.as_ref().map(|node| node.containerd().log()).unwrap_or_default()
+        let docker = self.docker.as_ref();
+        let docker =
+            docker.map(|docker| docker.containerd().log() + &docker.log_tail(10)).unwrap_or_default();
+        containerd + &docker + &self.node.as_ref().map(|node| node.containerd().log()).unwrap_or_default()
     }
 
     /// Creates and starts a container with a process.
