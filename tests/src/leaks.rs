@@ -63,7 +63,8 @@ impl Snapshot {
         let mounts = node::mount_points().into_iter().filter(|path| !is_kept(path));
         items.extend(mounts.map(|path| format!("mount {}", path.display())));
         items.extend(node::interfaces().iter().map(|name| format!("network interface {name}")));
-        items.extend(node::unix_sockets().iter().map(|path| format!("socket {path}")));
+        let sockets = node::unix_sockets().into_iter().filter(|path| !path.ends_with(DOCKER_SOCKET));
+        items.extend(sockets.map(|path| format!("socket {path}")));
         let groups = node::control_groups().into_iter();
         let groups = groups.filter(|path| !COMMON_GROUPS.iter().any(|name| path.ends_with(name)));
         items.extend(groups.map(|path| format!("control group {}", path.display())));
@@ -111,11 +112,18 @@ impl Snapshot {
     }
 }
 
-/// Whether a file is a template's, or the store's own.
+/// Docker's name for the node's network namespace, which it makes when first asked for it.
+const DOCKERS: &str = "exec/netns/default";
+
+/// Docker's connections to its clients are its own to end.
+const DOCKER_SOCKET: &str = "/docker.sock";
+
+/// Whether a node keeps what is there.
 fn is_kept(path: &Path) -> bool {
-    KEPT.iter().any(|kept| path == Path::new(kept))
+    KEPT.iter().any(|kept| path == Path::new(kept)) || path.ends_with(DOCKERS)
 }
 
+/// Whether a file is a template's, or the store's own.
 fn stays(path: &Path) -> bool {
     match path.strip_prefix(TEMPLATES).map(|inside| inside.to_string_lossy().into_owned()) {
         Ok(inside) => !HALF_MADE.iter().any(|prefix| inside.starts_with(prefix)),

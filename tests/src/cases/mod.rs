@@ -318,8 +318,7 @@ impl Environment {
             return Ok(self.node()?.watched());
         }
         if fixture == Fixture::Docker {
-            let docker = self.docker()?;
-            return Ok(vec![docker.containerd().path().join("state"), docker.path().join("exec/netns")]);
+            return Ok(vec![self.docker()?.containerd().path().join("state")]);
         }
         // Not before: the shared container is for all.
         self.cold = case.cold;
