@@ -5,6 +5,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::libc::{O_ACCMODE, O_PATH, O_RDONLY};
+
 use super::{Case, Environment};
 use crate::failure::{Explain, Outcome};
 use crate::process::eventually;
@@ -111,6 +113,9 @@ fn as_proc_shows_it(environment: &mut Environment) -> Outcome<String> {
         let owner = fs::metadata(process.0.join("maps")).explain(|| "its maps".into())?.uid();
         ensure_eq!(owner, 0, "owner of {program}'s files in /proc");
         check_mounts(program, &process.text("mountinfo")?)?;
+        if program == "bulkhead-vmm" {
+            check_descriptors(&process)?;
+        }
         evidence.push(format!("{program}: {} threads", threads.len()));
     }
     container.kill()?;
@@ -140,6 +145,32 @@ fn check_mounts(program: &str, mountinfo: &str) -> Outcome {
     if program == "bulkhead-vmm" {
         ensure_eq!(mountinfo.lines().count(), 1, "mounts of the VMM");
     }
+    Ok(())
+}
+
+/// What the VMM holds: nothing to look up a path from, and no file of the node's that it could write to.
+fn check_descriptors(process: &Proc) -> Outcome {
+    let directory = process.0.join("fd");
+    let entries = fs::read_dir(&directory).explain(|| directory.display().to_string())?;
+    let mut count = 0;
+    for entry in entries.flatten() {
+        let number = entry.file_name().to_string_lossy().into_owned();
+        let link = fs::read_link(entry.path()).explain(|| format!("descriptor {number}"))?;
+        let name = link.display().to_string();
+        let info = process.text(&format!("fdinfo/{number}"))?;
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap_or_default();
+        let flags = i32::from_str_radix(flags.trim(), 8).explain(|| format!("flags in {info:?}"))?;
+        ensure_eq!(flags & O_PATH, 0, "O_PATH of {name}");
+        let status = fs::metadata(entry.path()).explain(|| name.clone())?;
+        ensure!(!status.is_dir(), "the VMM holds the directory {name}");
+        let memory = name.starts_with("/memfd:");
+        ensure!(
+            !status.is_file() || memory || flags & O_ACCMODE == O_RDONLY,
+            "the VMM may write to the file {name}"
+        );
+        count += 1;
+    }
+    ensure!(count > 3, "the VMM has {count} descriptors");
     Ok(())
 }
 
