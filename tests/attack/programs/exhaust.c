@@ -88,9 +88,9 @@ static int output(int argc, char **argv) {
 
 // kernel-log COUNT: lines into the kernel's log, of the highest priority.
 static int kernel_log(int argc, char **argv) {
-    mknod("/tmp/kmsg", S_IFCHR | 0600, makedev(1, 11));
+    mknod("/dev/own-kmsg", S_IFCHR | 0600, makedev(1, 11));
     int fd = open("/dev/kmsg", O_WRONLY | O_CLOEXEC), lines = argc > 1 ? atoi(argv[1]) : 1000, written = 0;
-    if (fd < 0) fd = open("/tmp/kmsg", O_WRONLY | O_CLOEXEC);
+    if (fd < 0) fd = open("/dev/own-kmsg", O_WRONLY | O_CLOEXEC);
     char line[800];
     memset(line, 'k', sizeof line);
     memcpy(line, "<0>attack ", 10);

@@ -16,8 +16,8 @@ static uint64_t any(void) {
 // memory: physical memory and the windows of devices in it.
 static int memory(int argc, char **argv) {
     (void)argc, (void)argv;
-    const char *paths[] = {"/dev/mem", "/dev/kmem", "/dev/port", "/proc/kcore", "/tmp/mem"};
-    mknod("/tmp/mem", S_IFCHR | 0600, makedev(1, 1));
+    const char *paths[] = {"/dev/mem", "/dev/kmem", "/dev/port", "/proc/kcore", "/dev/own-mem"};
+    mknod("/dev/own-mem", S_IFCHR | 0600, makedev(1, 1));
     for (size_t index = 0; index < COUNT(paths); index++) {
         int fd = open(paths[index], O_RDWR | O_SYNC | O_CLOEXEC);
         note(fd >= 0, "%s", paths[index]);
@@ -115,9 +115,9 @@ static int drivers(int argc, char **argv) {
 // entropy SECONDS: the entropy device, drained.
 static int entropy(int argc, char **argv) {
     double length = argc > 1 ? atof(argv[1]) : 0.2;
-    mknod("/tmp/hwrng", S_IFCHR | 0600, makedev(10, 183));
+    mknod("/dev/own-hwrng", S_IFCHR | 0600, makedev(10, 183));
     int fd = open("/dev/hwrng", O_RDONLY | O_CLOEXEC);
-    if (fd < 0) fd = open("/tmp/hwrng", O_RDONLY | O_CLOEXEC);
+    if (fd < 0) fd = open("/dev/own-hwrng", O_RDONLY | O_CLOEXEC);
     static char buffer[1 << 16];
     size_t total = 0;
     for (double start = now(); fd >= 0 && now() < start + length;) {

@@ -179,7 +179,7 @@ static int device_numbers(int argc, char **argv) {
     for (int block = 0; block < 2; block++)
         for (size_t index = 0; index < (block ? COUNT(blocks) : COUNT(characters)); index++) {
             int major = block ? blocks[index] : characters[index];
-            const char *path = "/tmp/device";
+            const char *path = "/dev/own-device";
             unlink(path);
             if (mknod(path, (block ? S_IFBLK : S_IFCHR) | 0600, makedev(major, 0))) {
                 note(false, "mknod");
@@ -189,7 +189,7 @@ static int device_numbers(int argc, char **argv) {
             note(fd >= 0, "%s%d", block ? "b" : "c", major);
             if (fd >= 0) close(fd);
         }
-    unlink("/tmp/device");
+    unlink("/dev/own-device");
     return 0;
 }
 
