@@ -6,6 +6,9 @@ use std::io;
 use super::spec;
 use crate::sys::check;
 
+/// The kernel's bound of what a process may be allowed to open.
+const OPEN_FILES: &str = "/proc/sys/fs/nr_open";
+
 /// Checked limits of a process.
 #[derive(Debug, Clone, Default)]
 pub struct Limits {
@@ -100,11 +103,30 @@ impl Limits {
                 .map_err(LimitError::SetIoPriority)?;
         }
         for (resource, name, limit) in &self.rlimits {
+            if *resource == libc::RLIMIT_NOFILE {
+                allow_open_files(limit.rlim_max);
+            }
             // SAFETY: the limit is a valid structure; no old one is asked for.
             check(unsafe { libc::prlimit64(pid, *resource, limit, std::ptr::null_mut()) }.into())
                 .map_err(|source| LimitError::SetRlimit { name: name.clone(), source })?;
         }
         Ok(())
+    }
+}
+
+/// The most open files that a limit can be about, unless the kernel is told otherwise.
+const DEFAULT_OPEN_FILES: u64 = 1 << 20;
+
+/// The kernel's own bound is raised where a limit is above it. That it can't be shows when the limit is set.
+fn allow_open_files(wanted: u64) {
+    // The kernel takes multiples of the bits of a word, and ends at i32::MAX.
+    let bound = wanted.min(0x7fff_ffc0).next_multiple_of(64);
+    if wanted > DEFAULT_OPEN_FILES
+        && wanted != libc::RLIM64_INFINITY
+        && let Ok(Some(now)) = fs::read_to_string(OPEN_FILES).map(|text| text.trim().parse::<u64>().ok())
+        && now < wanted
+    {
+        let _ = fs::write(OPEN_FILES, bound.to_string());
     }
 }
 

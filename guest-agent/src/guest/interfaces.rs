@@ -17,6 +17,9 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// Settings of an interface: the host has heard the routers and chosen the addresses.
 const SETTINGS: &str = "/proc/sys/net/ipv6/conf";
 
+/// Parameters of the network stack.
+const PARAMETERS: &str = "/proc/sys/net";
+
 /// An interface that can't be taken up or be made what it should be.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
@@ -60,6 +63,7 @@ struct Wanted {
     addresses: Vec<Address>,
     routes: Vec<Route>,
     neighbours: Vec<Neighbour>,
+    parameters: Vec<(String, String)>,
 }
 
 impl Wanted {
@@ -73,6 +77,11 @@ impl Wanted {
             let address = ip(&neighbour.address).ok_or_else(|| malformed("a neighbour"))?;
             Ok::<_, InterfaceError>(Neighbour { index: 0, address, mac: mac(&neighbour.mac)? })
         });
+        let parameters = request.parameters.iter().map(|parameter| {
+            let is_below = parameter.path.split('/').all(|part| !matches!(part, "" | "." | ".."));
+            let pair = (parameter.path.clone(), parameter.value.clone());
+            is_below.then_some(pair).ok_or_else(|| malformed("the path of a parameter"))
+        });
         let mut routes = routes.collect::<Result<Vec<_>, _>>()?;
         // Gateways are looked for on the link, by routes without one.
         routes.sort_by_key(|route| route.gateway.is_some());
@@ -84,6 +93,7 @@ impl Wanted {
             addresses: addresses.collect::<Result<_, _>>()?,
             routes,
             neighbours: neighbours.collect::<Result<_, _>>()?,
+            parameters: parameters.collect::<Result<_, _>>()?,
         })
     }
 
@@ -114,6 +124,7 @@ impl Wanted {
             }
             _ => {}
         }
+        self.set_parameters();
         if self.up {
             let up = LinkChange { set: libc::IFF_UP, ..LinkChange::default() };
             socket.change_link(link.index, &up).map_err(failed("begin the use".into()))?;
@@ -131,6 +142,15 @@ impl Wanted {
         self.add_routes(&mut socket, link.index).map_err(|(route, source)| {
             failed(format!("set the route to {}/{}", route.destination, route.prefix))(source)
         })
+    }
+
+    /// Sets what can be set: the host's kernel may have parameters, or values of them, that this one has not.
+    fn set_parameters(&self) {
+        for (path, value) in &self.parameters {
+            if let Err(error) = fs::write(format!("{PARAMETERS}/{path}"), value) {
+                log::debug!("the network parameter {path} does not become {value:?}: {error}");
+            }
+        }
     }
 
     /// Adds the routes; one that depends on others comes in a further round, as long as there is progress.

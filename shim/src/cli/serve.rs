@@ -90,6 +90,8 @@ fn set_up(flags: &Flags) -> Result<tokio::runtime::Runtime, ServeError> {
 
 /// Each process has up to nine descriptors here, and the usual soft limit is for programs that use `select`.
 fn raise_descriptor_limit() -> io::Result<()> {
+    // Containers are to have what containerd has given us.
+    crate::spec::rlimits::inherited();
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     Ok(setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?)
 }

@@ -7,6 +7,7 @@ use bulkhead_agent_protocol as api;
 use bulkhead_netlink::{Address, Link, Mac, Neighbour, Route, Socket};
 
 use super::NetError;
+use super::parameters::{self, Parameter};
 
 /// Ethernet among the kinds of hardware.
 const ETHERNET: u16 = libc::ARPHRD_ETHER;
@@ -40,6 +41,7 @@ pub struct Interface {
     addresses: Vec<Address>,
     routes: Vec<Route>,
     neighbours: Vec<Neighbour>,
+    parameters: Vec<Parameter>,
 }
 
 impl Interface {
@@ -62,6 +64,10 @@ impl Interface {
             let index = interface.index;
             interface.addresses.extend(addresses.iter().filter(|address| address.index == index).cloned());
             interface.take_routes(&routes, number == 0);
+            if number == 0 {
+                interface.parameters = parameters::of_namespace();
+            }
+            interface.parameters.extend(parameters::of_interface(&interface.name));
             interface.neighbours.extend(neighbours.iter().filter(|other| other.index == index).cloned());
         }
         Ok(interfaces)
@@ -93,6 +99,7 @@ impl Interface {
             addresses: Vec::new(),
             routes: Vec::new(),
             neighbours: Vec::new(),
+            parameters: Vec::new(),
         }))
     }
 
@@ -153,6 +160,15 @@ impl Interface {
                 .map(|neighbour| api::Neighbour {
                     address: bytes(neighbour.address),
                     mac: neighbour.mac.to_vec(),
+                    ..Default::default()
+                })
+                .collect(),
+            parameters: self
+                .parameters
+                .iter()
+                .map(|(path, value)| api::Parameter {
+                    path: path.clone(),
+                    value: value.clone(),
                     ..Default::default()
                 })
                 .collect(),

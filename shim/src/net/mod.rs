@@ -9,6 +9,7 @@ mod filter;
 mod interface;
 mod join;
 mod namespace;
+mod parameters;
 mod tap;
 
 use std::io;

@@ -4,10 +4,10 @@ use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType};
 
 use super::SpecError;
 
-/// Character devices whose numbers mean the same in the guest: null, zero, full, random, urandom, tty, console, ptmx;
-/// the TUN device and FUSE.
-const SAME_IN_GUEST: [(i64, i64); 10] =
-    [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229)];
+/// Character devices whose numbers mean the same in the guest: null, zero, full, random, urandom, tty, console, ptmx,
+/// the kernel's log (the guest's own); the TUN device and FUSE.
+const SAME_IN_GUEST: [(i64, i64); 11] =
+    [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229)];
 
 /// The kinds of access that a rule can name.
 const ACCESS: [char; 3] = ['r', 'w', 'm'];

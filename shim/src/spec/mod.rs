@@ -8,6 +8,7 @@ mod devices;
 mod labels;
 mod mounts;
 mod namespaces;
+pub mod rlimits;
 pub mod sandbox;
 mod seccomp;
 
@@ -240,6 +241,7 @@ pub fn network_namespace(spec: &Spec) -> Option<PathBuf> {
 pub fn read_process(json: &[u8]) -> Result<GuestProcess, SpecError> {
     let mut process: Process = parse("the process specification", json)?;
     labels::clear(&mut process)?;
+    rlimits::complete(&mut process, rlimits::inherited());
     let console_size = console_size(&process);
     Ok(GuestProcess { json: serialize("the process specification", &process)?, console_size })
 }
@@ -277,6 +279,7 @@ pub fn translate(mut spec: Spec, id: &str, pod: &PodNamespaces) -> Result<GuestS
     spec.set_hooks(inside);
     let process = spec.process_mut().as_mut().ok_or(SpecError::Missing("process"))?;
     labels::clear(process)?;
+    rlimits::complete(process, rlimits::inherited());
     let console_size = console_size(process);
 
     let host_mounts = match spec.mounts_mut() {

@@ -16,12 +16,13 @@ use crate::host::mounts::Propagation;
 const SHM: &str = "/dev/shm";
 
 /// Devices that mean the same on the host and in the guest, by number, with the guest's path.
-const SAME_IN_GUEST: [(u32, u32, &str); 8] = [
+const SAME_IN_GUEST: [(u32, u32, &str); 9] = [
     (1, 3, "/dev/null"),
     (1, 5, "/dev/zero"),
     (1, 7, "/dev/full"),
     (1, 8, "/dev/random"),
     (1, 9, "/dev/urandom"),
+    (1, 11, "/dev/kmsg"),
     (5, 0, "/dev/tty"),
     (10, 200, "/dev/net/tun"),
     (10, 229, "/dev/fuse"),

@@ -1,14 +1,16 @@
 //! What a container finds is what it finds in a pod of runc on the same node.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::time::Duration;
 
 use bulkhead_cri::proto;
 use protobuf::MessageField;
 
 use crate::cases::Environment;
 use crate::cri::{Handler, shell};
-use crate::ensure_eq;
 use crate::failure::{Explain, Outcome};
+use crate::{ensure, ensure_eq};
 
 /// What is asked of a container of each runtime.
 pub struct Question {
@@ -188,6 +190,66 @@ pub fn privileges(environment: &mut Environment) -> Outcome<String> {
         ],
     )?;
     Ok(answers[1].lines().nth(3).unwrap_or_default().to_owned())
+}
+
+/// What processes are limited by, and what they inherit, without anybody's asking.
+pub fn limits(environment: &mut Environment) -> Outcome<String> {
+    const SHOW: &str = "tr -s ' ' </proc/self/limits; cd /proc/self; cat oom_score_adj coredump_filter timerslack_ns \
+                        personality; umask; grep -E '^(Sig(Pnd|Blk|Cgt)|ShdPnd|Umask|Groups|THP|CoreD)' status";
+    let answers = compare(
+        environment,
+        &[
+            Question { what: "defaults", script: SHOW, configure: |_| {} },
+            Question {
+                what: "an inclination to be killed",
+                script: "cat /proc/self/oom_score_adj; echo 0 >/proc/self/oom_score_adj; cat /proc/self/oom_score_adj",
+                configure: |config| {
+                    let linux = config.linux.mut_or_insert_default();
+                    linux.resources.mut_or_insert_default().oom_score_adj = 300;
+                },
+            },
+        ],
+    )?;
+    let ask = |handler: Handler| -> Outcome<String> {
+        let container = environment.shared_pod(handler)?.start("idle", "exec sleep 100000", |_| {})?;
+        let said = container.exec(SHOW)?.success()?;
+        container.stop(Duration::ZERO)?;
+        container.remove()?;
+        Ok(said)
+    };
+    ensure_eq!(ask(environment.handler())?, ask(Handler::Runc)?, "what an exec inherits, and runc's");
+    let files = answers[0].lines().find(|line| line.starts_with("Max open files"));
+    Ok(files.unwrap_or_default().to_owned())
+}
+
+/// Parameters of the network that are the kernel's own business: they go by the size of the memory, or are of parts that one
+/// kernel has and the other has not; an interface's that the agent sets as it takes the addresses over from the host.
+const OWN_PARAMETERS: &str = "net/netfilter/|net/bridge/|net/nf_|net/mptcp/|ipv4/tcp_(mem|ehash_entries|max_|child_ehash)|ipv4/udp_mem|\
+     ipv4/(neigh|route|inet_peer)|ipv6/neigh|ipv6/conf/eth0/(accept_dad|accept_ra|addr_gen_mode|autoconf)=|xfrm|_next_id";
+
+/// The parameters of the network and of IPC: those of a new namespace, which takes some from the node, with what CNI has set.
+pub fn parameters(environment: &mut Environment) -> Outcome<String> {
+    let script = format!(
+        "cd /proc/sys; find net kernel/shm* kernel/msg* kernel/sem fs/mqueue -type f 2>/dev/null | sort | while read f; do \
+         v=$(tr '\\t' ' ' <$f 2>/dev/null) && echo $f=$v; done | grep -Ev '{OWN_PARAMETERS}'"
+    );
+    let ask = |handler: Handler| -> Outcome<BTreeMap<String, String>> {
+        let pod = environment.shared_pod(handler)?;
+        let said = pod.run_script("parameters", &script, |_| {})?.success()?;
+        Ok(said
+            .lines()
+            .filter_map(|line| line.split_once('='))
+            .map(|(name, value)| (name.into(), value.into()))
+            .collect())
+    };
+    let (right, ours) = (ask(Handler::Runc)?, ask(environment.handler())?);
+    let both: Vec<_> =
+        right.iter().filter_map(|(name, value)| Some((name, value, ours.get(name)?))).collect();
+    ensure!(both.len() > 300, "only {} parameters that both have", both.len());
+    let unlike: Vec<_> = both.iter().filter(|(_, right, ours)| right != ours).collect();
+    ensure!(unlike.is_empty(), "name, runc's value and ours: {unlike:?}");
+    ensure_eq!(ours.get("net/ipv4/ip_forward").map(String::as_str), Some("1"), "the node forwards");
+    Ok(format!("{} parameters as with runc", both.len()))
 }
 
 /// The file systems that every container has, and the root.

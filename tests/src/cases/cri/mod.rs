@@ -5,6 +5,7 @@
 use super::{Case, Fixture};
 
 mod ends;
+mod host_namespaces;
 mod lifecycle;
 mod like_runc;
 mod network;
@@ -20,6 +21,13 @@ pub const CASES: &[Case] = &[
     Case::new("cri-resources-and-statistics", lifecycle::resources).on(Fixture::Cri),
     Case::new("cri-sysctls", pod_settings::sysctls).on(Fixture::Cri),
     Case::new("cri-shared-processes", pod_settings::shared_processes).on(Fixture::Cri),
+    Case::new("cri-sandbox-shared-processes", pod_settings::shared_processes).on(Fixture::Cri).sandboxed(),
+    Case::new("cri-host-processes", host_namespaces::processes).on(Fixture::Cri),
+    Case::new("cri-sandbox-host-processes", host_namespaces::processes).on(Fixture::Cri).sandboxed(),
+    Case::new("cri-host-ipc", host_namespaces::ipc).on(Fixture::Cri),
+    Case::new("cri-sandbox-host-ipc", host_namespaces::ipc).on(Fixture::Cri).sandboxed(),
+    Case::new("cri-privileged", host_namespaces::privileged).on(Fixture::Cri),
+    Case::new("cri-sandbox-privileged", host_namespaces::privileged).on(Fixture::Cri).sandboxed(),
     Case::new("cri-refused-pods", pod_settings::refused).on(Fixture::Cri).bulkhead_only(),
     Case::new("cri-network-host", network::host).on(Fixture::Cri),
     Case::new("cri-network-pods", network::pods).on(Fixture::Cri),
@@ -32,6 +40,8 @@ pub const CASES: &[Case] = &[
     Case::new("cri-users", like_runc::users).on(Fixture::CriPods),
     Case::new("cri-privileges", like_runc::privileges).on(Fixture::CriPods),
     Case::new("cri-file-systems", like_runc::file_systems).on(Fixture::CriPods),
+    Case::new("cri-limits", like_runc::limits).on(Fixture::CriPods),
+    Case::new("cri-parameters", like_runc::parameters).on(Fixture::CriPods),
     Case::new("cri-seccomp", like_runc::seccomp).on(Fixture::CriPods),
     Case::new("cri-volumes", volumes::kinds).on(Fixture::CriPods),
     Case::new("cri-volume-mounted-later", volumes::mounted_later).on(Fixture::CriPods),
