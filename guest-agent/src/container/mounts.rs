@@ -113,7 +113,17 @@ impl MountPlan {
     ///
     /// A sysfs shows the network namespace, and only that one's owner may mount it. Where a container has users of its own
     /// and the pod's network, it gets the guest's.
-    pub fn open_source(&self, own_users: bool) -> Result<Option<OwnedFd>, MountError> {
+    ///
+    /// Message queues are those of the IPC namespace; where that is the pod's, only the guest may mount them.
+    pub fn open_source(&self, own_users: bool, own_ipc: bool) -> Result<Option<OwnedFd>, MountError> {
+        if let Source::FileSystem { kind, .. } = &self.source
+            && own_users
+            && !own_ipc
+            && kind == "mqueue"
+        {
+            // A kernel without them says so once more when it is to be mounted.
+            return Ok(mount::new_file_system(kind, Some(kind), &[], 0).ok());
+        }
         if let Source::FileSystem { kind, .. } = &self.source
             && own_users
             && kind == "sysfs"

@@ -148,6 +148,18 @@ impl Namespaces {
         self.new & kind.flag() != 0
     }
 
+    /// Whether the namespace of this kind is the one at a path.
+    pub fn joins(&self, kind: Kind, path: &Path) -> bool {
+        self.joined.iter().any(|(joined, at)| (*joined, at.as_path()) == (kind, path))
+    }
+
+    /// Gives the path of a namespace of this kind that is joined.
+    pub fn join_instead(&mut self, kind: Kind, path: PathBuf) {
+        if let Some((_, at)) = self.joined.iter_mut().find(|(joined, _)| *joined == kind) {
+            *at = path;
+        }
+    }
+
     /// Whether any namespace is joined by its path.
     pub fn joins_any(&self) -> bool {
         !self.joined.is_empty()

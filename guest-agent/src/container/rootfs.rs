@@ -109,11 +109,13 @@ impl RootPlan {
         })
     }
 
-    /// Opens the root and the sources of bind mounts. With `own_users` the container has a user namespace of its own.
-    pub fn open(&self, own_users: bool) -> Result<OpenedRoot, RootError> {
+    /// Opens the root and the sources of bind mounts. With `own_users` the container has a user namespace of its own, and with
+    /// `own_ipc` an IPC namespace.
+    pub fn open(&self, own_users: bool, own_ipc: bool) -> Result<OpenedRoot, RootError> {
         let root = mount::clone_tree(&self.path, true)
             .map_err(|source| RootError::Open { path: self.path.clone(), source })?;
-        let sources = self.mounts.iter().map(|plan| plan.open_source(own_users)).collect::<Result<_, _>>()?;
+        let sources =
+            self.mounts.iter().map(|plan| plan.open_source(own_users, own_ipc)).collect::<Result<_, _>>()?;
         Ok(OpenedRoot { root, sources })
     }
 

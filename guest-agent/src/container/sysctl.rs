@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
+use super::namespaces::Kind;
 use crate::sys::{mount, path};
 
 /// A parameter that is not a container's to set, or that could not be set.
@@ -48,6 +49,15 @@ pub fn check<'a>(names: impl Iterator<Item = &'a String>) -> Result<(), SysctlEr
         }
     }
     Ok(())
+}
+
+/// The kind of namespace that a parameter belongs to.
+pub fn namespace_of(name: &str) -> Kind {
+    match normal_form(name).as_str() {
+        "kernel.domainname" | "kernel.hostname" => Kind::Uts,
+        name if name.starts_with("net.") => Kind::Network,
+        _ => Kind::Ipc,
+    }
 }
 
 /// Sets the parameters, through a `/proc` of our own that nothing in the container can stand in for.

@@ -3,6 +3,7 @@
 mod container;
 mod error;
 mod events;
+mod pause;
 mod process;
 
 use std::collections::{HashMap, HashSet};
@@ -10,10 +11,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bulkhead_agent_protocol::Stdio;
+use bulkhead_agent_protocol::{POD_PID_NAMESPACE, Stdio};
 
 use crate::container::cgroup::Hierarchy;
 use crate::container::cgroup::events::OomWatcher;
+use crate::container::namespaces::Kind;
 use crate::container::plan::ContainerPlan;
 use crate::reaper::Reaper;
 use crate::stdio::Streams;
@@ -37,6 +39,8 @@ pub struct Pod {
     null: OwnedFd,
     containers: Mutex<HashMap<String, Slot>>,
     remarks: Mutex<HashSet<String>>,
+    /// The first process of the PID namespace that containers share.
+    pause: Mutex<Option<libc::pid_t>>,
 }
 
 /// Most different remarks that are logged.
@@ -65,6 +69,7 @@ impl Pod {
             null: null.map_err(|source| PodError::System { what: "open /dev/null", source })?.into(),
             containers: Mutex::default(),
             remarks: Mutex::default(),
+            pause: Mutex::default(),
         });
         tokio::spawn(pod.clone().watch_memory());
         Ok(pod)
@@ -83,7 +88,8 @@ impl Pod {
         stdio: Stdio,
     ) -> Result<Arc<Process>, PodError> {
         check_id("container", id)?;
-        let plan = ContainerPlan::new(spec).map_err(Box::new)?;
+        let mut plan = ContainerPlan::new(spec).map_err(Box::new)?;
+        self.share_processes(&mut plan)?;
         self.reserve(id)?;
         let created = Container::create(self, id, plan, stdio).await;
         let mut containers = self.lock();
@@ -153,6 +159,24 @@ impl Pod {
         if remarks.len() < MAX_REMARKS && remarks.insert(remark.to_owned()) {
             log::warn!("container {container_id}: {remark}");
         }
+    }
+
+    /// Names the pod's PID namespace by the process that has it, which is started for the first container that asks for it.
+    fn share_processes(&self, plan: &mut ContainerPlan) -> Result<(), PodError> {
+        let shared = Path::new(POD_PID_NAMESPACE);
+        if !plan.namespaces.joins(Kind::Pid, shared) {
+            return Ok(());
+        }
+        let mut pause = self.pause.lock().unwrap_or_else(PoisonError::into_inner);
+        let pid = match *pause {
+            Some(pid) => pid,
+            None => *pause.insert(pause::start().map_err(|source| PodError::System {
+                what: "start the first process of the pod's PID namespace",
+                source,
+            })?),
+        };
+        plan.namespaces.join_instead(Kind::Pid, format!("/proc/{pid}/ns/pid").into());
+        Ok(())
     }
 
     fn reserve(&self, id: &str) -> Result<(), PodError> {

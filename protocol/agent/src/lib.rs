@@ -16,6 +16,9 @@ pub const SHARED_DIR: &str = "/run/bulkhead/shared";
 /// An option of a bind mount of the guest's `/dev/shm`, followed by a number: how many bytes it has to have room for.
 pub const SHM_SIZE_OPTION: &str = "size=";
 
+/// What a specification names as the PID namespace that containers of a pod share where no container's own is it.
+pub const POD_PID_NAMESPACE: &str = "/run/bulkhead/pod/ns/pid";
+
 /// Where file systems on disks are mounted in the guest, each in a directory with the number of its slot.
 pub const DISKS_DIR: &str = "/run/bulkhead/disks";
 

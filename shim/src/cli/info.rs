@@ -16,7 +16,7 @@ const FEATURES: &str = r#"{
     "ociVersionMin": "1.0.0",
     "ociVersionMax": "1.2.0",
     "mountOptions": ["bind", "rbind", "ro", "rw", "rro", "nosuid", "nodev", "noexec", "relatime", "noatime",
-        "private", "rprivate", "slave", "rslave", "shared", "rshared"],
+        "private", "rprivate", "slave", "rslave", "idmap", "ridmap"],
     "linux": {
         "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"],
         "cgroup": { "v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false },
@@ -24,7 +24,7 @@ const FEATURES: &str = r#"{
         "apparmor": { "enabled": false },
         "selinux": { "enabled": false },
         "intelRdt": { "enabled": false },
-        "mountExtensions": { "idmap": { "enabled": false } }
+        "mountExtensions": { "idmap": { "enabled": true } }
     }
 }"#;
 

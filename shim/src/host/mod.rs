@@ -2,6 +2,7 @@
 
 pub mod cgroup;
 pub mod disk;
+pub mod id_map;
 pub mod mount_table;
 pub mod mounts;
 pub mod netns;

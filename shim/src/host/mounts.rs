@@ -15,9 +15,9 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::fstat;
 use nix::sys::statfs::fstatfs;
 
-use super::sharing;
-
+use super::id_map::{self, IdMap, IdMapError};
 use super::overlay::Overlay;
+use super::sharing;
 
 /// `open_tree(2)`: a copy of the tree, not the tree itself.
 const OPEN_TREE_CLONE: c_uint = 1;
@@ -120,6 +120,18 @@ pub enum MountError {
         #[source]
         source: Errno,
     },
+    /// Owners can't be mapped.
+    #[error("can't map the owners of the files in {path}")]
+    MapIds {
+        /// Where they are.
+        path: PathBuf,
+        /// Why: the file system may not take part.
+        #[source]
+        source: io::Error,
+    },
+    /// Owners are not to be mapped like that.
+    #[error(transparent)]
+    IdMap(#[from] IdMapError),
     /// No thread to do it on.
     #[error("can't start a thread for mounting")]
     Thread(#[source] io::Error),
@@ -205,6 +217,12 @@ impl DetachedTree {
         self.set(MOUNT_ATTR_RDONLY, 0, recursive)
     }
 
+    /// Has the files of the topmost mount, or with `recursive` of all, show owners of a user namespace.
+    pub fn map_ids(&self, namespace: BorrowedFd<'_>, recursive: bool) -> Result<(), MountError> {
+        id_map::apply(self.fd.as_fd(), namespace, recursive)
+            .map_err(|source| MountError::MapIds { path: self.origin.clone(), source })
+    }
+
     fn set(&self, attributes: u64, propagation: u64, recursive: bool) -> Result<(), MountError> {
         let attributes = libc::mount_attr { attr_set: attributes, attr_clr: 0, propagation, userns_fd: 0 };
         let recursion = if recursive { libc::AT_RECURSIVE } else { 0 };
@@ -285,8 +303,11 @@ pub async fn assemble(mounts: Vec<MountRequest>, scratch: PathBuf) -> Result<Det
         unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).map_err(failed("unshare"))?;
         mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
             .map_err(failed("make it private"))?;
-        for request in &mounts {
-            mount_one(request, &scratch)?;
+        for mut request in mounts {
+            match IdMap::take(&mut request.options)? {
+                Some(map) => mount_mapped(&request, &map, &scratch)?,
+                None => mount_one(&request, &scratch)?,
+            }
         }
         DetachedTree::bind(&scratch, true)
     })
@@ -308,6 +329,40 @@ pub async fn on_thread<T: Send + 'static>(
         })
         .map_err(MountError::Thread)?;
     receiver.await.map_err(|_| MountError::ThreadLost)?
+}
+
+/// The same with owners mapped: those of an overlay's lower layers, whose upper one already has the right ones, or of what is bound.
+fn mount_mapped(request: &MountRequest, map: &IdMap, root: &Path) -> Result<(), MountError> {
+    let namespace = map.namespace()?;
+    if request.kind != "overlay" {
+        let recursive = request.options.iter().any(|option| option == "rbind");
+        let tree = DetachedTree::bind(Path::new(&request.source), recursive)?;
+        tree.map_ids(namespace.as_fd(), recursive)?;
+        if request.options.iter().any(|option| option == "ro") {
+            tree.make_read_only(false)?;
+        }
+        return tree.attach(&target_below(root, &request.target)?);
+    }
+    // The mapped layers are looked up before the overlay covers them.
+    let layers = MountRequest { kind: "tmpfs".into(), source: "layers".into(), ..MountRequest::default() };
+    mount_one(&layers, root)?;
+    let place = |number: usize| root.join(number.to_string());
+    let mut options = request.options.clone();
+    for option in &mut options {
+        let Some(lower) = option.strip_prefix("lowerdir=") else { continue };
+        let mut places = Vec::new();
+        for (number, layer) in lower.split(':').enumerate() {
+            let tree = DetachedTree::bind(Path::new(layer), false)?;
+            tree.map_ids(namespace.as_fd(), false)?;
+            let place = place(number);
+            std::fs::create_dir(&place)
+                .map_err(|source| MountError::MapIds { path: place.clone(), source })?;
+            tree.attach(&place)?;
+            places.push(place.display().to_string());
+        }
+        *option = format!("lowerdir={}", places.join(":"));
+    }
+    mount_one(&MountRequest { options, ..request.clone() }, root)
 }
 
 fn mount_one(request: &MountRequest, root: &Path) -> Result<(), MountError> {

@@ -33,6 +33,10 @@ impl Overlay {
         if request.kind != "overlay" || !request.target.is_empty() {
             return None;
         }
+        let is_mapped = |option: &String| option.starts_with("uidmap=") || option.starts_with("gidmap=");
+        if request.options.iter().any(is_mapped) {
+            return None;
+        }
         let parsed = parse_options(&request.options).ok()?;
         let directories: Vec<&str> = parsed
             .data

@@ -29,9 +29,6 @@ pub enum ConfigError {
     /// Too large.
     #[error("the pod's configuration is {0} bytes long: {MAX_CONFIG} are allowed")]
     TooLarge(usize),
-    /// A user namespace.
-    #[error("the pod asks for a user namespace (hostUsers: false), which is not supported yet")]
-    UserNamespace,
 }
 
 impl Classify for ConfigError {
@@ -157,26 +154,12 @@ impl PodConfig {
 
     fn read_namespaces(&mut self, bytes: &[u8]) -> Result<(), ConfigError> {
         each_field(bytes, |number, value| {
-            match (number, value) {
-                (1, value) => self.host_network = value.number() == NODE,
-                (5, Value::Bytes(bytes)) => refuse_user_namespace(bytes)?,
-                _ => {}
+            if number == 1 {
+                self.host_network = value.number() == NODE;
             }
             Ok(())
         })
     }
-}
-
-fn refuse_user_namespace(bytes: &[u8]) -> Result<(), ConfigError> {
-    // A message that is there has its default where it says nothing: a namespace of the pod's own.
-    let mut is_nodes = false;
-    each_field(bytes, |number, value| {
-        if number == 1 {
-            is_nodes = value.number() == NODE;
-        }
-        Ok(())
-    })?;
-    if is_nodes { Ok(()) } else { Err(ConfigError::UserNamespace) }
 }
 
 fn dns(bytes: &[u8]) -> Result<Dns, ConfigError> {

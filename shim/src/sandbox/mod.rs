@@ -12,5 +12,7 @@ pub mod members;
 pub mod service;
 pub mod spec;
 
+pub use members::FIRST_PROCESS;
+
 #[cfg(test)]
 mod tests;

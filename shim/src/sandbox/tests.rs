@@ -132,13 +132,6 @@ fn what_is_no_configuration_is_refused() {
     for length in 0..whole.len() {
         let _ = PodConfig::from_any(&any(whole[..length].to_vec()));
     }
-    let user_namespaces = |options: Vec<u8>| {
-        let namespaces = message(&[(5, Message(options))]);
-        let linux = message(&[(2, Message(message(&[(1, Message(namespaces))])))]);
-        PodConfig::from_any(&any(message(&[(8, Message(linux))])))
-    };
-    assert!(matches!(user_namespaces(Vec::new()), Err(ConfigError::UserNamespace)));
-    assert!(user_namespaces(message(&[(1, Number(2))])).is_ok(), "the node's");
 }
 
 fn sandbox_spec(config: &[u8], netns: &str) -> Result<oci_spec::runtime::Spec, crate::error::ApiError> {

@@ -9,6 +9,7 @@ use nix::sys::statfs::{self, statfs};
 use oci_spec::runtime::Mount;
 
 use super::SpecError;
+use crate::host::id_map::IdMap;
 use crate::host::mount_table::MountTable;
 use crate::host::mounts::Propagation;
 
@@ -39,6 +40,10 @@ pub struct HostMount {
     pub read_only: Option<bool>,
     /// Whether mounts that the host makes later come in.
     pub propagation: Propagation,
+    /// How the owners of its files are mapped.
+    pub id_map: Option<IdMap>,
+    /// Whether those of the mounts below are mapped too.
+    pub maps_below: bool,
 }
 
 /// Rewrites the mounts of the container `id`; gives those that the host has to make, in the order of their numbers.
@@ -51,6 +56,12 @@ pub(super) fn translate(list: &mut [Mount], id: &str) -> Result<Vec<HostMount>, 
             continue;
         }
         let destination = mount.destination().clone();
+        let request = bind(mount, &destination);
+        // Owners are mapped on the host, where the files are.
+        mount.set_uid_mappings(None).set_gid_mappings(None);
+        let left = options(mount).filter(|option| !matches!(*option, "idmap" | "ridmap"));
+        let left = left.map(str::to_owned).collect();
+        mount.set_options(Some(left));
         if destination == Path::new(SHM) {
             // The host's can't be shared coherently between kernels. The guest's is the same for all of the pod.
             share_memory(mount);
@@ -60,7 +71,7 @@ pub(super) fn translate(list: &mut [Mount], id: &str) -> Result<Vec<HostMount>, 
             mount.set_source(Some(PathBuf::from(device)));
             continue;
         }
-        let request = bind(mount, &destination)?;
+        let request = request?;
         if !looks_read_only_below(&request, &mut table) {
             let left = options(mount).filter(|option| *option != "ro").map(str::to_owned).collect();
             mount.set_options(Some(left));
@@ -137,6 +148,8 @@ fn bind(mount: &Mount, destination: &Path) -> Result<HostMount, SpecError> {
         recursive: mount.typ().as_deref() == Some("rbind"),
         read_only: None,
         propagation: Propagation::Private,
+        id_map: IdMap::of(mount.uid_mappings().as_deref(), mount.gid_mappings().as_deref()),
+        maps_below: options(mount).any(|option| option == "ridmap"),
     };
     for option in options(mount) {
         match option {

@@ -5,9 +5,11 @@
 
 use std::path::{Path, PathBuf};
 
+use bulkhead_agent_protocol::POD_PID_NAMESPACE;
 use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType};
 
 use super::SpecError;
+use crate::sandbox::FIRST_PROCESS;
 
 /// What a container can share with others of its pod.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -76,7 +78,7 @@ fn translate_one(
         (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, Some(_)) => Ok(None),
         (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, None) if pod.is_pod => Ok(None),
         (LinuxNamespaceType::Pid, Some(path)) => shared_pid(path, pod).map(Some),
-        (LinuxNamespaceType::User, Some(path)) => shared_users(path, pod).map(Some),
+        (LinuxNamespaceType::User, Some(path)) => shared_users(path, pod),
         (kind @ LinuxNamespaceType::Time, Some(path)) => {
             Err(SpecError::HostNamespace { kind, path: path.clone() })
         }
@@ -98,9 +100,14 @@ fn shared_pid(path: &Path, pod: &PodNamespaces) -> Result<LinuxNamespace, SpecEr
     member(path, "pid", pod).map(|member| joined_pid(member.guest_pid))
 }
 
-/// And a user namespace as well.
-fn shared_users(path: &Path, pod: &PodNamespaces) -> Result<LinuxNamespace, SpecError> {
-    member(path, "user", pod).map(|member| joined(LinuxNamespaceType::User, "user", member.guest_pid))
+/// And a user namespace as well. Where the pod has no process but the guest's first one, each container has one of its own,
+/// with the same mapping.
+fn shared_users(path: &Path, pod: &PodNamespaces) -> Result<Option<LinuxNamespace>, SpecError> {
+    let kind = LinuxNamespaceType::User;
+    member(path, "user", pod).map(|member| match member.guest_pid {
+        FIRST_PROCESS => Some(new(kind)),
+        other => Some(joined(kind, "user", other)),
+    })
 }
 
 /// The container whose namespace has this path.
@@ -109,8 +116,13 @@ fn member<'a>(path: &Path, name: &str, pod: &'a PodNamespaces) -> Result<&'a Mem
     pod.members.iter().find(is_of).ok_or_else(|| SpecError::NoSuchContainer { path: path.to_owned() })
 }
 
+/// Where the pod has no process but the guest's first one, its agent makes a namespace for whoever shares.
 fn joined_pid(process: u32) -> LinuxNamespace {
-    joined(LinuxNamespaceType::Pid, "pid", process)
+    let mut namespace = joined(LinuxNamespaceType::Pid, "pid", process);
+    if process == FIRST_PROCESS {
+        namespace.set_path(Some(PathBuf::from(POD_PID_NAMESPACE)));
+    }
+    namespace
 }
 
 fn joined(kind: LinuxNamespaceType, name: &str, process: u32) -> LinuxNamespace {

@@ -2,6 +2,8 @@ use std::collections::HashMap;
 
 use serde_json::{Value, json};
 
+use bulkhead_agent_protocol::POD_PID_NAMESPACE;
+
 use super::*;
 use crate::host::mounts::Propagation;
 use crate::spec::sandbox::Role;
@@ -165,6 +167,12 @@ fn the_hosts_processes_are_those_of_the_pod() {
     let (next, parsed) = translated_in(host, &pod).unwrap();
     assert_eq!(next["linux"]["namespaces"][1], json!({"type": "pid", "path": "/proc/5/ns/pid"}));
     assert!(!parsed.own_pid_namespace);
+    let sandbox = PodNamespaces { first_process: Some(1), is_pod: true, ..PodNamespaces::default() };
+    let (next, parsed) =
+        translated_in(with("/linux/namespaces", json!([{"type": "mount"}, {"type": "network"}])), &sandbox)
+            .unwrap();
+    assert_eq!(next["linux"]["namespaces"][1], json!({"type": "pid", "path": POD_PID_NAMESPACE}));
+    assert!(!parsed.own_pid_namespace);
 }
 
 #[test]
@@ -211,12 +219,16 @@ fn bind_mounts_move_into_the_shared_tree() {
                 recursive: true,
                 read_only: Some(false),
                 propagation: Propagation::Private,
+                id_map: None,
+                maps_below: false,
             },
             HostMount {
                 source: "/tmp".into(),
                 recursive: false,
                 read_only: Some(true),
                 propagation: Propagation::Slave,
+                id_map: None,
+                maps_below: false,
             },
         ]
     );
@@ -384,4 +396,16 @@ fn roles_follow_the_annotations() {
     for wrong in [&[(TYPE, "container")][..], &[(TYPE, "container"), (ID, "../p")], &[(TYPE, "other")]] {
         assert!(role(wrong).is_err(), "{wrong:?}");
     }
+}
+
+#[test]
+fn owners_of_volumes_are_mapped_on_the_host() {
+    let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+    let mount = json!({"destination": "/x", "type": "bind", "source": "/tmp", "options": ["rbind", "ridmap"],
+        "uidMappings": map, "gidMappings": map});
+    let (guest, parsed) = translated(with_mount(mount)).unwrap();
+    assert!(parsed.mounts[0].id_map.is_some() && parsed.mounts[0].maps_below);
+    let left = &guest["mounts"][0];
+    assert_eq!(left["options"], json!(["rbind"]));
+    assert!(left.get("uidMappings").is_none() && left.get("gidMappings").is_none(), "{left}");
 }

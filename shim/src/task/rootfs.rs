@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::types::mount::Mount;
@@ -128,6 +129,9 @@ fn bind(volume: &HostMount) -> Result<DetachedTree, MountError> {
     let tree = DetachedTree::bind(&volume.source, volume.recursive)?;
     // Early, although attaching it will judge it again: before there is a pod.
     tree.judge()?;
+    if let Some(map) = &volume.id_map {
+        tree.map_ids(map.namespace()?.as_fd(), volume.maps_below)?;
+    }
     tree.restrict(volume.propagation)?;
     if let Some(recursive) = volume.read_only {
         tree.make_read_only(recursive)?;

@@ -47,6 +47,8 @@ pub enum Handler {
     Bulkhead,
     /// Ours, by way of the Sandbox API.
     BulkheadSandbox,
+    /// Ours under the name of runc's runtime: containerd up to 2.1 asks no other for its features.
+    BulkheadAsRunc,
 }
 
 impl Handler {
@@ -56,6 +58,7 @@ impl Handler {
             Self::Runc => "runc",
             Self::Bulkhead => "bulkhead",
             Self::BulkheadSandbox => "bulkhead-sandbox",
+            Self::BulkheadAsRunc => "bulkhead-as-runc",
         }
     }
 }
@@ -78,7 +81,8 @@ impl Node {
             fs::create_dir(&network).explain(|| format!("make {}", network.display()))?;
             let file = network.join("10-pods.conflist");
             fs::write(&file, network_configuration()).explain(|| format!("write {}", file.display()))?;
-            Ok(configuration(&network, &layout.cni_plugins()))
+            let shim = layout.bin("containerd-shim-bulkhead-v1");
+            Ok(configuration(&network, &layout.cni_plugins(), &shim))
         })?;
         make_control_group(&Path::new("/sys/fs/cgroup").join(CGROUP))?;
         let client = Client::connect(&containerd.socket(), CALL_LIMIT).explain(|| "the CRI".into())?;
@@ -182,7 +186,7 @@ fn make_control_group(path: &Path) -> Outcome {
 }
 
 /// The part of containerd's configuration for the CRI. `network` is the directory of the pod network's configuration.
-fn configuration(network: &Path, cni_plugins: &Path) -> String {
+fn configuration(network: &Path, cni_plugins: &Path, shim: &Path) -> String {
     let runtime = "plugins.'io.containerd.cri.v1.runtime'";
     let handler = |name: &str, runtime_type: &str, sandboxer: &str| {
         format!(
@@ -207,6 +211,8 @@ fn configuration(network: &Path, cni_plugins: &Path) -> String {
         handler(Handler::Runc.name(), "io.containerd.runc.v2", "podsandbox"),
         handler(Handler::Bulkhead.name(), ours, "podsandbox"),
         handler(Handler::BulkheadSandbox.name(), ours, "shim"),
+        handler(Handler::BulkheadAsRunc.name(), "io.containerd.runc.v2", "podsandbox"),
+        format!("runtime_path = \"{}\"\n", shim.display()),
     ]
     .concat()
 }

@@ -133,8 +133,13 @@ fn set_up(setup: Setup<'_>, agent: &Agent, two_steps: bool) -> Result<std::conve
     reset_signals().step("reset the signals")?;
     match setup.job {
         Job::Container(plan) => {
-            let opened = plan.root.open(plan.namespaces.has(Kind::User))?;
+            let (own_users, own_ipc) = (plan.namespaces.has(Kind::User), plan.namespaces.has(Kind::Ipc));
+            let opened = plan.root.open(own_users, own_ipc)?;
             if two_steps {
+                if own_users {
+                    // Those of the pod, which are not the user namespace's to set.
+                    sysctl::apply(plan.sysctl.iter().filter(|(name, _)| !is_own(plan, name)))?;
+                }
                 let cgroup = plan.namespaces.join()?;
                 plan.namespaces.unshare_time()?;
                 second_step(&setup, agent, plan.namespaces.clone_flags())?;
@@ -234,10 +239,16 @@ fn enter_container(plan: &ContainerPlan, opened: OpenedRoot, agent: &Agent) -> R
     for remark in &built.remarks {
         agent.tell(&Message::Remark(remark.clone()))?;
     }
-    sysctl::apply(plan.sysctl.iter())?;
+    let own_users = plan.namespaces.has(Kind::User);
+    sysctl::apply(plan.sysctl.iter().filter(|(name, _)| !own_users || is_own(plan, name)))?;
     plan.root.enter(&built)?;
     rootfs::make_working_directory(&plan.process.directory).step("make the working directory")?;
     Ok(built)
+}
+
+/// Whether a kernel parameter is that of a namespace of the container's own.
+fn is_own(plan: &ContainerPlan, name: &str) -> bool {
+    plan.namespaces.has(sysctl::namespace_of(name))
 }
 
 fn set_names(plan: &ContainerPlan) -> Result<(), ChildError> {

@@ -4,7 +4,9 @@
 
 use super::{Case, Fixture};
 
+mod conformance;
 mod ends;
+mod features;
 mod host_namespaces;
 mod lifecycle;
 mod like_runc;
@@ -28,6 +30,13 @@ pub const CASES: &[Case] = &[
     Case::new("cri-sandbox-host-ipc", host_namespaces::ipc).on(Fixture::Cri).sandboxed(),
     Case::new("cri-privileged", host_namespaces::privileged).on(Fixture::Cri),
     Case::new("cri-sandbox-privileged", host_namespaces::privileged).on(Fixture::Cri).sandboxed(),
+    Case::new("cri-features", features::announced).on(Fixture::Cri).bulkhead_only(),
+    Case::new("cri-recursive-read-only", features::recursive_read_only).on(Fixture::Cri).bulkhead_only(),
+    Case::new("cri-users-of-their-own", features::own_users).on(Fixture::Cri).bulkhead_only(),
+    Case::new("cri-sandbox-users-of-their-own", features::own_users).on(Fixture::Cri).sandboxed(),
+    Case::new("cri-conformance", conformance::rest).on(Fixture::Cri),
+    Case::new("cri-sandbox-conformance", conformance::rest).on(Fixture::Cri).sandboxed(),
+    Case::new("cri-refused-containers", conformance::refused).on(Fixture::Cri).bulkhead_only(),
     Case::new("cri-refused-pods", pod_settings::refused).on(Fixture::Cri).bulkhead_only(),
     Case::new("cri-network-host", network::host).on(Fixture::Cri),
     Case::new("cri-network-pods", network::pods).on(Fixture::Cri),

@@ -68,6 +68,7 @@ pub fn shared_processes(environment: &mut Environment) -> Outcome<String> {
         let debugger =
             pod.run_script("beside", "ps | grep -c 'sleep 2718[2]'; ps | grep -c 'sleep 3141[5]'", beside)?;
         let alone = own.exec("ps | grep -c 'sleep 3141[5]'")?;
+        let kernel = first.exec("ps -o comm | grep -c kthreadd; ps -o pid,comm | grep -c '^ *1 .*pause'")?;
         let killed = pod.run_script(
             "kills",
             "kill $(ps | awk '/sleep 3141[5]/ { print $1 }') && echo killed",
@@ -75,14 +76,14 @@ pub fn shared_processes(environment: &mut Environment) -> Outcome<String> {
         )?;
         let ended = first.wait()?;
         let answer = format!(
-            "{} {} {} {} {}",
-            second.stdout, debugger.stdout, alone.stdout, killed.stdout, ended.code
+            "{} {} {} {} {} {}",
+            second.stdout, debugger.stdout, alone.stdout, kernel.stdout, killed.stdout, ended.code
         );
         pod.finish()?;
         Ok(answer.split_whitespace().collect::<Vec<_>>().join(" "))
     };
     let right = ask(Handler::Runc)?;
-    ensure_eq!(right, "1 not-first 1 0 0 killed 143", "with runc");
+    ensure_eq!(right, "1 not-first 1 0 0 0 1 killed 143", "with runc");
     ensure_eq!(ask(environment.handler())?, right, "answer, and runc's");
     Ok(right)
 }
