@@ -539,6 +539,44 @@ mod tests {
         assert_eq!(common_directory(&["relative"]), None);
     }
 
+    #[tokio::test]
+    async fn owners_are_mapped() {
+        let directory = std::env::temp_dir().join(format!("bulkhead-mapped-{}", std::process::id()));
+        for name in ["1", "2", "upper", "work", "root"] {
+            std::fs::create_dir_all(directory.join(name)).unwrap();
+        }
+        std::fs::write(directory.join("1/file"), "x").unwrap();
+        let path = directory.display();
+        let request = |kind: &str, source: String, others: &[String]| MountRequest {
+            kind: kind.into(),
+            source,
+            target: String::new(),
+            options: [&options(&["uidmap=0:100000:65536", "gidmap=0:200000:65536"])[..], others].concat(),
+        };
+        let layers = [
+            format!("lowerdir={path}/2:{path}/1"),
+            format!("upperdir={path}/upper"),
+            format!("workdir={path}/work"),
+        ];
+        let requests =
+            [request("bind", format!("{path}/1"), &[]), request("overlay", "overlay".into(), &layers)];
+        for request in requests {
+            let kind = request.kind.clone();
+            match assemble(vec![request], directory.join("root")).await {
+                Ok(tree) => {
+                    let status =
+                        nix::sys::stat::fstatat(&tree, "file", nix::fcntl::AtFlags::empty()).unwrap();
+                    assert_eq!((status.st_uid, status.st_gid), (100_000, 200_000), "{kind}");
+                }
+                Err(MountError::MapIds { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {
+                    eprintln!("SKIPPED: the file system of {path} can't map owners");
+                }
+                Err(error) => panic!("{kind}: {}", crate::error::chain(&error)),
+            }
+        }
+        std::fs::remove_dir_all(&directory).unwrap();
+    }
+
     #[test]
     fn targets_stay_below_the_root() {
         assert_eq!(target_below(Path::new("/r"), "/a/b").unwrap(), Path::new("/r/a/b"));

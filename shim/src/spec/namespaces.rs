@@ -45,9 +45,11 @@ pub(super) fn translate(linux: &mut Linux, pod: &PodNamespaces) -> Result<bool, 
     if !has(LinuxNamespaceType::Network) {
         return Err(SpecError::HostNetwork);
     }
+    let is_some = |map: &Option<Vec<_>>| map.as_ref().is_some_and(|map| !map.is_empty());
+    let maps_users = is_some(linux.uid_mappings()) && is_some(linux.gid_mappings());
     let mut kept = Vec::new();
     for namespace in wanted.iter() {
-        if let Some(namespace) = translate_one(namespace, pod)? {
+        if let Some(namespace) = translate_one(namespace, pod, maps_users)? {
             kept.push(namespace);
         }
     }
@@ -70,6 +72,7 @@ pub(super) fn translate(linux: &mut Linux, pod: &PodNamespaces) -> Result<bool, 
 fn translate_one(
     namespace: &LinuxNamespace,
     pod: &PodNamespaces,
+    maps_users: bool,
 ) -> Result<Option<LinuxNamespace>, SpecError> {
     let path = namespace.path().as_ref().filter(|path| !path.as_os_str().is_empty());
     match (namespace.typ(), path) {
@@ -78,7 +81,7 @@ fn translate_one(
         (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, Some(_)) => Ok(None),
         (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, None) if pod.is_pod => Ok(None),
         (LinuxNamespaceType::Pid, Some(path)) => shared_pid(path, pod).map(Some),
-        (LinuxNamespaceType::User, Some(path)) => shared_users(path, pod),
+        (LinuxNamespaceType::User, Some(path)) => shared_users(path, pod, maps_users),
         (kind @ LinuxNamespaceType::Time, Some(path)) => {
             Err(SpecError::HostNamespace { kind, path: path.clone() })
         }
@@ -100,14 +103,20 @@ fn shared_pid(path: &Path, pod: &PodNamespaces) -> Result<LinuxNamespace, SpecEr
     member(path, "pid", pod).map(|member| joined_pid(member.guest_pid))
 }
 
-/// And a user namespace as well. Where the pod has no process but the guest's first one, each container has one of its own,
-/// with the same mapping.
-fn shared_users(path: &Path, pod: &PodNamespaces) -> Result<Option<LinuxNamespace>, SpecError> {
+/// And a user namespace as well. One that the engine has made on the host is made in the guest anew, with the same mapping; and
+/// where the pod has no process but the guest's first one, each container has one of its own.
+fn shared_users(
+    path: &Path,
+    pod: &PodNamespaces,
+    maps_users: bool,
+) -> Result<Option<LinuxNamespace>, SpecError> {
     let kind = LinuxNamespaceType::User;
-    member(path, "user", pod).map(|member| match member.guest_pid {
-        FIRST_PROCESS => Some(new(kind)),
-        other => Some(joined(kind, "user", other)),
-    })
+    match member(path, "user", pod) {
+        Ok(member) if member.guest_pid != FIRST_PROCESS => Ok(Some(joined(kind, "user", member.guest_pid))),
+        Ok(_) => Ok(Some(new(kind))),
+        Err(_) if maps_users && !path.starts_with("/proc") => Ok(Some(new(kind))),
+        Err(error) => Err(error),
+    }
 }
 
 /// The container whose namespace has this path.

