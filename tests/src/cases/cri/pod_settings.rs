@@ -68,7 +68,7 @@ pub fn shared_processes(environment: &mut Environment) -> Outcome<String> {
         let debugger =
             pod.run_script("beside", "ps | grep -c 'sleep 2718[2]'; ps | grep -c 'sleep 3141[5]'", beside)?;
         let alone = own.exec("ps | grep -c 'sleep 3141[5]'")?;
-        let kernel = first.exec("ps -o comm | grep -c kthreadd; ps -o pid | grep -c '^ *1$'")?;
+        let kernel = first.exec("ps -o comm | grep -c kthreadd; ps -o pid | grep -c '^ *1 *$'")?;
         let killed = pod.run_script(
             "kills",
             "kill $(ps | awk '/sleep 3141[5]/ { print $1 }') && echo killed",
