@@ -29,6 +29,9 @@ use crate::sizing::Demand;
 use crate::spec::sandbox::Role;
 use crate::spec::{self, GuestSpec, Member, PodNamespaces};
 
+/// What the kernel calls a VMM.
+const VMM_NAME: &str = "bulkhead-vmm";
+
 impl Shim {
     /// Sets a container up; gives what containerd is told as its process id. Nothing of it is left when this fails.
     pub async fn create(self: Arc<Self>, request: CreateTaskRequest) -> Result<u32, ApiError> {
@@ -188,6 +191,12 @@ impl Shim {
         limits.add(&new.id, new.claim);
         let cgroup = pod_cgroup(new.spec)?;
         let network = spec::network_namespace(new.spec);
+        if let Some(path) = network.as_deref().filter(|path| is_another_pods(path)) {
+            let path = path.display();
+            let message =
+                format!("the network namespace {path} is another pod's, and two pods can't share one");
+            return Err(ApiError::precondition(message));
+        }
         // Docker looks for it at the id of the process, from a hook or once the container has been created.
         let own_network = network.is_none();
         let received_us = new.received_us;
@@ -235,6 +244,14 @@ pub(crate) fn hostname(spec: &Spec) -> String {
         Some(name) if !name.is_empty() => name.clone(),
         _ => nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default(),
     }
+}
+
+/// Whether a network namespace is that of another pod's VMM, which is what `docker run --network container:NAME` names.
+fn is_another_pods(network: &Path) -> bool {
+    let Some(process) = network.parent().and_then(Path::parent) else { return false };
+    network == process.join("ns/net")
+        && process.parent() == Some(Path::new("/proc"))
+        && std::fs::read_to_string(process.join("comm")).is_ok_and(|name| name.trim_end() == VMM_NAME)
 }
 
 /// What is to be set up in a pod.
@@ -366,4 +383,21 @@ fn claim(spec: &Spec, role: &Role, request: &CreateTaskRequest, guest: &GuestSpe
     let upper = upper.filter_map(|option| option.strip_prefix("upperdir=")).map(Path::new);
     let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
     Claim::new(volumes.map(|volume| volume.source.as_path()).chain(upper), resources, role)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_namespace_of_another_pods_vmm_is_known_by_its_process() {
+        let vmm = std::thread::Builder::new().name(VMM_NAME.to_owned()).spawn(|| {
+            let path = format!("/proc/{}/ns/net", nix::unistd::gettid());
+            is_another_pods(Path::new(&path))
+        });
+        assert!(vmm.unwrap().join().unwrap());
+        for other in ["/proc/self/ns/net", "/proc/1/ns/net", "/proc/1/ns/pid", "/run/netns/cni-1", "/", ""] {
+            assert!(!is_another_pods(Path::new(other)), "{other:?}");
+        }
+    }
 }

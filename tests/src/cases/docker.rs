@@ -263,6 +263,13 @@ fn names(environment: &mut Environment) -> Outcome<String> {
             ["run", "--rm", "--network", "pair", "--runtime", runtime.name(), IMAGE, "sh", "-c", LOOK_UP];
         let output = docker.run(&client)?;
         found.push(format!("{}{}", output.stdout, output.stderr));
+        if runtime == Runtime::Bulkhead {
+            // Its network is its own, and stays so.
+            let shared = docker.run(&["run", "--rm", "--network", "container:server", IMAGE, "true"])?;
+            ensure!(shared.stderr.contains("is another pod's"), "--network container: {}", shared.said());
+            let still = docker.run(&client)?;
+            ensure!(still.stdout.contains("here"), "afterwards: {}", still.said());
+        }
         docker.ok(&["rm", "-f", "server"])?;
     }
     docker.ok(&["network", "rm", "pair"])?;
