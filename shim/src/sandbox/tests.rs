@@ -383,7 +383,8 @@ async fn a_sandboxs_processes_are_shared_by_its_process_id() {
     let (stage, guest) = Stage::created("pid").await;
     let pid = stage.start("p").await.unwrap();
     stage.container_beside("a", member(), &format!("/proc/{pid}/ns/pid")).await.unwrap();
-    assert_eq!(guest.calls("PidNamespace"), ["/proc/1/ns/pid"], "those of the agent");
+    let shared = bulkhead_agent_protocol::POD_PID_NAMESPACE;
+    assert_eq!(guest.calls("PidNamespace"), [shared], "that which the agent makes");
     let other = stage.container_beside("b", member(), "/proc/1/ns/pid").await;
     assert_eq!(code(other), Code::INVALID_ARGUMENT, "the host's");
 }
