@@ -187,7 +187,10 @@ fn live(docker: &Docker, runtime: Runtime, id: &str) -> Outcome<String> {
     docker.ok(&["kill", "-s", "TERM", id])?;
     tell("wait", docker.ok(&["wait", id])?);
     tell("logs", docker.ok(&["logs", id])?);
-    tell("diff", docker.ok(&["diff", id])?);
+    let diff = docker.ok(&["diff", id])?;
+    let mut changes: Vec<&str> = diff.lines().collect();
+    changes.sort_unstable();
+    tell("diff", changes.join(" "));
     docker.ok(&["commit", id, id])?;
     tell("commit", docker.ok(&["run", "--rm", "--runtime", runtime.name(), id, "cat", "/copied"])?);
     docker.ok(&["rm", id])?;
