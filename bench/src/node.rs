@@ -1,5 +1,6 @@
 //! What the benchmark reads of the node it runs on: processes, memory, versions.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -76,27 +77,53 @@ pub fn unshared_memory(pid: u32) -> Option<u64> {
     Some((value_of(&rollup, "Private_Clean")? + value_of(&rollup, "Private_Dirty")?) * 1024)
 }
 
-/// Resident memory of a process without its mappings of `excluded` bytes and more, in bytes: for a VMM, its own memory without
-/// the guest's.
+/// Resident memory of a process in bytes, without its mappings of `excluded` bytes and more: for a VMM, its own memory without
+/// the guest's. If a file is mapped in pieces that are as large together, all that lies from the first to the last of them is left out.
 ///
 /// `None` when it has ended.
 pub fn resident_without_large_mappings(pid: u32, excluded: u64) -> Option<u64> {
     Some(resident_of(&fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?, excluded))
 }
 
+struct Mapping<'a> {
+    start: u64,
+    end: u64,
+    inode: &'a str,
+    resident: u64,
+}
+
 fn resident_of(smaps: &str, excluded: u64) -> u64 {
-    let mut total = 0;
-    let mut size = 0;
+    let mappings = mappings_of(smaps);
+    let mut files: BTreeMap<&str, (u64, u64, u64)> = BTreeMap::new();
+    for mapping in mappings.iter().filter(|mapping| mapping.inode != "0") {
+        let (first, last, size) = files.entry(mapping.inode).or_insert((mapping.start, mapping.end, 0));
+        (*first, *last) = ((*first).min(mapping.start), (*last).max(mapping.end));
+        *size += mapping.end - mapping.start;
+    }
+    let is_large = |mapping: &&Mapping<'_>| {
+        let within = |(first, last, size): &(u64, u64, u64)| {
+            *size >= excluded && mapping.start >= *first && mapping.end <= *last
+        };
+        mapping.end - mapping.start >= excluded || files.values().any(within)
+    };
+    mappings.iter().filter(|mapping| !is_large(mapping)).map(|mapping| mapping.resident).sum()
+}
+
+fn mappings_of(smaps: &str) -> Vec<Mapping<'_>> {
+    let address = |text| u64::from_str_radix(text, 16).ok();
+    let mut mappings: Vec<Mapping<'_>> = Vec::new();
     for line in smaps.lines() {
-        if let Some(kib) = value_of(line, "Size") {
-            size = kib * 1024;
-        } else if let Some(kib) = value_of(line, "Rss")
-            && size < excluded
+        let mut words = line.split_whitespace();
+        let range = words.next().and_then(|range| range.split_once('-'));
+        if let Some((start, end)) = range
+            && let (Some(start), Some(end), Some(inode)) = (address(start), address(end), words.nth(3))
         {
-            total += kib * 1024;
+            mappings.push(Mapping { start, end, inode, resident: 0 });
+        } else if let (Some(kib), Some(mapping)) = (value_of(line, "Rss"), mappings.last_mut()) {
+            mapping.resident = kib * 1024;
         }
     }
-    total
+    mappings
 }
 
 /// The number in the line `NAME: NUMBER ...`.
@@ -193,9 +220,15 @@ mod tests {
 
     #[test]
     fn large_mappings_are_left_out() {
-        let smaps = "00-01 rw-p\nSize:   256 kB\nRss:    100 kB\n01-02 rw-p\nSize:   8 kB\nRss:   4 kB\nShared: 1 kB\n";
-        assert_eq!(resident_of(smaps, 256 * 1024), 4 * 1024);
-        assert_eq!(resident_of(smaps, 1 << 30), 104 * 1024);
+        let anonymous =
+            "00000-40000 rw-p 0 00:00 0\nRss:    100 kB\n40000-42000 rw-p 0 00:00 0\nRss:   4 kB\n";
+        assert_eq!(resident_of(anonymous, 256 * 1024), 4 * 1024);
+        assert_eq!(resident_of(anonymous, 1 << 30), 104 * 1024);
+        // A file in two pieces, something else between them, and something after them.
+        let pieces = "10000-30000 rw-p 0 00:05 7 /memory\nRss: 1 kB\n30000-31000 rw-p 0 00:00 0\nRss: 2 kB\n\
+                      31000-51000 rw-p 0 00:05 7 /memory\nRss: 4 kB\n51000-52000 rw-p 0 00:05 8 /lib\nRss: 8 kB\n";
+        assert_eq!(resident_of(pieces, 256 * 1024), 8 * 1024);
+        assert_eq!(resident_of(pieces, 1 << 30), 15 * 1024);
     }
 
     #[test]
