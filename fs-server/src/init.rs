@@ -33,6 +33,7 @@ const OPTIONS: u32 = ASYNC_READ
     | PARALLEL_DIROPS
     | MAX_PAGES_FIELD
     | CACHE_SYMLINKS
+    | SUBMOUNTS
     | HANDLE_KILLPRIV_V2;
 
 const ASYNC_READ: u32 = 1 << 0;
@@ -46,6 +47,8 @@ const ASYNC_DIO: u32 = 1 << 15;
 const PARALLEL_DIROPS: u32 = 1 << 18;
 const MAX_PAGES_FIELD: u32 = 1 << 22;
 const CACHE_SYMLINKS: u32 = 1 << 23;
+/// The guest may have parts of the tree as file systems of their own.
+const SUBMOUNTS: u32 = 1 << 27;
 /// The host clears set-id bits and file capabilities on write; saves the guest an attribute request before each one.
 const HANDLE_KILLPRIV_V2: u32 = 1 << 28;
 

@@ -20,6 +20,8 @@ use std::{io, thread};
 use bulkhead_jail::{JailError, Limits, enter_file_server};
 use bulkhead_seccomp::{Filter, FilterError};
 use bulkhead_vmm_protocol::FUSE_FD;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
 use server::{Server, ServerError};
@@ -53,6 +55,8 @@ enum FatalError {
     Tree(#[source] rustix::io::Errno),
     #[error("can't start a worker")]
     Thread(#[source] io::Error),
+    #[error("can't watch the mounts")]
+    Watch(#[source] Errno),
     #[error("can't serve")]
     Server(#[source] ServerError),
     #[error("it takes no arguments: start it in the shared directory, with the FUSE socket as descriptor 3")]
@@ -89,13 +93,13 @@ fn run() -> Result<(), FatalError> {
     let allowed = getrlimit(Resource::Nofile).maximum.unwrap_or(MAX_OPEN_FILES);
     let all = std::fs::read_to_string(ALL_OPEN_FILES).ok();
     let open_files = open_files(allowed, all.as_deref());
-    let own_fds = enter_file_server(FUSE_FD, &Limits { open_files }).map_err(FatalError::Jail)?;
+    let own = enter_file_server(FUSE_FD, &Limits { open_files }).map_err(FatalError::Jail)?;
 
     // SAFETY: the shim put the socket there for us, nobody else in this process owns it.
     let socket = UnixDatagram::from(unsafe { OwnedFd::from_raw_fd(FUSE_FD) });
-    let tree = SharedTree::new(own_fds, open_files as usize).map_err(FatalError::Tree)?;
+    let tree = SharedTree::new(own.own_fds, open_files as usize).map_err(FatalError::Tree)?;
     let server = Server::new(socket, tree);
-    let shared = Arc::new((server, Barrier::new(WORKERS)));
+    let shared = Arc::new((server, Barrier::new(WORKERS + 1)));
     for _ in 1..WORKERS {
         let shared = shared.clone();
         thread::Builder::new()
@@ -103,6 +107,11 @@ fn run() -> Result<(), FatalError> {
             .spawn(move || end(work(&shared, || Ok(()))))
             .map_err(FatalError::Thread)?;
     }
+    let watched = shared.clone();
+    thread::Builder::new()
+        .stack_size(STACK)
+        .spawn(move || end(watch(&watched, &own.mount_table)))
+        .map_err(FatalError::Thread)?;
     // One installation for all: the kernel takes its time over each.
     work(&shared, || Filter::FsServer.install_on_all_threads().map_err(FatalError::Filter))
 }
@@ -118,6 +127,20 @@ fn work(
     // No request is looked at while a thread of the process may still call what it likes.
     all.wait();
     server.run().map_err(FatalError::Server)
+}
+
+/// Waits for changes of the mounts that the server sees, and lets go of what is mounted no more.
+fn watch((server, all): &(Server, Barrier), mount_table: &OwnedFd) -> Result<(), FatalError> {
+    all.wait();
+    all.wait();
+    loop {
+        let mut table = [PollFd::new(mount_table, PollFlags::PRI)];
+        match poll(&mut table, None) {
+            Ok(_) => server.tree().drop_unmounted(),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(FatalError::Watch(errno)),
+        }
+    }
 }
 
 fn report(error: &FatalError) {

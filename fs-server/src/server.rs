@@ -41,6 +41,11 @@ impl Server {
         Server { socket, library: server::Server::new(tree.clone()), tree }
     }
 
+    /// The tree it serves.
+    pub fn tree(&self) -> &SharedTree {
+        &self.tree
+    }
+
     /// Serves requests until the other end closes the socket.
     pub fn run(&self) -> Result<(), ServerError> {
         // One byte more than allowed, so that a packet that is too long can be told.

@@ -34,34 +34,52 @@ const CAPABILITIES: [Capability; 7] = [
 /// be root and still have only one thread.
 ///
 /// The working directory becomes the root directory, read-only in itself: only mounts below it can be written to.
-/// Descriptors above `last_fd` are closed. Returned is the process's own `/proc/self/fd`, detached from the rest of
-/// procfs: the only way to open a file again that is held as `O_PATH`.
-pub fn enter_file_server(last_fd: RawFd, limits: &Limits) -> Result<OwnedFd, JailError> {
+/// Descriptors above `last_fd` are closed.
+pub fn enter_file_server(last_fd: RawFd, limits: &Limits) -> Result<OwnFiles, JailError> {
     close_descriptors_above(last_fd)?;
     clear_environment();
     limits.apply()?;
 
     let mapper = IdMapper::start()?;
     unshare(NAMESPACES).map_err(JailError::Namespaces)?;
-    let own_fds = detach_own_fds()?;
+    let own_fds = detach(c"/proc/self/fd")?;
+    let mount_table = detach(c"/proc/self/mountinfo")?;
     Root::CurrentDirectory.enter()?;
     protect_top()?;
+    // Not before: it holds the root directory that the process has when it opens it.
+    let mount_table = reopen(&mount_table, &own_fds)?;
 
     unshare(CloneFlags::CLONE_NEWUSER)
         .map_err(|source| JailError::UserNamespace { step: "create it", source })?;
     mapper.finish()?;
     keep_only(&CAPABILITIES)?;
-    Ok(own_fds)
+    Ok(OwnFiles { own_fds, mount_table })
 }
 
-/// A mount whose root is this process's `/proc/self/fd`: no path leads from it to the rest of procfs.
-fn detach_own_fds() -> Result<OwnedFd, JailError> {
-    const PATH: &CStr = c"/proc/self/fd";
+/// What a jailed file server has of procfs.
+#[derive(Debug)]
+pub struct OwnFiles {
+    /// The process's own `/proc/self/fd`, detached from the rest of procfs: the only way to open a file again that is held
+    /// as `O_PATH`.
+    pub own_fds: OwnedFd,
+    /// The table of its mounts, open to wait for changes (proc_pid_mountinfo(5)).
+    pub mount_table: OwnedFd,
+}
+
+/// Opens a detached file for reading.
+fn reopen(detached: &OwnedFd, own_fds: &OwnedFd) -> Result<OwnedFd, JailError> {
+    let name = detached.as_raw_fd().to_string();
+    nix::fcntl::openat(own_fds, name.as_str(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
+        .map_err(|source| JailError::Root { step: "open the table of its mounts", source })
+}
+
+/// A mount whose root is this file or directory of procfs: no path leads from it to the rest.
+fn detach(path: &CStr) -> Result<OwnedFd, JailError> {
     let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
     // SAFETY: the path is a valid C string; nothing else is passed by reference.
-    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, PATH.as_ptr(), flags) };
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
     let fd = Errno::result(fd)
-        .map_err(|source| JailError::Root { step: "detach /proc/self/fd from procfs", source })?;
+        .map_err(|source| JailError::Root { step: "detach a part of /proc/self from procfs", source })?;
     // SAFETY: the call just returned this descriptor, nobody else owns it. Descriptors are ints.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }

@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 
-pub use file_server::enter_file_server;
+pub use file_server::{OwnFiles, enter_file_server};
 pub use limits::Limits;
 pub use root::Root;
 

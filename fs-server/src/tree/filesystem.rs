@@ -57,7 +57,7 @@ impl SharedTree {
         let (entry, file) = match created {
             Ok(file) => {
                 let path_fd = self.own_fds.reopen(&file, OFlags::PATH)?;
-                (self.enter(path_fd.into(), &directory, name)?, file.into())
+                (self.enter(path_fd.into(), (parent, &directory), name)?, file.into())
             }
             Err(Errno::EXIST) if args.flags & libc::O_EXCL as u32 == 0 => {
                 let entry = self.look_up(parent, name)?;

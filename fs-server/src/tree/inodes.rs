@@ -6,7 +6,7 @@
 //! A file is one inode whichever mounts it is reached by, as it is on the host: so locks, FIFOs, sockets and shared memory
 //! work through all of them. A directory is one per mount, since what is mounted below it may differ.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,6 +25,8 @@ pub const ROOT: u64 = 1;
 /// Identifies a file on the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Key {
+    /// The view it belongs to.
+    pub view: u32,
     /// Its file system: the slot of its [`Mount`].
     pub slot: u16,
     /// Its number there.
@@ -50,6 +52,8 @@ pub struct Inode {
     path_fd: OwnedFd,
     key: Key,
     mount_id: u64,
+    /// Which view of the tree it was found in: 0, or the number of one that the guest has as a file system of its own.
+    pub view: u32,
     /// What it is; fixed for an inode's life.
     pub kind: FileType,
     /// Where it was found.
@@ -64,14 +68,22 @@ pub struct Inode {
 
 impl Inode {
     /// Wraps an `O_PATH` descriptor of a file with these attributes.
-    pub fn new(path_fd: OwnedFd, attributes: &Attributes, place: Place, mount: Arc<Mount>) -> Self {
+    pub fn new(
+        path_fd: OwnedFd,
+        attributes: &Attributes,
+        place: Place,
+        mount: Arc<Mount>,
+        view: u32,
+    ) -> Self {
         let (kind, mount_id) = (attributes.kind(), attributes.mount_id());
         let key = Key {
+            view,
             slot: mount.slot(),
             number: attributes.number(),
             mount: (kind == FileType::Directory).then_some(mount_id),
         };
-        Inode { path_fd, key, mount_id, kind, place, mount, node: None, set_id: AtomicBool::new(false) }
+        let set_id = AtomicBool::new(false);
+        Inode { path_fd, key, mount_id, view, kind, place, mount, node: None, set_id }
     }
 
     /// The same, standing for a device node.
@@ -177,6 +189,22 @@ impl Inodes {
                 table.by_key.remove(&entry.inode.key);
             }
         }
+    }
+
+    /// Forgets all that was found by these mounts, whatever the guest still counts on; gives the node ids.
+    pub fn drop_mounts(&self, mounts: &HashSet<u64>) -> Vec<u64> {
+        // Declared first, dropped last: closing may take the host time, nobody should wait for it.
+        let dropped: Vec<(u64, Entry)>;
+        let mut table = self.lock();
+        dropped = table
+            .by_node
+            .extract_if(|&node, entry| node != ROOT && mounts.contains(&entry.inode.mount_id()))
+            .collect();
+        for (_, entry) in &dropped {
+            table.by_key.remove(&entry.inode.key);
+        }
+        drop(table);
+        dropped.into_iter().map(|(node, _)| node).collect()
     }
 
     /// Forgets everything but the root.

@@ -10,6 +10,7 @@
 //! and devices work inside the guest's kernel and never reach the host's. The guest's kernel checks permissions; the
 //! server acts with root's rights over files, and creates as the caller so that ownership comes out right.
 
+mod crossings;
 mod directory;
 mod filesystem;
 mod handles;
@@ -26,15 +27,20 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
+use bulkhead_vmm_protocol::view_number;
 use fuse_backend_rs::api::filesystem::{Entry, OpenOptions};
 use rustix::fs::{FileType, OFlags, copy_file_range};
 use rustix::io::{Errno, Result};
 
+use crossings::Crossings;
 use handles::Handles;
 use host::{Attributes, OwnFds, may_enter, open_entry};
 use inodes::{Inode, Inodes, Place};
 use mounts::{Mounts, Sharing};
 use nodes::Node;
+
+/// `FUSE_ATTR_SUBMOUNT`: the guest's kernel mounts it, by itself, as a file system of its own.
+const ATTR_SUBMOUNT: u32 = 1 << 0;
 
 /// The name of a container's root file system in its directory; its mount belongs to the guest alone.
 const ROOTFS: &[u8] = b"rootfs";
@@ -54,6 +60,7 @@ pub struct SharedTree {
     inodes: Inodes,
     handles: Handles,
     mounts: Mounts,
+    crossings: Crossings,
     own_fds: OwnFds,
 }
 
@@ -78,7 +85,7 @@ impl SharedTree {
         let attributes = Attributes::of(&root)?;
         let mounts = Mounts::default();
         let mount = mounts.get(attributes.device(), is_read_only(&root)?, Sharing::WithHost)?;
-        let root = Inode::new(root, &attributes, Place::Top, mount);
+        let root = Inode::new(root, &attributes, Place::Top, mount, 0);
         nodes::limit_kept(KEPT_SHARE);
         let room = open_files.saturating_sub(SPARE_FDS);
         let for_inodes = room / INODE_SHARE.1 * INODE_SHARE.0;
@@ -86,6 +93,7 @@ impl SharedTree {
             inodes: Inodes::new(root, for_inodes),
             handles: Handles::new(room - for_inodes),
             mounts,
+            crossings: Crossings::default(),
             own_fds,
         })
     }
@@ -111,9 +119,14 @@ impl SharedTree {
         })
     }
 
-    fn look_up(&self, parent: u64, name: &CStr) -> Result<Entry> {
-        let parent = self.inodes.get(parent)?;
+    fn look_up(&self, node: u64, name: &CStr) -> Result<Entry> {
+        let parent = self.inodes.get(node)?;
         self.inodes.check_room()?;
+        if parent.place == Place::Top
+            && let Some(view) = view_number(name.to_bytes())
+        {
+            return self.view(&parent, view);
+        }
         let found = match open_entry(&*parent, name) {
             // Told as "no such file, and you may rely on that", where nobody but the guest can create one.
             Err(Errno::NOENT) if parent.mount.sharing == Sharing::GuestOnly => {
@@ -121,11 +134,31 @@ impl SharedTree {
             }
             found => found?,
         };
-        self.enter(found, &parent, name)
+        self.enter(found, (node, &parent), name)
+    }
+
+    /// The tree once more, as a file system of its own to the guest: with another device number, and the room and the files
+    /// that it finds there. The shim has the guest look for all volumes of one of the host's file systems in one view.
+    fn view(&self, root: &Inode, view: u32) -> Result<Entry> {
+        if root.view != 0 || view == 0 {
+            return Err(Errno::NOENT);
+        }
+        let path_fd = self.own_fds.reopen(root, OFlags::PATH)?;
+        let attributes = Attributes::of(&path_fd)?;
+        let found = Inode::new(path_fd.into(), &attributes, Place::Top, root.mount.clone(), view);
+        let (node, inode) = self.inodes.look_up(found)?;
+        Ok(Entry {
+            inode: node,
+            generation: 0,
+            attr: shown(&attributes, &inode),
+            attr_flags: ATTR_SUBMOUNT,
+            attr_timeout: Sharing::GuestOnly.timeout(),
+            entry_timeout: Sharing::GuestOnly.timeout(),
+        })
     }
 
     /// Makes a file known to the guest that was found (or created) in `parent`.
-    fn enter(&self, path_fd: OwnedFd, parent: &Inode, name: &CStr) -> Result<Entry> {
+    fn enter(&self, path_fd: OwnedFd, (directory, parent): (u64, &Inode), name: &CStr) -> Result<Entry> {
         let attributes = Attributes::of(&path_fd)?;
         let crossed = attributes.mount_id() != parent.mount_id();
         // The shim has taken out what may not be here, but for what the host mounts later.
@@ -137,6 +170,7 @@ impl SharedTree {
             _ => Place::Below,
         };
         let mount = if crossed {
+            self.crossings.note(attributes.mount_id(), directory, name);
             let is_rootfs = parent.place == Place::Container && name.to_bytes() == ROOTFS;
             let sharing = if is_rootfs { Sharing::GuestOnly } else { Sharing::WithHost };
             self.mounts.get(attributes.device(), is_read_only(&path_fd)?, sharing)?
@@ -145,7 +179,7 @@ impl SharedTree {
         };
         let stands_for =
             if attributes.is_marked() { Node::of(&path_fd, attributes.number(), &mount.nodes) } else { None };
-        let found = Inode::new(path_fd, &attributes, place, mount).standing_for(stands_for);
+        let found = Inode::new(path_fd, &attributes, place, mount, parent.view).standing_for(stands_for);
         let (node, inode) = self.inodes.look_up(found)?;
         Ok(Entry {
             inode: node,

@@ -1,8 +1,8 @@
 //! What the guest sees of the host's file systems: what tells their inode numbers apart, and how long the guest may cache
 //! them.
 //!
-//! For the guest all volumes are one file system with one device number, so a file's number must be unique across all
-//! file systems in the tree: each gets a small slot number, which is put into the upper bits. It stays the same while the
+//! For the guest a view of the tree is one file system with one device number, whatever is in it, so a file's number must be
+//! unique across all file systems in the tree: each gets a small slot number, which is put into the upper bits. It stays the same while the
 //! guest knows any file of it, and is free for another one afterwards, so pods may mount and unmount for ever.
 
 use std::collections::{BTreeSet, HashMap};

@@ -4,3 +4,4 @@
 mod client;
 mod files;
 mod hostile;
+mod views;

@@ -12,6 +12,7 @@ mod channel;
 mod config;
 mod file_systems;
 mod message;
+mod view;
 
 pub use attach::{AttachDisk, AttachNet, DEVICE_SLOTS, MAX_QUEUE_PAIRS, NetOffloads};
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_PACKET, Packet};
@@ -21,6 +22,7 @@ pub use config::{
 };
 pub use file_systems::{is_shareable, is_shareable_name};
 pub use message::{Event, ExitReason, FromVmm, Refusal, RefusalKind, Request};
+pub use view::{view_name, view_number};
 
 /// The descriptor number at which the VMM finds its end of the control socket.
 pub const CONTROL_FD: i32 = 3;

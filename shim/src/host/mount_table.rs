@@ -5,10 +5,25 @@ use std::fs;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-/// Where something is mounted.
+/// What is mounted where.
 #[derive(Debug)]
 pub struct MountTable {
-    points: Vec<PathBuf>,
+    mounts: Vec<TableMount>,
+}
+
+/// One mount.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TableMount {
+    /// Its number.
+    pub id: u64,
+    /// Where it is.
+    pub point: PathBuf,
+    /// The device number of its file system.
+    pub device: (u32, u32),
+    /// Its options: what holds for the mount, not for the file system.
+    pub options: Vec<String>,
+    /// The type of its file system.
+    pub kind: String,
 }
 
 impl MountTable {
@@ -18,17 +33,26 @@ impl MountTable {
     }
 
     fn parse(table: &[u8]) -> MountTable {
-        let points = table.split(|&byte| byte == b'\n').filter_map(|line| {
-            let point = line.split(|&byte| byte == b' ').nth(4)?;
-            Some(PathBuf::from(OsString::from_vec(unescape(point))))
-        });
-        MountTable { points: points.collect() }
+        MountTable { mounts: table.split(|&byte| byte == b'\n').filter_map(parse_line).collect() }
     }
 
-    /// Whether anything is mounted below `path`, which has no symbolic links in it.
-    pub fn has_below(&self, path: &Path) -> bool {
-        self.points.iter().any(|point| point != path && point.starts_with(path))
+    /// What is mounted below `path`, which has no symbolic links in it; each after what it is mounted on.
+    pub fn below<'a>(&'a self, path: &'a Path) -> impl Iterator<Item = &'a TableMount> {
+        self.mounts.iter().filter(move |mount| mount.point != path && mount.point.starts_with(path))
     }
+}
+
+fn parse_line(line: &[u8]) -> Option<TableMount> {
+    let mut fields = line.split(|&byte| byte == b' ');
+    let text = |field: Option<&[u8]>| Some(std::str::from_utf8(field?).ok()?.to_owned());
+    let id = text(fields.next())?.parse().ok()?;
+    let device = text(fields.nth(1))?;
+    let (major, minor) = device.split_once(':')?;
+    let point = PathBuf::from(OsString::from_vec(unescape(fields.nth(1)?)));
+    let options = text(fields.next())?.split(',').map(str::to_owned).collect();
+    // Optional fields end with a hyphen.
+    let kind = text(fields.skip_while(|field| *field != b"-").nth(1))?;
+    Some(TableMount { id, point, device: (major.parse().ok()?, minor.parse().ok()?), options, kind })
 }
 
 /// Blanks and backslashes are written as three octal digits.
@@ -60,14 +84,24 @@ mod tests {
         let table = MountTable::parse(
             b"21 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
               30 21 0:25 / /srv/a\\040b rw - tmpfs tmpfs rw\n\
-              31 30 0:26 / /srv/a\\040b/below rw - tmpfs tmpfs rw\n",
+              31 30 0:26 / /srv/a\\040b/below rw,nodev shared:1 - tmpfs tmpfs rw\n",
         );
-        assert!(table.has_below(Path::new("/srv")) && table.has_below(Path::new("/srv/a b")));
-        assert!(!table.has_below(Path::new("/srv/a b/below")) && !table.has_below(Path::new("/srv/a")));
+        let below =
+            |path: &'static str| -> Vec<u64> { table.below(Path::new(path)).map(|mount| mount.id).collect() };
+        assert_eq!(
+            (below("/srv"), below("/srv/a b"), below("/srv/a b/below")),
+            (vec![30, 31], vec![31], vec![])
+        );
+        assert_eq!(below("/srv/a"), [0; 0]);
+        let last = table.below(Path::new("/srv")).last().unwrap();
+        assert_eq!(
+            (last.device, last.options.join(","), last.kind.as_str()),
+            ((0, 26), "rw,nodev".into(), "tmpfs")
+        );
     }
 
     #[test]
     fn the_own_table_can_be_read() {
-        assert!(MountTable::read().unwrap().has_below(Path::new("/")));
+        assert!(MountTable::read().unwrap().below(Path::new("/")).next().is_some());
     }
 }

@@ -179,6 +179,27 @@ impl DetachedTree {
         Ok(DetachedTree { fd, origin: path.to_owned() })
     }
 
+    /// Copies all mounts at and below `path`, which is another name of `origin`.
+    pub fn bind_as(path: &Path, origin: &Path) -> Result<DetachedTree, MountError> {
+        DetachedTree::bind(path, true).map(|tree| DetachedTree { origin: origin.to_owned(), ..tree })
+    }
+
+    /// The same of a mount that is held as a descriptor; `origin` is where it comes from.
+    pub fn bind_held(
+        mount: BorrowedFd<'_>,
+        origin: &Path,
+        recursive: bool,
+    ) -> Result<DetachedTree, MountError> {
+        let recursion = if recursive { libc::AT_RECURSIVE as c_uint } else { 0 };
+        let flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | recursion | libc::AT_EMPTY_PATH as c_uint;
+        // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor.
+        let fd = unsafe { libc::syscall(libc::SYS_open_tree, mount.as_raw_fd(), c"".as_ptr(), flags) };
+        let fd = Errno::result(fd).map_err(|source| MountError::Open { path: origin.to_owned(), source })?;
+        // SAFETY: the kernel has just made this descriptor for us.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        Ok(DetachedTree { fd, origin: origin.to_owned() })
+    }
+
     /// What has to be there to attach it to, unless the topmost mount is nothing to be shared. The descriptor itself is
     /// asked: no path is looked up a second time.
     pub fn judge(&self) -> Result<PointKind, MountError> {
@@ -256,6 +277,11 @@ impl DetachedTree {
 /// Moves what is mounted at `from` to `target`.
 pub fn relocate(from: &Path, target: &Path) -> Result<(), MountError> {
     move_mount((libc::AT_FDCWD, &c_string(from)?), (libc::AT_FDCWD, &c_string(target)?), target)
+}
+
+/// Moves what is mounted at `from` to a place that is held as a descriptor.
+pub fn relocate_to(from: &Path, place: BorrowedFd<'_>) -> Result<(), MountError> {
+    move_mount((libc::AT_FDCWD, &c_string(from)?), (place.as_raw_fd(), c""), from)
 }
 
 /// Moves a mount. An empty path means the descriptor beside it.

@@ -93,7 +93,7 @@ fn split(option: &str) -> Option<(&str, &str)> {
 }
 
 /// The number of the mount that `path` is on.
-pub(super) fn mount_id(path: impl AsRef<Path>) -> io::Result<u64> {
+pub fn mount_id(path: impl AsRef<Path>) -> io::Result<u64> {
     let c_path = c_string(path.as_ref()).map_err(io::Error::other)?;
     let mut status = MaybeUninit::<libc::statx>::zeroed();
     let flags = libc::AT_NO_AUTOMOUNT;

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
@@ -19,7 +19,7 @@ use nix::sys::stat::{Mode, fstat};
 use super::mounts::{DetachedTree, MountError, Propagation};
 
 /// Mounts of the calling thread's namespace.
-const MOUNTINFO: &str = "/proc/thread-self/mountinfo";
+pub const MOUNTINFO: &str = "/proc/thread-self/mountinfo";
 
 /// Triggers of mounts to come. They hold nothing, and what they mount lies on top of them and would go with them. The file
 /// server does not enter them.
@@ -63,11 +63,15 @@ pub fn prune(top: &Path, origin: &Path, empty: Empty) -> Result<(), MountError> 
 fn cover(point: &Path, empty: Empty) -> Result<(), MountError> {
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let look = |source| look(point, source);
-    let place = match open(point, flags, Mode::empty()) {
-        Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(()),
-        place => place.map_err(look)?,
-    };
-    let with = match fstat(&place).map_err(look)?.st_mode & libc::S_IFMT {
+    match open(point, flags, Mode::empty()) {
+        Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => Ok(()),
+        place => cover_held(place.map_err(look)?.as_fd(), point, empty),
+    }
+}
+
+/// Mounts something empty at a place that is held as a descriptor and called `point`.
+pub fn cover_held(place: BorrowedFd<'_>, point: &Path, empty: Empty) -> Result<(), MountError> {
+    let with = match fstat(place).map_err(|source| look(point, source))?.st_mode & libc::S_IFMT {
         libc::S_IFDIR => empty.directory,
         libc::S_IFLNK => return Ok(()),
         _ => empty.file,
@@ -75,7 +79,7 @@ fn cover(point: &Path, empty: Empty) -> Result<(), MountError> {
     let tree = DetachedTree::bind(Path::new(with), false)?;
     tree.restrict(Propagation::Private)?;
     tree.make_read_only(false)?;
-    tree.attach_to(place.as_fd())
+    tree.attach_to(place)
 }
 
 fn look(origin: &Path, source: Errno) -> MountError {
@@ -86,21 +90,28 @@ fn may_stay(kind: &str) -> bool {
     is_shareable_name(kind) || kind == TRIGGER
 }
 
+/// A line of mountinfo.
 #[derive(Debug, PartialEq, Eq)]
-struct Mounted<'a> {
-    point: PathBuf,
-    kind: &'a str,
+pub struct Mounted<'a> {
+    /// Where it is mounted.
+    pub point: PathBuf,
+    /// Its file system's type.
+    pub kind: &'a str,
+    /// Its file system's device number, and which of its directories is mounted.
+    pub what: (&'a str, &'a str),
 }
 
 /// The mounts at and below `top`, in the order in which the kernel lists them: each after those it is mounted on.
-fn mounts<'a>(mountinfo: &'a str, top: &'a Path) -> impl Iterator<Item = Mounted<'a>> {
+pub fn mounts<'a>(mountinfo: &'a str, top: &'a Path) -> impl Iterator<Item = Mounted<'a>> {
     mountinfo.lines().filter_map(parse).filter(move |mount| mount.point.starts_with(top))
 }
 
 /// A line of mountinfo: proc_pid_mountinfo(5). The fields before the hyphen vary in number.
 fn parse(line: &str) -> Option<Mounted<'_>> {
     let (mount, file_system) = line.split_once(" - ")?;
-    Some(Mounted { point: unescape(mount.split(' ').nth(4)?), kind: file_system.split(' ').next()? })
+    let mut fields = mount.split(' ').skip(2);
+    let (device, root, point) = (fields.next()?, fields.next()?, fields.next()?);
+    Some(Mounted { point: unescape(point), kind: file_system.split(' ').next()?, what: (device, root) })
 }
 
 /// Blanks, line ends and backslashes are written as a backslash and three octal digits.
@@ -153,8 +164,8 @@ mod tests {
         assert_eq!(
             found,
             [
-                Mounted { point: "/staging".into(), kind: "overlay" },
-                Mounted { point: "/staging/a b\\".into(), kind: "proc" }
+                Mounted { point: "/staging".into(), kind: "overlay", what: ("0:5", "/") },
+                Mounted { point: "/staging/a b\\".into(), kind: "proc", what: ("0:22", "/") }
             ]
         );
     }

@@ -8,6 +8,7 @@
 pub mod agent;
 pub mod boot;
 pub mod disks;
+mod following;
 pub mod forward;
 pub mod guest;
 pub mod heartbeat;

@@ -5,13 +5,15 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use bulkhead_agent_protocol::{SHARED_DIR, SHM_SIZE_OPTION as SIZE_OPTION};
+use bulkhead_vmm_protocol::{is_shareable_name, view_name};
 use nix::sys::statfs::{self, statfs};
 use oci_spec::runtime::Mount;
 
 use super::SpecError;
 use crate::host::id_map::IdMap;
-use crate::host::mount_table::MountTable;
+use crate::host::mount_table::{MountTable, TableMount};
 use crate::host::mounts::Propagation;
+use crate::host::overlay::mount_id;
 
 /// Where pods have their POSIX shared memory.
 const SHM: &str = "/dev/shm";
@@ -46,40 +48,150 @@ pub struct HostMount {
     pub maps_below: bool,
 }
 
+/// The most mounts below a volume that the guest has as mounts of its own. Others are part of the volume to it.
+const MAX_BELOW: usize = 64;
+
+/// File systems that answer without asking anybody else. A container's start must not wait for one that does and lies
+/// somewhere below a volume.
+const LOCAL: &[&str] = &[
+    "ext2", "ext3", "ext4", "xfs", "btrfs", "bcachefs", "f2fs", "zfs", "overlay", "tmpfs", "ramfs", "erofs",
+    "squashfs", "iso9660", "udf", "vfat", "exfat", "ntfs3",
+];
+
+/// What holds for a mount and means the same in the guest.
+const FLAGS: &[&str] = &["ro", "nosuid", "nodev", "noexec", "noatime", "nodiratime"];
+
 /// Rewrites the mounts of the container `id`; gives those that the host has to make, in the order of their numbers.
-pub(super) fn translate(list: &mut [Mount], id: &str) -> Result<Vec<HostMount>, SpecError> {
+pub(super) fn translate(list: &mut Vec<Mount>, id: &str) -> Result<Vec<HostMount>, SpecError> {
     let mut host = Vec::new();
     let mut table = None;
-    for mount in list {
-        if !is_bind(mount) {
-            check_type(mount)?;
+    let mut translated = Vec::with_capacity(list.len());
+    for mut mount in list.drain(..) {
+        if !is_bind(&mount) {
+            check_type(&mount)?;
+            translated.push(mount);
             continue;
         }
         let destination = mount.destination().clone();
-        let request = bind(mount, &destination);
+        let request = bind(&mount, &destination);
         // Owners are mapped on the host, where the files are.
         mount.set_uid_mappings(None).set_gid_mappings(None);
-        let left = options(mount).filter(|option| !matches!(*option, "idmap" | "ridmap"));
+        let left = options(&mount).filter(|option| !matches!(*option, "idmap" | "ridmap"));
         let left = left.map(str::to_owned).collect();
         mount.set_options(Some(left));
         if destination == Path::new(SHM) {
             // The host's can't be shared coherently between kernels. The guest's is the same for all of the pod.
-            share_memory(mount);
+            share_memory(&mut mount);
+            translated.push(mount);
             continue;
         }
-        if let Some(device) = same_in_guest(mount) {
+        if let Some(device) = same_in_guest(&mount) {
             mount.set_source(Some(PathBuf::from(device)));
+            translated.push(mount);
             continue;
         }
         let request = request?;
-        if !looks_read_only_below(&request, &mut table) {
-            let left = options(mount).filter(|option| *option != "ro").map(str::to_owned).collect();
+        let place = format!("{id}/mounts/{}", host.len());
+        let below = Below::of(&request, &mut table);
+        if request.read_only == Some(false) && !below.is_complete {
+            // The guest would make all that it does not know as mounts of their own read-only too. The host's side keeps
+            // them apart, and enforces what is read-only.
+            let left = options(&mount).filter(|option| *option != "ro").map(str::to_owned).collect();
             mount.set_options(Some(left));
         }
-        mount.set_source(Some(PathBuf::from(format!("{SHARED_DIR}/{id}/mounts/{}", host.len()))));
+        let recursive: Vec<&str> = options(&mount)
+            .filter_map(|option| option.strip_prefix('r'))
+            .filter(|flag| FLAGS.contains(flag))
+            .collect();
+        let below: Vec<Mount> =
+            below.mounts.iter().map(|below| below.in_guest(&destination, &place, &recursive)).collect();
+        let source = match fs::metadata(&request.source) {
+            Ok(metadata) => in_view((libc::major(metadata.dev()), libc::minor(metadata.dev())), &place),
+            // Whoever mounts it will find out what is wrong with it.
+            Err(_) => Path::new(SHARED_DIR).join(&place),
+        };
+        mount.set_source(Some(source));
+        translated.push(mount);
+        translated.extend(below);
         host.push(request);
     }
+    *list = translated;
     Ok(host)
+}
+
+/// Where the guest finds a place in the shared tree on a file system with this device number.
+fn in_view((major, minor): (u32, u32), place: &str) -> PathBuf {
+    Path::new(SHARED_DIR).join(view_name(major, minor)).join(place)
+}
+
+/// What is mounted below a volume when it is bound, as far as the guest is to have mounts of its own for it.
+#[derive(Debug, Default)]
+struct Below {
+    mounts: Vec<BelowMount>,
+    /// Whether that is all that there is or will be.
+    is_complete: bool,
+}
+
+#[derive(Debug)]
+struct BelowMount {
+    /// Where, relative to the volume.
+    place: PathBuf,
+    device: (u32, u32),
+    flags: Vec<&'static str>,
+}
+
+impl Below {
+    fn of(request: &HostMount, table: &mut Option<MountTable>) -> Below {
+        if !request.recursive || !request.source.is_dir() {
+            return Below { is_complete: request.propagation == Propagation::Private, ..Below::default() };
+        }
+        if request.propagation == Propagation::Slave {
+            // They may go again.
+            return Below::default();
+        }
+        if table.is_none() {
+            *table = MountTable::read()
+                .inspect_err(|error| log::warn!("can't read the mount table: {error}"))
+                .ok();
+        }
+        // Where it is not known, the host's side alone decides.
+        let Some(table) = table else { return Below::default() };
+        let source = fs::canonicalize(&request.source).unwrap_or_else(|_| request.source.clone());
+        let mut all = Below { is_complete: true, ..Below::default() };
+        for mount in table.below(&source).filter(|mount| is_shareable_name(&mount.kind)) {
+            match BelowMount::new(mount, &source) {
+                Some(below) if all.mounts.len() < MAX_BELOW => all.mounts.push(below),
+                _ => all.is_complete = false,
+            }
+        }
+        all
+    }
+}
+
+impl BelowMount {
+    fn new(mount: &TableMount, source: &Path) -> Option<BelowMount> {
+        // Something else may lie on top of it, or of where it is.
+        if !LOCAL.contains(&mount.kind.as_str()) || mount_id(&mount.point).ok()? != mount.id {
+            return None;
+        }
+        let flags = FLAGS.iter().copied().filter(|flag| mount.options.iter().any(|option| option == flag));
+        Some(BelowMount {
+            place: mount.point.strip_prefix(source).ok()?.to_owned(),
+            device: mount.device,
+            flags: flags.collect(),
+        })
+    }
+
+    /// The guest's mount of it; `recursive` are flags that the volume's mount has for all below it.
+    fn in_guest(&self, destination: &Path, place: &str, recursive: &[&str]) -> Mount {
+        let flags = self.flags.iter().chain(recursive).map(|flag| (*flag).to_owned());
+        let mut mount = Mount::default();
+        mount.set_typ(Some("bind".to_owned()));
+        mount.set_destination(destination.join(&self.place));
+        mount.set_source(Some(in_view(self.device, place).join(&self.place)));
+        mount.set_options(Some(std::iter::once("bind".to_owned()).chain(flags).collect()));
+        mount
+    }
 }
 
 fn options(mount: &Mount) -> impl Iterator<Item = &str> {
@@ -111,24 +223,6 @@ fn same_in_guest(mount: &Mount) -> Option<&'static str> {
     let number = (libc::major(metadata.rdev()), libc::minor(metadata.rdev()));
     let same = SAME_IN_GUEST.iter().find(|(major, minor, _)| (*major, *minor) == number)?;
     metadata.file_type().is_char_device().then_some(same.2)
-}
-
-/// Whether all that the guest finds at a mount may be made read-only when the mount itself is. For the guest, mounts
-/// below are part of it; the host's side keeps them apart, and enforces what is read-only.
-fn looks_read_only_below(request: &HostMount, table: &mut Option<MountTable>) -> bool {
-    if request.read_only != Some(false) || !request.recursive || !request.source.is_dir() {
-        return true;
-    }
-    if request.propagation == Propagation::Slave {
-        return false;
-    }
-    if table.is_none() {
-        *table =
-            MountTable::read().inspect_err(|error| log::warn!("can't read the mount table: {error}")).ok();
-    }
-    let source = fs::canonicalize(&request.source).unwrap_or_else(|_| request.source.clone());
-    // Where it is not known, the host's side alone decides.
-    table.as_ref().is_some_and(|table| !table.has_below(&source))
 }
 
 fn check_type(mount: &Mount) -> Result<(), SpecError> {
@@ -168,4 +262,34 @@ fn bind(mount: &Mount, destination: &Path) -> Result<HostMount, SpecError> {
         }
     }
     Ok(request)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_mounted_below_is_a_mount_in_the_guest() {
+        let below = BelowMount { place: "a/b".into(), device: (0, 5), flags: vec!["nodev"] };
+        let mount = below.in_guest(Path::new("/data"), "c/mounts/3", &["ro"]);
+        assert_eq!(mount.destination(), Path::new("/data/a/b"));
+        assert_eq!(mount.source().as_deref(), Some(Path::new("/run/bulkhead/shared/@5/c/mounts/3/a/b")));
+        assert_eq!(mount.options().as_deref(), Some(&["bind", "nodev", "ro"].map(str::to_owned)[..]));
+    }
+
+    #[test]
+    fn what_lies_under_something_else_is_left_to_the_host() {
+        let mount = |id, kind: &str| TableMount {
+            id,
+            point: "/".into(),
+            device: (0, 5),
+            options: vec!["rw".into(), "nodev".into(), "relatime".into()],
+            kind: kind.into(),
+        };
+        let id = mount_id("/").unwrap();
+        let known = BelowMount::new(&mount(id, "overlay"), Path::new("/")).unwrap();
+        assert_eq!((known.device, known.flags), ((0, 5), vec!["nodev"]));
+        assert!(BelowMount::new(&mount(id + 1, "overlay"), Path::new("/")).is_none());
+        assert!(BelowMount::new(&mount(id, "nfs4"), Path::new("/")).is_none());
+    }
 }

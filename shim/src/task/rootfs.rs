@@ -60,7 +60,7 @@ impl Classify for RootfsError {
 pub struct Files {
     /// `None` if it is on a disk.
     rootfs: Option<DetachedTree>,
-    volumes: Vec<DetachedTree>,
+    volumes: Vec<(DetachedTree, Propagation)>,
 }
 
 impl Files {
@@ -85,8 +85,12 @@ impl Files {
         if let Some(rootfs) = self.rootfs {
             tree.attach(rootfs, &directory.join("rootfs")).await?;
         }
-        for (number, volume) in self.volumes.into_iter().enumerate() {
-            tree.attach(volume, &directory.join("mounts").join(number.to_string())).await?;
+        for (number, (volume, propagation)) in self.volumes.into_iter().enumerate() {
+            let point = directory.join("mounts").join(number.to_string());
+            match propagation {
+                Propagation::Private => tree.attach(volume, &point).await?,
+                Propagation::Slave => tree.attach_following(volume, &point).await?,
+            }
         }
         Ok(())
     }
@@ -125,7 +129,7 @@ fn request(mount: &Mount) -> MountRequest {
     }
 }
 
-fn bind(volume: &HostMount) -> Result<DetachedTree, MountError> {
+fn bind(volume: &HostMount) -> Result<(DetachedTree, Propagation), MountError> {
     let tree = DetachedTree::bind(&volume.source, volume.recursive)?;
     // Early, although attaching it will judge it again: before there is a pod.
     tree.judge()?;
@@ -136,7 +140,7 @@ fn bind(volume: &HostMount) -> Result<DetachedTree, MountError> {
     if let Some(recursive) = volume.read_only {
         tree.make_read_only(recursive)?;
     }
-    Ok(tree)
+    Ok((tree, volume.propagation))
 }
 
 fn check_directory(path: &Path) -> Result<(), RootfsError> {

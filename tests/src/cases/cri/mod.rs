@@ -12,6 +12,7 @@ mod lifecycle;
 mod like_runc;
 mod network;
 mod pod_settings;
+mod shared_files;
 mod streams;
 mod volumes;
 
@@ -54,6 +55,13 @@ pub const CASES: &[Case] = &[
     Case::new("cri-seccomp", like_runc::seccomp).on(Fixture::CriPods),
     Case::new("cri-volumes", volumes::kinds).on(Fixture::CriPods),
     Case::new("cri-volume-mounted-later", volumes::mounted_later).on(Fixture::CriPods),
+    Case::new("cri-volume-of-a-pod", shared_files::of_a_pod).on(Fixture::CriPods),
+    Case::new("cri-volume-changed-by-node", shared_files::changed_by_the_node).on(Fixture::CriPods),
+    Case::new("cri-volume-room", shared_files::room).on(Fixture::CriPods),
+    Case {
+        limit: 120,
+        ..Case::new("cri-volume-of-many-files", shared_files::many_files).on(Fixture::CriPods)
+    },
     Case::new("cri-exit-codes", ends::exit_codes).on(Fixture::CriPods),
     Case::new("cri-no-such-program", ends::no_such_program).on(Fixture::CriPods),
     Case::new("cri-out-of-memory", ends::out_of_memory).on(Fixture::CriPods),

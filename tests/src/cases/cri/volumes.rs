@@ -13,7 +13,8 @@ use crate::cri::Handler;
 use crate::ensure_eq;
 use crate::failure::{Explain, Outcome};
 
-fn volume(host: &Path, inside: &str) -> proto::Mount {
+/// A directory or file of the node in a container.
+pub fn volume(host: &Path, inside: &str) -> proto::Mount {
     proto::Mount {
         container_path: inside.to_owned(),
         host_path: host.display().to_string(),
@@ -21,7 +22,8 @@ fn volume(host: &Path, inside: &str) -> proto::Mount {
     }
 }
 
-fn tmpfs(path: &Path) -> Outcome {
+/// A mebibyte of memory.
+pub fn tmpfs(path: &Path) -> Outcome {
     mount(Some("tests"), path, Some("tmpfs"), MsFlags::MS_NODEV, Some("size=1m"))
         .explain(|| format!("mount {}", path.display()))
 }
@@ -111,15 +113,24 @@ pub fn mounted_later(environment: &mut Environment) -> Outcome<String> {
                 volume(&directory, "/private"),
             ];
         })?;
-        tmpfs(&below)?;
-        fs::write(below.join("file"), "late\n").explain(|| "write".into())?;
-        let said = container.exec("cat /later/below/file; ls /private/below")?;
-        ensure_eq!(said.stdout, "late\n", "seen inside: {said:?}");
-        // Detached, as the file server may still hold the directory for a guest that looked into it.
-        umount2(&below, MntFlags::MNT_DETACH).explain(|| format!("unmount {}", below.display()))?;
+        let look = "cat /later/below/file; ls /private/below";
+        for round in ["first", "second"] {
+            // The second is not even nodev.
+            let flags = if round == "first" { MsFlags::MS_NODEV } else { MsFlags::empty() };
+            mount(Some("tests"), &below, Some("tmpfs"), flags, Some("size=1m"))
+                .explain(|| format!("mount {}", below.display()))?;
+            fs::write(below.join("file"), round).explain(|| "write".into())?;
+            // What the container knows of the directory it may believe for a second.
+            let said = container.exec(&format!("sleep 1.1; {look}"))?;
+            ensure_eq!(said.stdout, round, "seen inside: {said:?}");
+            // Plainly, although the container has just looked at it.
+            umount2(&below, MntFlags::empty()).explain(|| format!("unmount {}", below.display()))?;
+            let said = container.exec(&format!("sleep 1.1; {look}"))?;
+            ensure_eq!(said.stdout, "", "seen after the node has unmounted it: {said:?}");
+        }
         container.stop(Duration::ZERO)?;
         container.remove()?;
-        Ok("seen; not in the private one".to_owned())
+        Ok("seen while it is there; never in the private one".to_owned())
     })();
     let _ = umount2(&directory.join("below"), MntFlags::MNT_DETACH);
     let _ = umount2(&directory, MntFlags::MNT_DETACH);

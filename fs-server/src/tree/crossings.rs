@@ -1,0 +1,67 @@
+//! Mounts below volumes that the guest has gone into, and what becomes of them when the host unmounts them.
+//!
+//! Nothing tells the guest, which looks again sooner or later; until then the server would keep the file system busy on the
+//! host. So what it holds there it lets go, and whatever the guest still asks about it is answered with `ESTALE`.
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::{CStr, CString};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::SharedTree;
+use super::host::{Attributes, open_entry};
+
+/// Mounts by their numbers, each with the directory and the name by which it was entered.
+#[derive(Debug, Default)]
+pub struct Crossings(Mutex<HashMap<u64, (u64, CString)>>);
+
+impl Crossings {
+    /// Notes that the mount was entered by this name in the directory with that node id.
+    pub fn note(&self, mount: u64, parent: u64, name: &CStr) {
+        let mut known = self.lock();
+        if !known.get(&mount).is_some_and(|(directory, by)| *directory == parent && by.as_c_str() == name) {
+            known.insert(mount, (parent, name.to_owned()));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, (u64, CString)>> {
+        // The map is sound after each statement, whoever may have panicked.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl SharedTree {
+    /// Lets go of all files on mounts that are not there any more.
+    pub fn drop_unmounted(&self) {
+        let mut known: Vec<(u64, u64, CString)> = self
+            .crossings
+            .lock()
+            .iter()
+            .map(|(mount, (parent, name))| (*mount, *parent, name.clone()))
+            .collect();
+        let mut dropped = HashSet::new();
+        loop {
+            let gone: HashSet<u64> = known
+                .iter()
+                .filter(|(mount, parent, name)| {
+                    dropped.contains(parent) || !self.leads_to(*parent, name, *mount)
+                })
+                .map(|(mount, ..)| *mount)
+                .collect();
+            if gone.is_empty() {
+                return;
+            }
+            self.crossings.lock().retain(|mount, _| !gone.contains(mount));
+            known.retain(|(mount, ..)| !gone.contains(mount));
+            dropped.extend(self.inodes.drop_mounts(&gone));
+        }
+    }
+
+    /// Whether a name in a directory still leads to this mount. What can't be told counts as yes.
+    fn leads_to(&self, parent: u64, name: &CStr, mount: u64) -> bool {
+        let Ok(parent) = self.inodes.get(parent) else { return true };
+        match open_entry(&*parent, name) {
+            Ok(found) => Attributes::of(&found).map_or(true, |attributes| attributes.mount_id() == mount),
+            Err(errno) => errno != rustix::io::Errno::NOENT,
+        }
+    }
+}
