@@ -134,7 +134,12 @@ fn set_up(setup: Setup<'_>, agent: &Agent, two_steps: bool) -> Result<std::conve
     match setup.job {
         Job::Container(plan) => {
             let (own_users, own_ipc) = (plan.namespaces.has(Kind::User), plan.namespaces.has(Kind::Ipc));
+            // In the guest's mount namespace: there the kernel mounts each view of the shared tree once, for all containers.
+            // One of a container's own would have other inodes, and FIFOs, sockets and shared memory end at an inode.
             let opened = plan.root.open(own_users, own_ipc)?;
+            if !two_steps && plan.namespaces.is_new(Kind::Mount) {
+                unshare(libc::CLONE_NEWNS).step("make a mount namespace")?;
+            }
             if two_steps {
                 if own_users {
                     // Those of the pod, which are not the user namespace's to set.

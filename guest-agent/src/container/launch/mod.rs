@@ -138,7 +138,10 @@ impl Launch {
         let two_steps = setup.needs_two_steps();
         let options = CloneOptions {
             flags: match setup.job {
-                Job::Container(plan) if !two_steps => plan.namespaces.clone_flags() as u64,
+                // The child makes its own mount namespace when it has opened what comes from the guest's.
+                Job::Container(plan) if !two_steps => {
+                    (plan.namespaces.clone_flags() & !libc::CLONE_NEWNS) as u64
+                }
                 _ => 0,
             },
             cgroup: (!two_steps || child::starts_in_cgroup(&setup)).then_some(setup.cgroup),
