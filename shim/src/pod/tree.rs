@@ -606,4 +606,45 @@ mod tests {
         umount2(&shared.join("later"), MntFlags::empty()).unwrap();
         umount2(&shared, MntFlags::MNT_DETACH).unwrap();
     }
+
+    #[tokio::test]
+    async fn owners_stay_mapped_in_what_is_copied() {
+        use std::os::unix::fs::MetadataExt;
+
+        use crate::host::id_map::IdMap;
+
+        let directory = Directory::new("mapped");
+        let shared = directory.0.join("volume");
+        fs::create_dir(&shared).unwrap();
+        fs::create_dir(directory.0.join("pod")).unwrap();
+        let on_node = |place: &Path| {
+            mount(Some("tmpfs"), place, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        };
+        on_node(&shared);
+        mount(None::<&str>, &shared, None::<&str>, MsFlags::MS_SHARED, None::<&str>).unwrap();
+        fs::create_dir(shared.join("below")).unwrap();
+        on_node(&shared.join("below"));
+        for file in ["file", "below/file"] {
+            fs::write(shared.join(file), "").unwrap();
+        }
+
+        let tree = SharedTree::create(&directory.0.join("pod")).await.unwrap();
+        let volume = DetachedTree::bind(&shared, true).unwrap();
+        let map =
+            IdMap::take(&mut vec!["uidmap=0:7000:9".into(), "gidmap=0:7000:9".into()]).unwrap().unwrap();
+        let mapped = volume.map_ids(map.namespace().unwrap().as_fd(), true);
+        if let Err(error) = mapped {
+            eprintln!("SKIPPED: {}", chain(&error));
+        } else {
+            volume.restrict(Propagation::Slave).unwrap();
+            tree.attach_following(volume, Path::new("c/mounts/0")).await.unwrap();
+            let owner = |path: &'static str| tree.inner.inside(move || fs::metadata(path).unwrap().uid());
+            assert_eq!(owner("/shared/c/mounts/0/file").await.unwrap(), 7000);
+            assert_eq!(owner("/shared/c/mounts/0/below/file").await.unwrap(), 7000);
+            tree.remove("c").await.unwrap();
+        }
+        for place in [shared.join("below"), shared] {
+            umount2(&place, MntFlags::MNT_DETACH).unwrap();
+        }
+    }
 }
