@@ -158,14 +158,25 @@ impl Below {
         let Some(table) = table else { return Below::default() };
         let source = fs::canonicalize(&request.source).unwrap_or_else(|_| request.source.clone());
         let mut all = Below { is_complete: true, ..Below::default() };
-        for mount in table.below(&source).filter(|mount| is_shareable_name(&mount.kind)) {
+        let (known, hidden) = shared(table.below(&source));
+        for mount in known {
             match BelowMount::new(mount, &source) {
-                Some(below) if all.mounts.len() < MAX_BELOW => all.mounts.push(below),
+                Some(below) if all.mounts.len() < MAX_BELOW && !hidden.contains(&mount.point.as_path()) => {
+                    all.mounts.push(below);
+                }
                 _ => all.is_complete = false,
             }
         }
         all
     }
+}
+
+/// Those of the mounts that a pod may share, and where the others are. What is mounted on one of these a pod does not have.
+fn shared<'a>(below: impl Iterator<Item = &'a TableMount>) -> (Vec<&'a TableMount>, Vec<&'a Path>) {
+    let (mut known, others): (Vec<_>, Vec<_>) = below.partition(|mount| is_shareable_name(&mount.kind));
+    let hidden: Vec<&Path> = others.into_iter().map(|mount| mount.point.as_path()).collect();
+    known.retain(|mount| !hidden.iter().any(|point| mount.point != *point && mount.point.starts_with(point)));
+    (known, hidden)
 }
 
 impl BelowMount {
@@ -275,6 +286,21 @@ mod tests {
         assert_eq!(mount.destination(), Path::new("/data/a/b"));
         assert_eq!(mount.source().as_deref(), Some(Path::new("/run/bulkhead/shared/@5/c/mounts/3/a/b")));
         assert_eq!(mount.options().as_deref(), Some(&["bind", "nodev", "ro"].map(str::to_owned)[..]));
+    }
+
+    #[test]
+    fn what_is_mounted_on_the_hosts_kernel_interfaces_goes_with_them() {
+        let list = [("/dev", "devtmpfs"), ("/dev/shm", "tmpfs"), ("/device", "tmpfs"), ("/dev", "tmpfs")];
+        let list = list.map(|(point, kind)| TableMount {
+            id: 1,
+            point: point.into(),
+            device: (0, 5),
+            options: Vec::new(),
+            kind: kind.into(),
+        });
+        let (known, hidden) = shared(list.iter());
+        assert_eq!(known, [&list[2], &list[3]]);
+        assert_eq!(hidden, [Path::new("/dev")]);
     }
 
     #[test]
