@@ -138,14 +138,14 @@ fn life(environment: &mut Environment) -> Outcome<String> {
     finish(first)?;
     finish(beside)?;
     ensure_eq!(sandbox.status()?.state, "SANDBOX_READY", "state without containers");
-    // One that shares the processes of the pod, whose first is the agent.
+    // One that shares the processes of the pod, whose first process does nothing else.
     let id = environment.id("member");
     let mut shared = spec(&id, &sandbox, pid, "cat /proc/1/comm; exit 3");
     shared["linux"]["namespaces"][0]["path"] = format!("/proc/{pid}/ns/pid").into();
     let again = created_by(environment, &sandbox, &id, &shared)?;
     again.shim.start("")?;
     ensure_eq!(again.shim.wait("", CALL_LIMIT)?.exit_status, 3, "exit status");
-    ensure_eq!(again.stdio.stdout.to_end(CALL_LIMIT)?, "bulkhead-agent\n", "first process of the pod");
+    ensure_eq!(again.stdio.stdout.to_end(CALL_LIMIT)?, "pause\n", "first process of the pod");
     finish(again)?;
     // The pod's figures count what the VM costs, so they are more than its containers'.
     let (cpu, memory) = (pod.cpu().usage_usec, pod.memory().usage);
