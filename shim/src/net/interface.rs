@@ -1,5 +1,6 @@
 //! The interfaces of a pod's network namespace, and how the guest is told of them.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::IpAddr;
 
@@ -101,6 +102,16 @@ impl Interface {
             neighbours: Vec::new(),
             parameters: Vec::new(),
         }))
+    }
+
+    /// Leaves out parameters that somebody has chosen, by their names for sysctl(8).
+    pub fn leave_out(&mut self, chosen: &HashMap<String, String>) {
+        let is_chosen = |path: &str| {
+            chosen
+                .keys()
+                .any(|name| name.replace('/', ".").strip_prefix("net.") == Some(&path.replace('/', ".")))
+        };
+        self.parameters.retain(|(path, _)| !is_chosen(path));
     }
 
     fn take_routes(&mut self, all: &[Route], is_first: bool) {
@@ -239,5 +250,31 @@ fn route(route: &Route) -> api::Route {
         advmss: route.advmss,
         onlink: route.flags & ON_LINK != 0,
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chosen_parameters_are_left_out() {
+        let parameter = |path: &str| (path.to_owned(), "1".to_owned());
+        let mut interface = Interface {
+            index: 1,
+            name: "eth0.7".into(),
+            mac: [2; 6],
+            mtu: 1500,
+            up: true,
+            addresses: Vec::new(),
+            routes: Vec::new(),
+            neighbours: Vec::new(),
+            parameters: ["ipv4/ip_forward", "ipv4/conf/eth0.7/forwarding", "core/somaxconn"]
+                .map(parameter)
+                .into(),
+        };
+        let chosen = ["net.ipv4.ip_forward", "net/ipv4/conf/eth0.7/forwarding", "kernel.core.somaxconn"];
+        interface.leave_out(&HashMap::from(chosen.map(parameter)));
+        assert_eq!(interface.parameters, [parameter("core/somaxconn")]);
     }
 }

@@ -24,6 +24,7 @@ pub mod tail;
 pub mod timeline;
 pub mod tree;
 
+use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
@@ -54,6 +55,7 @@ use crate::config::Config;
 use crate::error::{ApiError, Classify, Code, chain};
 use crate::host::cgroup::PodCgroup;
 use crate::host::process::ProcessId;
+use crate::spec;
 use crate::template::Order;
 
 /// From the start of the VMM until the agent answers.
@@ -303,7 +305,7 @@ impl Pod {
             Ok(()) => self.timeline.stamp("configure"),
             Err(error) => return Err(self.explain(error).await),
         }
-        self.while_alive(self.introduce_interfaces(attached?)).await??;
+        self.while_alive(self.introduce_interfaces(attached?, &HashMap::new())).await??;
         Ok(())
     }
 
@@ -362,12 +364,16 @@ impl Pod {
         &self.limits
     }
 
-    /// Looks for interfaces that came after the pod was made, which it would not have been told of: by a hook, or by Docker.
-    pub async fn connect_late(&self, had_hooks: bool) -> Result<(), PodError> {
+    /// Looks for interfaces that came after the pod was made, which it would not have been told of: by a hook, or by Docker. The
+    /// parameters that the container in `bundle` asks for have been set already, and stay.
+    pub async fn connect_late(&self, bundle: &Path, had_hooks: bool) -> Result<(), PodError> {
         if !self.own_network && !had_hooks {
             return Ok(());
         }
-        self.while_alive(self.connect_network()).await?.map_err(PodError::from)
+        let spec = spec::read(bundle).ok();
+        let chosen =
+            spec.as_ref().and_then(|spec| spec.linux().as_ref()).and_then(|linux| linux.sysctl().clone());
+        self.while_alive(self.connect_network(&chosen.unwrap_or_default())).await?.map_err(PodError::from)
     }
 
     /// Whether the pod's network namespace is one that its VMM brought along, for Docker to find.

@@ -1,5 +1,6 @@
 //! The network of a pod: the interfaces of its namespace on the host become the guest's.
 
+use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -139,10 +140,10 @@ pub(super) struct Attached {
 
 impl Pod {
     /// Gives the guest the interfaces of the pod's network namespace that it does not have yet: whenever there may be others
-    /// than at its start.
-    pub async fn connect_network(&self) -> Result<(), NetworkError> {
+    /// than at its start. Parameters that were `chosen` stay as they are.
+    pub async fn connect_network(&self, chosen: &HashMap<String, String>) -> Result<(), NetworkError> {
         let attached = self.attach_interfaces().await?;
-        self.introduce_interfaces(attached).await
+        self.introduce_interfaces(attached, chosen).await
     }
 
     /// Puts interfaces into the machine, which needs no guest that listens.
@@ -183,9 +184,14 @@ impl Pod {
         Ok(Attached { slot, interface })
     }
 
-    /// Has the guest take interfaces up.
-    pub(super) async fn introduce_interfaces(&self, attached: Vec<Attached>) -> Result<(), NetworkError> {
-        for Attached { slot, interface } in attached {
+    /// Has the guest take interfaces up, without the parameters that were `chosen` for it.
+    pub(super) async fn introduce_interfaces(
+        &self,
+        attached: Vec<Attached>,
+        chosen: &HashMap<String, String>,
+    ) -> Result<(), NetworkError> {
+        for Attached { slot, mut interface } in attached {
+            interface.leave_out(chosen);
             if let Err(source) = self.agent.add_interface(&interface.request(slot)).await {
                 self.take_out(slot).await;
                 return Err(NetworkError::Guest { name: interface.name, source });

@@ -299,7 +299,7 @@ async fn start(shim: &Shim, id: &str, exec_id: &str) -> Result<u32, ApiError> {
         State::Stopped(_) => return Err(ended(&container)),
     }
     if exec_id.is_empty() {
-        container.pod.connect_late(hooks::are_recorded(&container.bundle)).await?;
+        container.pod.connect_late(&container.bundle, hooks::are_recorded(&container.bundle)).await?;
         names::start(&container.pod, &container.bundle).await;
     }
     explain(&container.pod, container.pod.agent().start(id, exec_id).await).await?;
