@@ -106,12 +106,16 @@ impl Interface {
 
     /// Leaves out parameters that somebody has chosen, by their names for sysctl(8).
     pub fn leave_out(&mut self, chosen: &HashMap<String, String>) {
-        let is_chosen = |path: &str| {
-            chosen
-                .keys()
-                .any(|name| name.replace('/', ".").strip_prefix("net.") == Some(&path.replace('/', ".")))
-        };
-        self.parameters.retain(|(path, _)| !is_chosen(path));
+        let chosen: Vec<String> = chosen.keys().map(|name| name.replace('/', ".")).collect();
+        let is_chosen = |name: &str| chosen.iter().any(|other| other.strip_prefix("net.") == Some(name));
+        // One switch by two names, which throws those of all interfaces.
+        let forwards = is_chosen("ipv4.ip_forward") || is_chosen("ipv4.conf.all.forwarding");
+        self.parameters.retain(|(path, _)| {
+            let name = path.replace('/', ".");
+            let is_forwarding =
+                name == "ipv4.ip_forward" || name.starts_with("ipv4.conf.") && name.ends_with(".forwarding");
+            !is_chosen(&name) && !(forwards && is_forwarding)
+        });
     }
 
     fn take_routes(&mut self, all: &[Route], is_first: bool) {
@@ -273,8 +277,8 @@ mod tests {
                 .map(parameter)
                 .into(),
         };
-        let chosen = ["net.ipv4.ip_forward", "net/ipv4/conf/eth0.7/forwarding", "kernel.core.somaxconn"];
+        let chosen = ["net.ipv4.ip_forward", "net/ipv6/conf/eth0.7/forwarding", "kernel.core.somaxconn"];
         interface.leave_out(&HashMap::from(chosen.map(parameter)));
-        assert_eq!(interface.parameters, [parameter("core/somaxconn")]);
+        assert_eq!(interface.parameters, ["ipv6/conf/all/forwarding", "core/somaxconn"].map(parameter));
     }
 }

@@ -447,5 +447,5 @@ fn file_server_limit(pid: i32) -> usize {
     let all =
         fs::read_to_string("/proc/sys/fs/file-max").ok().and_then(|text| text.trim().parse::<usize>().ok());
     // A pod may not have the node's whole table.
-    if all.is_some_and(|all| limit <= all / 8) { limit } else { 0 }
+    if all.is_some_and(|all| limit <= all / 4 * 3) { limit } else { 0 }
 }
