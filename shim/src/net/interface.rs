@@ -114,7 +114,7 @@ impl Interface {
             let name = path.replace('/', ".");
             let is_forwarding =
                 name == "ipv4.ip_forward" || name.starts_with("ipv4.conf.") && name.ends_with(".forwarding");
-            !is_chosen(&name) && !(forwards && is_forwarding)
+            !(is_chosen(&name) || forwards && is_forwarding)
         });
     }
 
