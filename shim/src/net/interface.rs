@@ -273,9 +273,15 @@ mod tests {
             addresses: Vec::new(),
             routes: Vec::new(),
             neighbours: Vec::new(),
-            parameters: ["ipv4/ip_forward", "ipv4/conf/eth0.7/forwarding", "core/somaxconn"]
-                .map(parameter)
-                .into(),
+            parameters: [
+                "ipv4/ip_forward",
+                "ipv4/conf/all/forwarding",
+                "ipv6/conf/eth0.7/forwarding",
+                "ipv6/conf/all/forwarding",
+                "core/somaxconn",
+            ]
+            .map(parameter)
+            .into(),
         };
         let chosen = ["net.ipv4.ip_forward", "net/ipv6/conf/eth0.7/forwarding", "kernel.core.somaxconn"];
         interface.leave_out(&HashMap::from(chosen.map(parameter)));
