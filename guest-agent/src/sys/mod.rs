@@ -2,6 +2,7 @@
 //!
 //! Nothing here knows about containers. Every wrapper turns a failure into an [`io::Error`] with the kernel's number.
 
+pub(crate) mod bpf;
 pub mod fd;
 pub mod mount;
 pub mod network;

@@ -4,11 +4,13 @@
 //! the first that fits decides. What no rule fits is refused.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use super::super::spec;
 use super::Cgroup;
-use crate::sys::check;
+use crate::sys::bpf::{
+    self, CONTEXT, EXIT, Instruction, JUMP_NOT_EQUAL, LOAD_WORD, MOVE_32, RESULT, instruction,
+};
 
 /// Kinds of access, from `linux/bpf.h`.
 const MKNOD: u32 = 1;
@@ -138,41 +140,21 @@ impl AttachedFilter {
     /// Takes the filter off the group again, after another one has been attached.
     pub fn detach(self, cgroup: &Cgroup) -> Result<(), DeviceFilterError> {
         let attribute = AttachAttribute::new(&self.program, cgroup, 0);
-        bpf(BPF_PROG_DETACH, &attribute).map(drop).map_err(DeviceFilterError::Attach)
+        bpf::bpf(BPF_PROG_DETACH, &attribute).map(drop).map_err(DeviceFilterError::Attach)
     }
 }
 
-/// `struct bpf_insn`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(C)]
-struct Instruction {
-    code: u8,
-    registers: u8,
-    offset: i16,
-    immediate: i32,
-}
-
-/// Registers: the result, the context, and the four values of a request.
-const RESULT: u8 = 0;
-const CONTEXT: u8 = 1;
+/// Registers: the four values of a request.
 const KIND: u8 = 2;
 const ACCESS: u8 = 3;
 const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
 const SCRATCH: u8 = 1;
 
-const LOAD_WORD: u8 = 0x61;
-const MOVE_32: u8 = 0xb4;
 const MOVE_REGISTER_32: u8 = 0xbc;
 const AND_32: u8 = 0x54;
 const SHIFT_RIGHT_32: u8 = 0x74;
-const JUMP_NOT_EQUAL: u8 = 0x56;
 const JUMP_EQUAL: u8 = 0x16;
-const EXIT: u8 = 0x95;
-
-fn instruction(code: u8, to: u8, from: u8, offset: i16, immediate: u32) -> Instruction {
-    Instruction { code, registers: from << 4 | to, offset, immediate: immediate as i32 }
-}
 
 /// Translates the rules into a program (`struct bpf_cgroup_dev_ctx`: access << 16 | kind, major, minor).
 fn compile(rules: &[Rule]) -> Vec<Instruction> {
@@ -232,27 +214,11 @@ fn compile_rule(rule: &Rule) -> Vec<Instruction> {
     block
 }
 
-const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_PROG_ATTACH: libc::c_long = 8;
 const BPF_PROG_DETACH: libc::c_long = 9;
 const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const BPF_CGROUP_DEVICE: u32 = 6;
 const BPF_F_ALLOW_MULTI: u32 = 2;
-
-/// The part of `union bpf_attr` for loading a program, up to the licence and the log.
-#[derive(Default)]
-#[repr(C)]
-struct LoadAttribute {
-    program_type: u32,
-    instruction_count: u32,
-    instructions: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log: u64,
-    kernel_version: u32,
-    flags: u32,
-}
 
 /// The part of `union bpf_attr` for attaching a program.
 #[repr(C)]
@@ -275,28 +241,12 @@ impl AttachAttribute {
     }
 }
 
-fn bpf<T>(command: libc::c_long, attribute: &T) -> io::Result<libc::c_long> {
-    // SAFETY: the attribute has the kernel's layout for the command and its size is passed; what it points to outlives
-    // the call.
-    check(unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attribute), size_of::<T>()) })
-}
-
 fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
-    let license = c"Apache-2.0";
-    let attribute = LoadAttribute {
-        program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
-        instruction_count: program.len() as u32,
-        instructions: program.as_ptr() as u64,
-        license: license.as_ptr() as u64,
-        ..Default::default()
-    };
-    let fd = bpf(BPF_PROG_LOAD, &attribute)?;
-    // SAFETY: the call returned a new descriptor that nothing else owns.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) })
+    bpf::load(BPF_PROG_TYPE_CGROUP_DEVICE, 0, program)
 }
 
 fn attach(program: &OwnedFd, cgroup: &Cgroup) -> io::Result<()> {
-    bpf(BPF_PROG_ATTACH, &AttachAttribute::new(program, cgroup, BPF_F_ALLOW_MULTI)).map(drop)
+    bpf::bpf(BPF_PROG_ATTACH, &AttachAttribute::new(program, cgroup, BPF_F_ALLOW_MULTI)).map(drop)
 }
 
 #[cfg(test)]
