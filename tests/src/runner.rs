@@ -17,17 +17,36 @@ pub struct Selection {
 }
 
 impl Selection {
+    /// Takes the shard that an argument `I/N` names.
+    ///
+    /// # Errors
+    /// When it names none.
+    pub fn set_shard(&mut self, text: &str) -> Outcome<()> {
+        let parsed =
+            text.split_once('/').and_then(|(index, count)| Some((index.parse().ok()?, count.parse().ok()?)));
+        match parsed {
+            Some((index, count)) if (1..=count).contains(&index) => self.shard = Some((index, count)),
+            _ => return Err(Failure(format!("--shard {text:?}: expected I/N with I from 1 to N"))),
+        }
+        Ok(())
+    }
+
+    /// Whether what has this name is asked for.
+    pub fn has_name(&self, found: &str) -> bool {
+        self.names.is_empty() || self.names.iter().any(|name| found.contains(name.as_str()))
+    }
+
+    /// What is selected of what is named.
+    pub fn share<T>(&self, named: impl Iterator<Item = T>) -> impl Iterator<Item = T> {
+        let (index, count) = self.shard.unwrap_or((1, 1));
+        named.skip(index - 1).step_by(count)
+    }
+
     /// The selected ones of `cases`, in order. Cases of one fixture stay together, so a fixture is started once.
     fn of<'a>(&self, cases: &'a [Case]) -> Vec<&'a Case> {
-        let named = |case: &&Case| {
-            self.names.is_empty() || self.names.iter().any(|name| case.name.contains(name.as_str()))
-        };
-        let mut selected: Vec<&Case> = cases.iter().filter(named).collect();
-        selected.sort_by_key(|case| case.fixture);
-        match self.shard {
-            Some((index, count)) => selected.into_iter().skip(index - 1).step_by(count).collect(),
-            None => selected,
-        }
+        let mut named: Vec<&Case> = cases.iter().filter(|case| self.has_name(case.name)).collect();
+        named.sort_by_key(|case| case.fixture);
+        self.share(named.into_iter()).collect()
     }
 }
 

@@ -8,8 +8,9 @@ use bulkhead_tests::attack::arena::Arena;
 use bulkhead_tests::attack::report::{self, Row};
 use bulkhead_tests::attack::{self, Contrast, Profile};
 use bulkhead_tests::cases::{Environment, Runtime};
-use bulkhead_tests::failure::{Explain, Failure, Outcome};
+use bulkhead_tests::failure::{Failure, Outcome};
 use bulkhead_tests::layout::Layout;
+use bulkhead_tests::runner::Selection;
 use bulkhead_tests::{cleanup, cri};
 
 const USAGE: &str = "usage: bulkhead-attack [--list] [--results DIR] [--shard I/N] [NAME...]
@@ -32,8 +33,7 @@ fn main() -> ExitCode {
 
 fn run() -> Outcome<bool> {
     let mut results = PathBuf::from("/results");
-    let mut names: Vec<String> = Vec::new();
-    let mut shard = (1, 1);
+    let mut selection = Selection::default();
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
@@ -46,12 +46,7 @@ fn run() -> Outcome<bool> {
                 return Ok(true);
             }
             "--results" => results = arguments.next().unwrap_or_default().into(),
-            "--shard" => {
-                let text = arguments.next().unwrap_or_default();
-                let parsed = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
-                let valid = parsed.filter(|(index, count): &(usize, usize)| (1..=*count).contains(index));
-                shard = valid.explain(|| format!("--shard {text:?}: expected I/N with I from 1 to N"))?;
-            }
+            "--shard" => selection.set_shard(&arguments.next().unwrap_or_default())?,
             "--merge" => {
                 let parts: Vec<PathBuf> = arguments.map(PathBuf::from).collect();
                 return report::merge(&results, &parts).map(|()| true);
@@ -59,7 +54,7 @@ fn run() -> Outcome<bool> {
             option if option.starts_with('-') => {
                 return Err(Failure(format!("unknown option {option}\n{USAGE}")));
             }
-            name => names.push(name.to_owned()),
+            name => selection.names.push(name.to_owned()),
         }
     }
     cri::enter_own_network()?;
@@ -70,10 +65,8 @@ fn run() -> Outcome<bool> {
     let mut arena = Arena::new(layout)?;
     let mut rows = Vec::new();
     let mut failed = Vec::new();
-    let selected = attack::all().into_iter().enumerate().filter(|(_, attempt)| {
-        names.is_empty() || names.iter().any(|name| attempt.name.contains(name.as_str()))
-    });
-    for (number, attempt) in selected.skip(shard.0 - 1).step_by(shard.1) {
+    let named = attack::all().into_iter().enumerate().filter(|(_, attempt)| selection.has_name(attempt.name));
+    for (number, attempt) in selection.share(named) {
         let attempt_started = Instant::now();
         let mut row = Row { number, attempt, results: Vec::new() };
         for runtime in [Runtime::Runc, Runtime::Bulkhead] {

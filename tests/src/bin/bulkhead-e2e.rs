@@ -40,7 +40,7 @@ fn run() -> Outcome<bool> {
                 return Ok(true);
             }
             "--reference" => runtime = Runtime::Runc,
-            "--shard" => selection.shard = Some(shard(&arguments.next().unwrap_or_default())?),
+            "--shard" => selection.set_shard(&arguments.next().unwrap_or_default())?,
             option if option.starts_with('-') => {
                 return Err(Failure(format!("unknown option {option}\n{USAGE}")));
             }
@@ -51,13 +51,4 @@ fn run() -> Outcome<bool> {
     cleanup::guard()?;
     let mut environment = Environment::new(Layout::locate()?, runtime);
     Ok(runner::run(&cases::all(), &selection, &mut environment))
-}
-
-fn shard(text: &str) -> Outcome<(usize, usize)> {
-    let parsed =
-        text.split_once('/').and_then(|(index, count)| Some((index.parse().ok()?, count.parse().ok()?)));
-    match parsed {
-        Some((index, count)) if (1..=count).contains(&index) => Ok((index, count)),
-        _ => Err(Failure(format!("--shard {text:?}: expected I/N with I from 1 to N"))),
-    }
 }
