@@ -1,7 +1,7 @@
 //! Entering the jail: the last thing a process that faces the guest does with privileges.
 //!
-//! The shim starts such a process as root in a PID namespace and cgroup of its own, with an empty environment and its
-//! resources as descriptors. The process then jails itself, before it reads a byte from anybody. The order is the one
+//! The shim starts such a process as root in a PID namespace and cgroup of its own and in a network namespace that is not the
+//! host's, with an empty environment and its resources as descriptors. The process then jails itself, before it reads a byte from anybody. The order is the one
 //! in which each step still has the privilege it needs and nothing has happened yet that a later failure would leave
 //! half done: descriptors and environment, checks, limits, namespaces, root, identity.
 
@@ -21,10 +21,9 @@ pub use file_server::{OwnFiles, enter_file_server};
 pub use limits::Limits;
 pub use root::Root;
 
-/// What each jailed process has of its own, beside the PID namespace that it is born in. The network is an empty one: no filter
-/// lets the process make a socket, and if one did, there would be nothing to talk to.
+/// What each jailed process has of its own, beside the PID namespace that it is born in. The network namespace is the one
+/// that it was started in: whatever is there, no filter lets the process make a socket.
 const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWNS
-    .union(CloneFlags::CLONE_NEWNET)
     .union(CloneFlags::CLONE_NEWCGROUP)
     .union(CloneFlags::CLONE_NEWIPC)
     .union(CloneFlags::CLONE_NEWUTS);
@@ -62,7 +61,7 @@ pub enum JailError {
     #[error("can't limit {0}")]
     Limit(&'static str, #[source] Errno),
     /// No namespaces of its own.
-    #[error("can't create mount, network, cgroup, IPC and UTS namespaces")]
+    #[error("can't create mount, cgroup, IPC and UTS namespaces")]
     Namespaces(#[source] Errno),
     /// The root directory could not be replaced.
     #[error("can't replace the root directory: {step}")]

@@ -30,8 +30,9 @@ const COMMON: [&str; 10] = [
     "io.containerd.sandbox.controller.v1.shim/k8s.io",
 ];
 
-/// What a node gets with its first pod and keeps: the mount namespace that pods start from.
-const KEPT: [&str; 3] = ["/run/bulkhead", "/run/bulkhead/small", "/run/bulkhead/small/1.mnt"];
+/// What a node gets with its first pod and keeps: the namespaces that pods start from.
+const KEPT: [&str; 4] =
+    ["/run/bulkhead", "/run/bulkhead/small", "/run/bulkhead/small/1.mnt", "/run/bulkhead/small/1.net"];
 
 /// Templates stay for the pods to come.
 const TEMPLATES: &str = "/var/lib/bulkhead/templates";

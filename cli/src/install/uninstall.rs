@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use bulkhead_shim::host::small_namespace::{self, NamespaceError};
+use bulkhead_shim::host::pin::{self, NamespaceError};
 
 use super::files::{self, FileError};
 use super::record::{Record, RecordError};
@@ -86,8 +86,8 @@ pub fn uninstall(options: &Options, force: bool, out: &mut impl Write) -> Result
             writeln!(out, "{would} {}", directory.display())?;
         }
     }
-    if options.root == Path::new("/") && !options.dry_run && small_namespace::release()? {
-        writeln!(out, "removed the mount namespace that pods started from")?;
+    if options.root == Path::new("/") && !options.dry_run && pin::release()? {
+        writeln!(out, "removed the namespaces that pods started from")?;
     }
     Ok(restart(options, unregistered, out)?)
 }

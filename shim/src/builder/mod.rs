@@ -17,10 +17,9 @@ use nix::sys::socket::SockType;
 
 use self::confine::Confined;
 use crate::host::cgroup::CgroupError;
-use crate::host::spawn::Network;
 use crate::pod::agent::{Agent, AgentError, Greeting};
 use crate::pod::guest::{self, Backends, CONSOLE_KEPT, FileError, Files, Start};
-use crate::pod::machine::{Control, Jailed, MachineError, identity_args, socket_pair};
+use crate::pod::machine::{Control, JailNetwork, Jailed, MachineError, identity_args, socket_pair};
 use crate::pod::tail::Tail;
 use crate::pod::{PodError, from_owned};
 use crate::template::store::Draft;
@@ -170,7 +169,7 @@ async fn save_guest(recipe: &Recipe, files: &Files, draft: &Draft) -> Result<Gre
         vmm_channel.as_fd(),
         None,
         None,
-        Network::Callers,
+        JailNetwork::Empty,
     )?;
     drop(vmm_channel);
     let vmm = Arc::new(vmm);

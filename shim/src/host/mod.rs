@@ -2,11 +2,13 @@
 
 pub mod cgroup;
 pub mod disk;
+pub mod empty_network;
 pub mod id_map;
 pub mod mount_table;
 pub mod mounts;
 pub mod netns;
 pub mod overlay;
+pub mod pin;
 pub mod process;
 pub mod sharing;
 pub mod small_namespace;

@@ -47,11 +47,8 @@ pub struct Spawn<'a> {
 }
 
 /// The network namespace of a new process.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub enum Network<'a> {
-    /// The caller's.
-    #[default]
-    Callers,
     /// One of its own.
     New,
     /// This one.
@@ -195,7 +192,7 @@ pub fn spawn(request: &Spawn<'_>) -> Result<Spawned, SpawnError> {
         stderr: park(request.stderr)?,
         network: match request.network {
             Network::Of(namespace) => Some(park(namespace)?),
-            Network::Callers | Network::New => None,
+            Network::New => None,
         },
         mounts: request.mounts.map(|(namespace, _)| park(namespace)).transpose()?,
         directory: request.mounts.map(|(_, directory)| CString::new(directory)).transpose()?,
@@ -357,7 +354,8 @@ mod tests {
 
     /// Runs a shell in the new process, and gives what it wrote to its standard error.
     fn run(script: &str, args: &[&str]) -> String {
-        run_in(Network::Callers, script, args)
+        let ours = File::open("/proc/self/ns/net").unwrap();
+        run_in(Network::Of(ours.as_fd()), script, args)
     }
 
     fn run_in(network: Network<'_>, script: &str, args: &[&str]) -> String {
@@ -423,7 +421,7 @@ mod tests {
             stderr: theirs.as_fd(),
             cgroup: None,
             mounts: None,
-            network: Network::Callers,
+            network: Network::New,
         };
         let error = spawn(&request(Path::new("/nonexistent/vmm"))).unwrap_err();
         assert!(matches!(error, SpawnError::Program { .. }), "{error}");

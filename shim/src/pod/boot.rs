@@ -15,7 +15,9 @@ use tokio::time::Instant;
 
 use super::agent::{Agent, Greeting};
 use super::guest::{self, Backends, CONSOLE_KEPT, FileError, Files, Start};
-use super::machine::{Control, ControlListener, Jailed, MachineError, identity_args, socket_pair};
+use super::machine::{
+    Control, ControlListener, JailNetwork, Jailed, MachineError, identity_args, socket_pair,
+};
 use super::network::Network;
 use super::resources::Resources;
 use super::state::StateError;
@@ -27,7 +29,7 @@ use crate::config::Templates;
 use crate::error::{Classify, Code, chain};
 use crate::host::cgroup::{self, CgroupError, Limits, PodCgroup};
 use crate::host::process::ProcessId;
-use crate::host::spawn::{self, check_program};
+use crate::host::spawn::check_program;
 use crate::net::NetError;
 use crate::template::{Found, Order, Recipe, Store, Template};
 
@@ -123,12 +125,11 @@ pub(super) async fn boot(
 
     let network = spec.network.as_deref().map(|path| Network::open(path, &spec.config)).transpose();
     let network = network.map_err(BootError::from)?.map(Arc::new);
-    // The VMM is in it, so that whoever looks for it at the id of the pod's process finds it there.
     let held = network.clone();
     let place = match &held {
-        Some(network) => spawn::Network::Of(network.fd()),
-        None if spec.own_network => spawn::Network::New,
-        None => spawn::Network::Callers,
+        Some(network) => JailNetwork::Pods(network.fd()),
+        None if spec.own_network => JailNetwork::Own,
+        None => JailNetwork::Empty,
     };
 
     fs::create_dir(&spec.directory)
@@ -176,7 +177,7 @@ pub(super) async fn boot(
         fuse_server.as_fd(),
         vmm.cgroup,
         mounts,
-        spawn::Network::Callers,
+        JailNetwork::Empty,
     )?;
     drop(fuse_server);
     let id = fs_server.id();
@@ -303,7 +304,7 @@ struct Vmm<'a> {
     recipe: &'a Recipe,
     files: &'a Files,
     cgroup: Option<BorrowedFd<'a>>,
-    network: spawn::Network<'a>,
+    network: JailNetwork<'a>,
 }
 
 /// The host's ends of the guest's devices, but for the agent's stream.

@@ -19,8 +19,10 @@ use tokio::sync::{Mutex, mpsc};
 
 use super::tail::Tail;
 use crate::error::{Classify, Code, untrusted};
+use crate::host::empty_network::empty_network;
+use crate::host::pin::NamespaceError;
 use crate::host::process::{Child, ProcessId};
-use crate::host::small_namespace::{NamespaceError, small_namespace};
+use crate::host::small_namespace::small_namespace;
 use crate::host::spawn::{Network, Spawn, SpawnError, spawn};
 
 /// The VMM answers a request within this time, or is given up.
@@ -38,7 +40,7 @@ pub enum MachineError {
     /// A process did not start.
     #[error(transparent)]
     Spawn(#[from] SpawnError),
-    /// No mount namespace for it to be born in.
+    /// No namespaces for it to be born in.
     #[error("can't prepare the pod's processes")]
     Namespace(#[from] NamespaceError),
     /// A socket pair, a pipe or the like.
@@ -91,6 +93,17 @@ pub fn identity_args() -> [String; 4] {
     ["--uid".to_owned(), id.clone(), "--gid".to_owned(), id]
 }
 
+/// The network namespace that a jailed process is born in and stays in. It can make no socket in any.
+#[derive(Debug, Clone, Copy)]
+pub enum JailNetwork<'a> {
+    /// The node's empty one.
+    Empty,
+    /// The pod's. Whoever counts the pod's packets or adds an interface looks for it at the id of the pod's process.
+    Pods(BorrowedFd<'a>),
+    /// One of its own, which becomes the pod's: Docker and hooks put a network into it.
+    Own,
+}
+
 /// A running jailed process and what it said.
 #[derive(Debug)]
 pub struct Jailed {
@@ -110,7 +123,7 @@ impl Jailed {
         socket: BorrowedFd<'_>,
         cgroup: Option<BorrowedFd<'_>>,
         mounts: Option<(BorrowedFd<'_>, &str)>,
-        network: Network<'_>,
+        network: JailNetwork<'_>,
     ) -> Result<Jailed, MachineError> {
         let prepare = |step| move |source| MachineError::Prepare { step, source };
         let (reader, writer) = io::pipe().map_err(prepare("create a pipe"))?;
@@ -119,6 +132,15 @@ impl Jailed {
             None => Some(small_namespace()?),
         };
         let mounts = mounts.or_else(|| nothing.as_ref().map(|namespace| (namespace.as_fd(), "/")));
+        let empty;
+        let network = match network {
+            JailNetwork::Empty => {
+                empty = empty_network()?;
+                Network::Of(empty.as_fd())
+            }
+            JailNetwork::Pods(namespace) => Network::Of(namespace),
+            JailNetwork::Own => Network::New,
+        };
         let spawned =
             spawn(&Spawn { program, args, socket, stderr: writer.as_fd(), cgroup, mounts, network })?;
         drop(writer);

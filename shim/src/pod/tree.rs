@@ -25,7 +25,7 @@ use super::following::Following;
 use crate::error::chain;
 use crate::host::mounts::{DetachedTree, MountError, PointKind, Propagation, on_thread, relocate};
 use crate::host::sharing::{Empty, MOUNTINFO, prune};
-use crate::host::small_namespace::{self, NamespaceError};
+use crate::host::{pin::NamespaceError, small_namespace};
 
 /// The tree's place in the pod's namespace.
 pub const TREE: &str = "/shared";

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use nix::libc::{O_ACCMODE, O_PATH, O_RDONLY};
 
-use super::{Case, Environment};
+use super::{Case, Container, Environment};
 use crate::failure::{Explain, Outcome};
+use crate::netns::{Namespace, Network};
 use crate::process::eventually;
 use crate::shim::CALL_LIMIT;
 use crate::stdio::Streams;
@@ -17,6 +18,7 @@ use crate::{bundle, ensure, ensure_eq, node};
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
     Case::new("jail-as-proc-shows-it", as_proc_shows_it).bulkhead_only(),
+    Case::new("jail-networks", networks).bulkhead_only(),
     Case::new("jail-leaves-no-core-dump", no_core_dump).bulkhead_only(),
 ];
 
@@ -94,8 +96,7 @@ fn as_proc_shows_it(environment: &mut Environment) -> Outcome<String> {
         }
         let user_namespaces = (process.namespace("user")?, Proc::of(shim).namespace("user")?);
         ensure_eq!(user_namespaces.0 != user_namespaces.1, own_user_namespace, "user namespace of {program}");
-        let interfaces = process.text("net/dev")?;
-        ensure!(interfaces.lines().skip(2).all(|line| line.trim_start().starts_with("lo:")), "{interfaces}");
+        expect_no_interface(&process)?;
         for (limit, value) in
             [("Max core file size", "1"), ("Max locked memory", "0"), ("Max msgqueue size", "0")]
         {
@@ -122,6 +123,48 @@ fn as_proc_shows_it(environment: &mut Environment) -> Outcome<String> {
     container.shim.delete("")?;
     container.release()?;
     Ok(evidence.join(", "))
+}
+
+fn expect_no_interface(process: &Proc) -> Outcome {
+    let interfaces = process.text("net/dev")?;
+    ensure!(interfaces.lines().skip(2).all(|line| line.trim_start().starts_with("lo:")), "{interfaces}");
+    Ok(())
+}
+
+/// The VMM is where the pod's network is looked for by its process id, and all file servers are in one empty place.
+fn networks(environment: &mut Environment) -> Outcome<String> {
+    let program = |container: &Container, name: &str| -> Outcome<Proc> {
+        let found = node::descendants(container.shim.pid()?, name).into_iter().next();
+        Ok(Proc::of(found.explain(|| format!("no {name} below the shim"))?.pid))
+    };
+    let nodes = Proc("/proc/self".into()).namespace("net")?;
+
+    let id = environment.id("network");
+    let mut namespace = Namespace::new(&id)?;
+    namespace.add(&Network::bridge(environment.host()?.path(), 77, 1500), "eth0")?;
+    let mut spec = bundle::spec(&id, bundle::process(&["sleep", "100000"]));
+    spec["linux"]["namespaces"] =
+        serde_json::json!([{ "type": "mount" }, { "type": "network", "path": namespace.path() }]);
+    let with = environment.created(&id, &spec, Streams::default())?;
+    let without = environment.started("alone", bundle::process(&["sleep", "100000"]), Streams::default())?;
+
+    let pods = fs::read_link(namespace.path()).explain(|| "the pod's namespace".into())?;
+    ensure_eq!(program(&with, "bulkhead-vmm")?.namespace("net")?, pods, "the VMM's network namespace");
+    let alone = program(&without, "bulkhead-vmm")?;
+    expect_no_interface(&alone)?;
+    let (first, second) = (program(&with, "bulkhead-fs")?, program(&without, "bulkhead-fs")?);
+    expect_no_interface(&first)?;
+    let empty = first.namespace("net")?;
+    ensure_eq!(second.namespace("net")?, empty, "network namespace of another pod's file server");
+    for other in [nodes, pods, alone.namespace("net")?] {
+        ensure!(other != empty, "file servers are in {}", other.display());
+    }
+    for container in [with, without] {
+        container.kill()?;
+        container.shim.delete("")?;
+        container.release()?;
+    }
+    Ok(format!("file servers are in {}", empty.display()))
 }
 
 /// One line of mountinfo is one mount; the sixth field has its options.
