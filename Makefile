@@ -7,7 +7,7 @@ PREFIX ?= /usr/local
 VMLINUX := target/guest/vmlinux
 IMAGE := target/guest/guest.erofs
 
-.PHONY: help demo test attack bench bench-compare build guest unit e2e lint audit install clean packages
+.PHONY: help demo test attack bench bench-compare build guest unit e2e lint audit fuzz install clean packages
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ attack: build guest ## What gets out of containers of runc and of Bulkhead, as a
 	@$(if $(ARGS),,BULKHEAD_PROGRAMS=200 $(CARGO) test --locked --quiet -p bulkhead-vmm --test programs)
 	@tests/run.sh attack $(ARGS)
 
+fuzz: ## Feed each fuzz target for SECONDS=n (20), all or ARGS="NAME..."; CI gives each ten seconds
+	@fuzz/run.sh $(or $(SECONDS),20) $(ARGS)
+
 bench: build guest ## Measure runc, crun, gVisor and Bulkhead side by side (ARGS="--rounds 3 start memory" for a part)
 	@tests/run.sh bench $(ARGS)
 
@@ -42,7 +45,7 @@ bench-compare: ## What became better or worse beyond noise: make bench-compare A
 
 build: packages ## Release binaries
 	@echo "build: release binaries (the first time takes some minutes)"
-	@$(CARGO) build --release --locked --workspace
+	@$(CARGO) build --release --locked --workspace --exclude bulkhead-fuzz
 
 guest: $(VMLINUX) $(IMAGE) ## The guest kernel and the guest image
 
@@ -66,6 +69,7 @@ packages: ## The Debian packages that building and testing need
 lint: ## Formatting and clippy
 	@$(CARGO) fmt --all --check
 	@$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	@$(CARGO) clippy --locked -p bulkhead-fuzz --features engine --bins -- -D warnings
 
 audit: ## Licences, sources and known vulnerabilities of the dependencies
 	@tests/audit.sh

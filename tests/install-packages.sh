@@ -3,8 +3,8 @@
 set -euo pipefail
 
 # What each is for: the nested KVM host (qemu), its images (cpio, e2fsprogs, kmod), the guest image (erofs-utils), and taking
-# the guest kernel out of its library (binutils).
-packages=(binutils cpio e2fsprogs erofs-utils kmod qemu-system-x86)
+# the guest kernel out of its library (binutils), and libFuzzer (g++).
+packages=(binutils cpio e2fsprogs erofs-utils g++ kmod qemu-system-x86)
 
 missing=()
 for package in "${packages[@]}"; do
