@@ -7,7 +7,7 @@ PREFIX ?= /usr/local
 VMLINUX := target/guest/vmlinux
 IMAGE := target/guest/guest.erofs
 
-.PHONY: help demo test attack bench bench-compare build guest unit e2e lint audit fuzz install clean packages
+.PHONY: help demo test attack bench bench-compare build guest unit e2e lint audit fuzz install clean packages kernel kernel-update $(VMLINUX)
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,8 +49,16 @@ build: packages ## Release binaries
 
 guest: $(VMLINUX) $(IMAGE) ## The guest kernel and the guest image
 
-$(VMLINUX): guest-image/fetch-kernel.sh | packages
-	@guest-image/fetch-kernel.sh
+# Ours if it has been built, else a ready-made one; the script compares.
+$(VMLINUX): | packages
+	@guest-kernel/use.sh
+
+ARCH ?= x86_64
+kernel: ## Build Bulkhead's own guest kernel from Debian's source, once (a quarter of an hour; ARCH=arm64 cross-builds)
+	@guest-kernel/build.sh $(ARCH)
+
+kernel-update: ## Pin the newest source of the guest kernel, and show what is new in it
+	@guest-kernel/update.sh
 
 # Depends on the build as an order only: the script itself compares the agent with the image's.
 $(IMAGE): $(RELEASE)/bulkhead-agent guest-image/build.sh

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# install-packages.sh: install the Debian packages that the tests need and that are not there yet.
+# install-packages.sh [PACKAGE...]: install the Debian packages that are not there yet: those that the tests need, or the ones named.
 set -euo pipefail
 
 # What each is for: the nested KVM host (qemu), its images (cpio, e2fsprogs, kmod), the guest image (erofs-utils), and taking
 # the guest kernel out of its library (binutils), and libFuzzer (g++).
 packages=(binutils cpio e2fsprogs erofs-utils g++ kmod qemu-system-x86)
+(($# == 0)) || packages=("$@")
 
 missing=()
 for package in "${packages[@]}"; do
