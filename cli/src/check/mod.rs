@@ -164,6 +164,7 @@ pub fn run(options: &Options, out: &mut impl Write) -> Result<bool, CheckError> 
                 .because("every pod is refused with this error"),
         ),
     }
+    findings.push(parts::unaltered(root, &prefix));
     findings.extend(registered.findings);
     if options.json { report_json(&findings, out) } else { report(&findings, out) }
 }

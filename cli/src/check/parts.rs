@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access};
 
 use super::Finding;
+use crate::install;
 
 const SHIM: &str = "bin/containerd-shim-bulkhead-v1";
 
@@ -28,6 +29,25 @@ pub fn check(prefix: &Path, config: &Config) -> Vec<Finding> {
         data("guest kernel", &config.kernel, &[ELF, BZIMAGE], "an ELF vmlinux or a bzImage"),
         data("guest image", &config.image, &[EROFS], "an erofs image"),
     ]
+}
+
+/// Whether what was installed is still what it was. The prefix is one of the system in `root`.
+pub fn unaltered(root: &Path, prefix: &Path) -> Finding {
+    const WHAT: &str = "installed files";
+    match install::altered(root, prefix) {
+        Ok(None) => Finding::ok(WHAT, "not put there by bulkhead install: nothing to compare with"),
+        Ok(Some((count, altered))) if altered.is_empty() => {
+            Finding::ok(WHAT, format!("{count}, each with the digest that was recorded"))
+        }
+        Ok(Some((_, altered))) => {
+            let paths: Vec<_> = altered.iter().map(|path| path.display().to_string()).collect();
+            Finding::warn(WHAT, format!("changed or gone since they were installed: {}", paths.join(", ")))
+                .because("pods run with programs, a kernel or an image that nobody has installed here, or not at all")
+                .mended_by("find out who changed them; then bulkhead install --from DIR")
+        }
+        Err(error) => Finding::warn(WHAT, bulkhead_shim::error::chain(&error))
+            .because("it can't be told whether they are what was installed"),
+    }
 }
 
 fn program(what: &'static str, path: &Path) -> Finding {
@@ -94,6 +114,26 @@ mod tests {
         let mut image = vec![0; 4096];
         image[1024..1028].copy_from_slice(EROFS.1);
         image
+    }
+
+    #[test]
+    fn files_that_were_changed_are_named() {
+        let root = Directory::new("parts-altered");
+        let prefix = Path::new("/usr/local");
+        assert_eq!(unaltered(root.path(), prefix).verdict, Verdict::Ok);
+        let digest = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae";
+        let record = format!(
+            r#"{{"files": {{"/usr/local/bin/bulkhead": ["{digest}"]}}, "directories": [], "templates": []}}"#
+        );
+        root.write("usr/local/share/bulkhead/installed.json", record);
+        root.write("usr/local/bin/bulkhead", "foo");
+        assert_eq!(unaltered(root.path(), prefix).verdict, Verdict::Ok);
+        root.write("usr/local/bin/bulkhead", "bar");
+        let finding = unaltered(root.path(), prefix);
+        assert_eq!(finding.verdict, Verdict::Warn);
+        assert!(finding.evidence.contains("/usr/local/bin/bulkhead"));
+        root.write("usr/local/share/bulkhead/installed.json", "{");
+        assert_eq!(unaltered(root.path(), prefix).verdict, Verdict::Warn);
     }
 
     #[test]

@@ -98,6 +98,17 @@ impl Options {
     }
 }
 
+/// How many files the installation under `prefix` has, and which of them are no longer what was put there; `None` if it was not made by
+/// [`install`].
+///
+/// # Errors
+/// When the record or a file can't be read.
+pub fn altered(root: &Path, prefix: &Path) -> Result<Option<(usize, Vec<PathBuf>)>, InstallError> {
+    let options = Options { root: root.to_owned(), prefix: prefix.to_owned(), ..Options::default() };
+    let record = Record::load(&options.place(&options.record_path()))?;
+    record.map(|record| Ok((record.files.len(), record.altered(root)?))).transpose()
+}
+
 /// What keeps an installation from being made.
 #[derive(Debug, thiserror::Error)]
 pub enum InstallError {

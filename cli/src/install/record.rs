@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::files::{FileError, Part};
+use super::files::{FileError, Part, present};
 use crate::containerd::in_root;
 
 /// The record.
@@ -124,6 +124,21 @@ impl Record {
     /// Whether a file with this digest was put there.
     pub fn has(&self, path: &Path, digest: &str) -> bool {
         self.files.get(path).is_some_and(|digests| digests.iter().any(|known| known == digest))
+    }
+
+    /// Which files are no longer what was put there, as the installed system sees them.
+    ///
+    /// # Errors
+    /// When one can't be read.
+    pub fn altered(&self, root: &Path) -> Result<Vec<PathBuf>, FileError> {
+        let mut altered = Vec::new();
+        for path in self.files.keys() {
+            let present = present(&in_root(root, path))?;
+            if !present.is_some_and(|digest| self.has(path, &digest)) {
+                altered.push(path.clone());
+            }
+        }
+        Ok(altered)
     }
 
     /// Writes the record, at once or not at all.

@@ -56,6 +56,21 @@ fn install_with(options: &Options) -> Result<String, InstallError> {
 }
 
 #[test]
+fn what_has_changed_since_is_told() {
+    let stage = Stage::set("altered");
+    let altered = || altered(stage.root.path(), &Options::default().prefix).unwrap();
+    assert_eq!(altered(), None);
+    stage.install().unwrap();
+    let (count, files) = altered().unwrap();
+    assert!(count >= 6 && files.is_empty(), "{count} files, {files:?}");
+    let prefix = Options::default().prefix;
+    let image = prefix.join("share/bulkhead/guest.erofs");
+    fs::write(crate::containerd::in_root(stage.root.path(), &image), "another").unwrap();
+    fs::remove_file(crate::containerd::in_root(stage.root.path(), &prefix.join("bin/bulkhead"))).unwrap();
+    assert_eq!(altered().unwrap().1, [prefix.join("bin/bulkhead"), image]);
+}
+
+#[test]
 fn what_is_installed_is_taken_away_again_and_nothing_else() {
     let stage = Stage::set("whole");
     stage.root.write("usr/local/share/other", "somebody else's");
