@@ -7,7 +7,7 @@ PREFIX ?= /usr/local
 VMLINUX := target/guest/vmlinux
 IMAGE := target/guest/guest.erofs
 
-.PHONY: help demo test attack bench bench-compare build guest unit e2e lint audit fuzz install clean packages kernel kernel-update $(VMLINUX)
+.PHONY: help demo test attack bench bench-compare build guest unit e2e lint audit fuzz release install clean packages kernel kernel-update $(VMLINUX)
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ $(IMAGE): $(RELEASE)/bulkhead-agent guest-image/build.sh
 	@guest-image/build.sh $< $@
 
 $(RELEASE)/bulkhead-agent: build ;
+
+release: packages ## What is released, under target/dist: an archive, its parts as an SBOM, checksums; the same bytes from the same commit
+	@deploy/release.sh
 
 install: ## Install into PREFIX (/usr/local) what `make build guest` built
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/containerd-shim-bulkhead-v1 $(RELEASE)/bulkhead
