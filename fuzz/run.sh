@@ -74,7 +74,10 @@ for name in "${names[@]}"; do
     mkdir -p "$grown" target/fuzz/findings
     [[ ! -e fuzz/corpus/$name.b64 ]] || unpack "$seeds"
     mkdir -p "$seeds"
+    # Words of the kept inputs: names of fields are not found by chance.
+    cat "$seeds"/* "$grown"/seed-* 2>/dev/null | grep -aohE '"[A-Za-z0-9_./-]{3,40}"' | sort -u >"target/fuzz/$name.words" || true
     common=(-timeout=20 -rss_limit_mb=1024 -max_len=4096 -verbosity=1)
+    [[ ! -s target/fuzz/$name.words ]] || common+=(-dict="target/fuzz/$name.words")
     if [[ $keep ]]; then
         merged=target/fuzz/merged/$name
         rm -rf "$merged"
@@ -87,7 +90,8 @@ for name in "${names[@]}"; do
     found=0
     "$programs/$name" "${common[@]}" -max_total_time="$seconds" -print_final_stats=1 -artifact_prefix="target/fuzz/findings/$name-" \
         "$grown" "$seeds" >"$log" 2>&1 || found=1
-    read -r edges inputs < <(sed -n 's/^#.* cov: \([0-9]*\) .* corp: \([0-9]*\)\/.*/\1 \2/p' "$log" | tail -n 1)
+    edges= inputs=
+    read -r edges inputs < <(sed -n 's/^#.* cov: \([0-9]*\) .* corp: \([0-9]*\)\/.*/\1 \2/p' "$log" | tail -n 1) || true
     executions=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log" | tail -n 1)
     rate=$(sed -n 's/^stat::average_exec_per_sec: *//p' "$log" | tail -n 1)
     printf '%-14s %12s %9s %8s %8s\n' "$name" "${executions:-?}" "${rate:-?}" "${edges:-?}" "${inputs:-?}"

@@ -13,7 +13,9 @@ pub mod guest;
 pub mod host;
 pub mod input;
 pub mod machine;
+pub mod protocols;
 pub mod seccomp;
+pub mod specs;
 
 /// A target by its name.
 pub type Target = (&'static str, fn(&[u8]));
@@ -30,6 +32,12 @@ pub const TARGETS: &[Target] = &[
     ("state", machine::state),
     ("working-set", machine::working_set),
     ("seccomp", seccomp::run),
+    ("filter", specs::filter),
+    ("oci", specs::oci),
+    ("options", specs::options),
+    ("plan", specs::plan),
+    ("answers", protocols::answers),
+    ("control", protocols::control),
 ];
 
 /// Makes the program of a target.

@@ -43,7 +43,7 @@ pub fn run(data: &[u8]) {
 }
 
 /// Classic BPF as the kernel's checker wants it: jumps go forward and inside, and the last instruction returns.
-fn check_form(program: &[libc::sock_filter]) {
+pub fn check_form(program: &[libc::sock_filter]) {
     for (position, instruction) in program.iter().enumerate() {
         let farthest = match instruction.code {
             0x05 => instruction.k as usize,
