@@ -7,7 +7,7 @@ PREFIX ?= /usr/local
 VMLINUX := target/guest/vmlinux
 IMAGE := target/guest/guest.erofs
 
-.PHONY: help demo test attack bench bench-compare build guest unit e2e lint audit fuzz release install clean packages kernel kernel-update $(VMLINUX)
+.PHONY: help demo test attack chaos bench bench-compare build guest unit e2e lint audit fuzz release install clean packages kernel kernel-update $(VMLINUX)
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,11 @@ e2e: build guest ## The end-to-end suite through containerd (ARGS="NAME..." runs
 attack: build guest ## What gets out of containers of runc and of Bulkhead, as a table (ARGS="NAME..." for a part)
 	@$(if $(ARGS),,BULKHEAD_PROGRAMS=200 $(CARGO) test --locked --quiet -p bulkhead-vmm --test programs)
 	@tests/run.sh attack $(ARGS)
+
+SEED := 1
+ROUNDS := 100
+chaos: build guest ## Kill parts of pods at random moments: nothing is left, nobody else notices (SEED=n ROUNDS=n)
+	@tests/run.sh chaos --seed $(SEED) --rounds $(ROUNDS)
 
 fuzz: ## Feed each fuzz target for SECONDS=n (20), all or ARGS="NAME..."; CI gives each ten seconds
 	@fuzz/run.sh $(or $(SECONDS),20) $(ARGS)

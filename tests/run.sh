@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# run.sh demo | e2e | attack | bench [ARG...]: run the demo, the end-to-end suite, the attack suite or the benchmark where there is a
-# KVM for it.
+# run.sh demo | e2e | attack | chaos | bench [ARG...]: run the demo, the end-to-end suite, the attack suite, the fault campaign or the
+# benchmark where there is a KVM for it.
 #
 # On hardware KVM they run on this machine, as root; else in the nested KVM host (tests/nested), the suites in two of them
 # side by side. Both get the same payload: our release binaries, guest kernel and image, and the test images, as hard links in a
@@ -18,8 +18,8 @@ fail() {
 }
 what=${1:-}
 case $what in
-demo | e2e | attack | bench) shift ;;
-*) fail "say what to run: demo, e2e, attack or bench" ;;
+demo | e2e | attack | chaos | bench) shift ;;
+*) fail "say what to run: demo, e2e, attack, chaos or bench" ;;
 esac
 program=bulkhead-$what
 for file in "$release"/{containerd-shim-bulkhead-v1,bulkhead,bulkhead-vmm,bulkhead-fs,"$program"} "$guest"/{vmlinux,guest.erofs}; do
@@ -89,7 +89,7 @@ fi
 
 nested=$root/tests/nested/run.sh
 "$root/tests/nested/build.sh"
-if [[ $what == demo || ($what != bench && $# -gt 0) ]]; then
+if [[ $what == demo || $what == chaos || ($what != bench && $# -gt 0) ]]; then
     mkdir -p "$results"
     "$nested" --timeout 3000 --results "$results" "$payload" "$@"
     exit

@@ -37,6 +37,9 @@ const STACK: usize = 256 * 1024;
 /// pod's cgroup, this is the stop behind that.
 const MAX_OPEN_FILES: u64 = 1 << 20;
 
+/// Threads of each user that the server acts as.
+const PROCESSES: u64 = 64;
+
 /// Where the kernel says how many files may be open on the whole node. One pod gets three quarters of them at
 /// most: what a guest has in its caches is held open, and trees of a hundred thousand files are nothing special.
 const ALL_OPEN_FILES: &str = "/proc/sys/fs/file-max";
@@ -94,7 +97,8 @@ fn run() -> Result<(), FatalError> {
     let allowed = getrlimit(Resource::Nofile).maximum.unwrap_or(MAX_OPEN_FILES);
     let all = std::fs::read_to_string(ALL_OPEN_FILES).ok();
     let open_files = open_files(allowed, all.as_deref());
-    let own = enter_file_server(FUSE_FD, &Limits { open_files }).map_err(FatalError::Jail)?;
+    let own =
+        enter_file_server(FUSE_FD, &Limits { open_files, processes: PROCESSES }).map_err(FatalError::Jail)?;
 
     // SAFETY: the shim put the socket there for us, nobody else in this process owns it.
     let socket = UnixDatagram::from(unsafe { OwnedFd::from_raw_fd(FUSE_FD) });

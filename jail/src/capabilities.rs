@@ -13,6 +13,7 @@ impl Capability {
     pub(crate) const FSETID: Self = Self(4);
     pub(crate) const SETGID: Self = Self(6);
     pub(crate) const SETUID: Self = Self(7);
+    pub(crate) const SYS_ADMIN: Self = Self(21);
     pub(crate) const SETFCAP: Self = Self(31);
 }
 

@@ -17,7 +17,7 @@ use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 
 use crate::capabilities::{self, Capability};
 use crate::id_map::IdMapper;
-use crate::{JailError, Limits, NAMESPACES, Root, clear_environment, close_descriptors_above};
+use crate::{JailError, Limits, NAMESPACES, Root, clear_environment, close_descriptors_above, speculation};
 
 /// What serving files of any owner takes.
 const CAPABILITIES: [Capability; 7] = [
@@ -109,7 +109,8 @@ fn keep_only(kept: &[Capability]) -> Result<(), JailError> {
     capabilities::bound_to(kept).map_err(failed("reduce the capability bounding set"))?;
     capabilities::reduce_to(kept).map_err(failed("reduce the capabilities"))?;
     nix::sys::prctl::set_dumpable(false).map_err(failed("become undumpable"))?;
-    nix::sys::prctl::set_no_new_privs().map_err(failed("set no_new_privs"))
+    nix::sys::prctl::set_no_new_privs().map_err(failed("set no_new_privs"))?;
+    speculation::disable().map_err(failed("switch speculation off"))
 }
 
 /// Opens this process's directory in procfs, so that another process finds it whatever it calls the pid.

@@ -8,8 +8,10 @@
 mod capabilities;
 mod file_server;
 mod id_map;
+mod landlock;
 mod limits;
 mod root;
+mod speculation;
 
 use std::os::fd::RawFd;
 
@@ -17,6 +19,7 @@ use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 
+use capabilities::Capability;
 pub use file_server::{OwnFiles, enter_file_server};
 pub use limits::Limits;
 pub use root::Root;
@@ -122,15 +125,28 @@ fn clear_environment() {
     unsafe { libc::clearenv() };
 }
 
-/// Gives up every privilege: capabilities of all sets, the ability to gain any by exec, root's identity, and being
-/// traced or dumped by processes of the same user.
+/// Gives up every privilege: root's identity, capabilities of all sets, the ability to gain any by exec, being
+/// traced or dumped by processes of the same user, and whatever Landlock can refuse.
 fn become_unprivileged(uid: Uid, gid: Gid) -> Result<(), JailError> {
     let failed = |step| move |source| JailError::Privileges { step, source };
-    capabilities::bound_to(&[]).map_err(failed("empty the capability bounding set"))?;
     setgroups(&[]).map_err(failed("drop supplementary groups"))?;
     setresgid(gid, gid, gid).map_err(failed("change the group"))?;
-    // Leaving uid 0 for all three ids clears the permitted, effective and ambient capability sets: capabilities(7).
+    nix::sys::prctl::set_keepcaps(true).map_err(failed("keep capabilities"))?;
     setresuid(uid, uid, uid).map_err(failed("change the user"))?;
+    enter_user_namespace()?;
+    // All of them in there, and none outside.
+    capabilities::bound_to(&[]).map_err(failed("empty the capability bounding set"))?;
+    capabilities::reduce_to(&[]).map_err(failed("give up the capabilities"))?;
     nix::sys::prctl::set_dumpable(false).map_err(failed("become undumpable"))?;
-    nix::sys::prctl::set_no_new_privs().map_err(failed("set no_new_privs"))
+    nix::sys::prctl::set_no_new_privs().map_err(failed("set no_new_privs"))?;
+    landlock::refuse_everything().map_err(failed("have Landlock refuse everything"))?;
+    speculation::disable().map_err(failed("switch speculation off"))
+}
+
+/// A user namespace that maps no id at all: there is nobody that the process could become.
+fn enter_user_namespace() -> Result<(), JailError> {
+    let failed = |step| move |source| JailError::UserNamespace { step, source };
+    // Hosts that let no ordinary user have one let whoever may administer the system.
+    capabilities::reduce_to(&[Capability::SYS_ADMIN]).map_err(failed("keep one capability for it"))?;
+    unshare(CloneFlags::CLONE_NEWUSER).map_err(failed("create it"))
 }

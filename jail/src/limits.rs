@@ -13,6 +13,8 @@ const NO_CORE: u64 = 1;
 pub struct Limits {
     /// Open descriptors.
     pub open_files: u64,
+    /// Processes and threads of the process's user. Root's are not counted.
+    pub processes: u64,
 }
 
 impl Limits {
@@ -20,6 +22,7 @@ impl Limits {
     pub(crate) fn apply(&self) -> Result<(), JailError> {
         let limits = [
             (Resource::RLIMIT_NOFILE, self.open_files, "open files"),
+            (Resource::RLIMIT_NPROC, self.processes, "processes"),
             (Resource::RLIMIT_CORE, NO_CORE, "core dumps"),
             (Resource::RLIMIT_MEMLOCK, 0, "locked memory"),
             (Resource::RLIMIT_MSGQUEUE, 0, "message queues"),

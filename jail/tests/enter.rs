@@ -9,8 +9,13 @@ use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork, geteuid, getgid, getgroups, getuid};
 
-const JAIL: Jail =
-    Jail { last_fd: 2, root: Root::Empty, limits: Limits { open_files: 32 }, uid: 65534, gid: 65534 };
+const JAIL: Jail = Jail {
+    last_fd: 2,
+    root: Root::Empty,
+    limits: Limits { open_files: 32, processes: 512 },
+    uid: 65534,
+    gid: 65534,
+};
 
 /// Runs `inside` in a child; each `Err` names what it found wrong.
 fn in_child(inside: impl FnOnce() -> Result<(), String>) {
@@ -42,13 +47,24 @@ fn check(holds: bool, what: &str) -> Result<(), String> {
     if holds { Ok(()) } else { Err(what.to_owned()) }
 }
 
+fn has_landlock() -> bool {
+    // SAFETY: asks for the version and does nothing (landlock_create_ruleset(2)).
+    unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0, 1) > 0 }
+}
+
 #[test]
 fn nothing_of_the_host_is_left() {
     let outside = fs::File::open("/").expect("open the root directory");
     in_child(|| {
         enter(&JAIL).map_err(|error| format!("{error}: {:?}", std::error::Error::source(&error)))?;
         check(fs::metadata("/etc").is_err(), "the host's files are there")?;
-        check(fs::read_dir("/").map(Iterator::count).unwrap_or(1) == 0, "the root directory isn't empty")?;
+        match fs::read_dir("/") {
+            Ok(entries) => {
+                check(!has_landlock(), "Landlock refuses nothing")?;
+                check(entries.count() == 0, "the root directory isn't empty")?;
+            }
+            Err(error) => check(error.kind() == std::io::ErrorKind::PermissionDenied, "another error")?,
+        }
         check(fs::write("/file", "x").is_err(), "the root directory is writable")?;
         check(outside.metadata().is_err(), "a descriptor of the host's root is open")?;
         check(std::env::vars_os().next().is_none(), "the environment isn't empty")
@@ -65,10 +81,12 @@ fn no_privilege_is_left() {
         check(nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).is_err(), "CAP_SYS_ADMIN is left")?;
         check(nix::sys::prctl::get_no_new_privs() == Ok(true), "no_new_privs isn't set")?;
         check(nix::sys::prctl::get_dumpable() == Ok(false), "the process is dumpable")?;
+        check(nix::unistd::setuid(65534.into()).is_err(), "the user namespace maps an id")?;
         // SAFETY: PR_CAPBSET_READ takes integers only; 21 is CAP_SYS_ADMIN.
         let bound = unsafe { libc::prctl(libc::PR_CAPBSET_READ, 21, 0, 0, 0) };
         check(bound == 0, "the bounding set isn't empty")?;
         check(getrlimit(Resource::RLIMIT_CORE) == Ok((1, 1)), "a core dump could be piped")?;
+        check(getrlimit(Resource::RLIMIT_NPROC) == Ok((512, 512)), "the limit on processes isn't set")?;
         check(getrlimit(Resource::RLIMIT_NOFILE) == Ok((32, 32)), "the limit on open files isn't set")
     });
 }

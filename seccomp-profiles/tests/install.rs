@@ -45,6 +45,13 @@ fn mmap(protection: i32) -> Option<i32> {
     (mapped == libc::MAP_FAILED).then_some(1)
 }
 
+/// `None` if a descriptor can be mapped.
+fn mmap_of(descriptor: i32, sharing: i32) -> Option<i32> {
+    // SAFETY: a new mapping, which nobody uses.
+    let mapped = unsafe { libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ, sharing, descriptor, 0) };
+    (mapped == libc::MAP_FAILED).then_some(1)
+}
+
 const FILTERS: [Filter; 5] =
     [Filter::VmmControl, Filter::VmmTemplate, Filter::VmmDevice, Filter::VmmVcpu, Filter::FsServer];
 
@@ -67,6 +74,15 @@ fn what_is_not_allowed_kills() {
             mmap(libc::PROT_READ | libc::PROT_EXEC).unwrap_or(0)
         });
         assert_eq!(end, End::Signal(libc::SIGSYS), "{filter:?}");
+        for sharing in [libc::MAP_SHARED, libc::MAP_PRIVATE, libc::MAP_SHARED | libc::MAP_ANONYMOUS] {
+            let end = in_child(|| {
+                // SAFETY: the name is a valid C string.
+                let descriptor = unsafe { libc::memfd_create(c"mapped".as_ptr(), 0) };
+                filter.install().expect("install");
+                mmap_of(descriptor, sharing).unwrap_or(0)
+            });
+            assert_eq!(end, End::Signal(libc::SIGSYS), "{filter:?} {sharing:#x}");
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 pub mod attack;
 pub mod bundle;
 pub mod cases;
+pub mod chaos;
 pub mod cleanup;
 pub mod containerd;
 pub mod cri;

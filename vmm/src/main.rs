@@ -14,6 +14,9 @@ use bulkhead_vmm_protocol::{CONTROL_FD, Channel};
 /// Open descriptors at any time: those of the boot message, eventfds of devices, vsock streams.
 const OPEN_FILES: u64 = 1024;
 
+/// Threads at any time, with room for a user id that two pods share: shims on nodes within a node may have the same process id.
+const PROCESSES: u64 = 512;
+
 /// Why the process ends without having served a machine to its end.
 #[derive(Debug, thiserror::Error)]
 enum MainError {
@@ -49,7 +52,7 @@ fn run() -> Result<(), MainError> {
     let identity = parse(std::env::args().skip(1))?;
     match identity {
         Some((uid, gid)) => {
-            let limits = Limits { open_files: OPEN_FILES };
+            let limits = Limits { open_files: OPEN_FILES, processes: PROCESSES };
             bulkhead_jail::enter(&Jail { last_fd: CONTROL_FD, root: Root::Empty, limits, uid, gid })?;
         }
         // SAFETY: geteuid can't fail and has no arguments.

@@ -169,15 +169,16 @@ fn next_hole(file: &File, position: usize, end: usize) -> Option<(usize, usize)>
     Some((hole, seek(hole, libc::SEEK_DATA).unwrap_or(end).min(end)))
 }
 
-/// An anonymous mapping whose start is a multiple of [`HUGE_PAGE`]; some address space around it is wasted.
+/// An anonymous mapping whose start is a multiple of [`HUGE_PAGE`], in the middle of a larger one that nobody may touch: what
+/// runs past either end of guest memory faults.
 fn map_aligned(size: usize, protection: libc::c_int) -> Result<*mut u8, MemoryError> {
-    let bytes = size + HUGE_PAGE;
+    let bytes = size + 2 * HUGE_PAGE;
     // SAFETY: a new anonymous mapping, at an address that the kernel chooses.
     let start = unsafe {
         libc::mmap(
             ptr::null_mut(),
             bytes,
-            protection,
+            libc::PROT_NONE,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
             -1,
             0,
@@ -187,9 +188,17 @@ fn map_aligned(size: usize, protection: libc::c_int) -> Result<*mut u8, MemoryEr
         return Err(MemoryError::Map { bytes, source: io::Error::last_os_error() });
     }
     let start: *mut u8 = start.cast();
-    let offset = start.align_offset(HUGE_PAGE);
-    // SAFETY: the offset is less than HUGE_PAGE, which is how much longer the mapping is.
-    Ok(unsafe { start.add(offset) })
+    let offset = match start.align_offset(HUGE_PAGE) {
+        0 => HUGE_PAGE,
+        offset => offset,
+    };
+    // SAFETY: the offset is at most HUGE_PAGE, and the mapping longer by twice that.
+    let start = unsafe { start.add(offset) };
+    // SAFETY: part of the mapping that was just made, which nothing else uses.
+    if unsafe { libc::mprotect(start.cast(), size, protection) } != 0 {
+        return Err(MemoryError::Map { bytes: size, source: io::Error::last_os_error() });
+    }
+    Ok(start)
 }
 
 /// Where RAM is: below the window for devices, and the rest above 4 GiB.
@@ -221,6 +230,27 @@ mod tests {
         assert_eq!(host.align_offset(HUGE_PAGE), 0);
         let last: u64 = ram.read_obj(GuestAddress((64 << 20) - 8)).unwrap();
         assert_eq!(last, 0);
+    }
+
+    #[test]
+    fn nothing_may_be_touched_around_it() {
+        let file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
+        file.set_len(64 << 20).unwrap();
+        for memory in [Memory::Anonymous, Memory::Private(file.try_clone().unwrap()), Memory::Shared(file)] {
+            let ram = map_ram(64, &memory).unwrap();
+            let first = ram.get_host_address(GuestAddress(0)).unwrap() as usize;
+            let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+            let at = |address: usize| {
+                let holds = |line: &&str| {
+                    let (from, to) = line.split(' ').next().unwrap().split_once('-').unwrap();
+                    let number = |text| usize::from_str_radix(text, 16).unwrap();
+                    (number(from)..number(to)).contains(&address)
+                };
+                maps.lines().find(holds).and_then(|line| line.split(' ').nth(1)).unwrap()
+            };
+            assert!(at(first).starts_with("rw-"), "{memory:?}");
+            assert_eq!([at(first - 1), at(first + (64 << 20))], ["---p"; 2], "{memory:?}");
+        }
     }
 
     #[test]

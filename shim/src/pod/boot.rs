@@ -28,7 +28,7 @@ use super::{PodError, PodSpec};
 use crate::config::Templates;
 use crate::error::{Classify, Code, chain};
 use crate::host::cgroup::{self, CgroupError, Limits, PodCgroup};
-use crate::host::process::ProcessId;
+use crate::host::process::{Ended, ProcessId};
 use crate::host::spawn::check_program;
 use crate::net::NetError;
 use crate::template::{Found, Order, Recipe, Store, Template};
@@ -280,7 +280,7 @@ fn look_up(store: Store, order: &Order) -> (Option<(Store, Template)>, Option<Or
 /// Ends what came of a template that did not work, and sees to it that the next pod does not fall into the same trap.
 async fn give_up(store: &Store, template: &Template, error: PodError, resources: &mut Resources) {
     let error = resources.explain(error);
-    resources.end_vmm().await;
+    let ended = resources.end_vmm().await;
     let kept = match &error {
         PodError::Machine(MachineError::Refused(refusal))
             if matches!(refusal.kind, RefusalKind::Resources | RefusalKind::InvalidRequest) =>
@@ -289,7 +289,13 @@ async fn give_up(store: &Store, template: &Template, error: PodError, resources:
         }
         // The same would come of the same template made again.
         PodError::Machine(MachineError::Refused(_)) => store.refuse(&template.key, &chain(&error)),
-        _ => store.remove(&template.key),
+        // Somebody killed it, or the kernel did for want of memory in the pod's cgroup: no reason to take it from all others.
+        PodError::Dead(_) | PodError::Restored(_) if ended == Some(Ended::Signal(libc::SIGKILL)) => Ok(()),
+        PodError::Dead(_) | PodError::Restored(_) | PodError::Machine(MachineError::TimedOut { .. }) => {
+            store.remove(&template.key)
+        }
+        // The host's own trouble.
+        _ => Ok(()),
     };
     log::warn!(
         "the pod boots, because the template {} can't be restored: {}",

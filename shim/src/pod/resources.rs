@@ -15,6 +15,9 @@ use super::{PodError, log_failure};
 use crate::host::cgroup;
 use crate::host::process::Ended;
 
+/// How long the end of a VMM whose sockets are closed is waited for.
+const OWN_END: Duration = Duration::from_millis(100);
+
 /// A killed process is gone within this time, or something is wrong with the host.
 const KILL_LIMIT: Duration = Duration::from_secs(3);
 
@@ -70,12 +73,15 @@ impl Resources {
         }
     }
 
-    /// Ends the VMM alone, so that another can take its place.
-    pub(super) async fn end_vmm(&mut self) {
-        if let Some(vmm) = self.vmm.take() {
+    /// Ends the VMM alone, so that another can take its place. Tells how it ended, if it did so by itself.
+    pub(super) async fn end_vmm(&mut self) -> Option<Ended> {
+        let vmm = self.vmm.take()?;
+        let ended = tokio::time::timeout(OWN_END, vmm.child.wait()).await.ok().flatten();
+        if ended.is_none() {
             vmm.child.kill();
             reap("VMM", &vmm).await;
         }
+        ended
     }
 
     /// The end of the guest's console.

@@ -60,8 +60,8 @@ fn as_proc_shows_it(environment: &mut Environment) -> Outcome<String> {
     let container = environment.started("jail", bundle::process(&["sleep", "100000"]), Streams::default())?;
     let shim = container.shim.pid()?;
     let mut evidence = Vec::new();
-    for (program, user, capabilities, own_user_namespace) in
-        [("bulkhead-vmm", None, 0, false), ("bulkhead-fs", Some("0"), FILE_SERVER_CAPABILITIES, true)]
+    for (program, user, capabilities, processes) in
+        [("bulkhead-vmm", None, 0, "512"), ("bulkhead-fs", Some("0"), FILE_SERVER_CAPABILITIES, "64")]
     {
         let found = node::descendants(shim, program).into_iter().next();
         let pid = found.explain(|| format!("no {program} below the shim"))?.pid;
@@ -84,22 +84,33 @@ fn as_proc_shows_it(environment: &mut Environment) -> Outcome<String> {
                 ensure_eq!(thread.status(set)?, format!("{capabilities:016x}"), "{set} of {name}");
             }
             ensure_eq!(thread.status("Groups")?, "", "supplementary groups of {name}");
+            // "force mitigated", or what the host has decided for all.
+            let speculation = thread.status("Speculation_Store_Bypass")?;
+            ensure!(speculation != "thread vulnerable", "Speculation_Store_Bypass of {name}");
         }
         let users = process.status("Uid")?;
         let mut ids: Vec<&str> = users.split_whitespace().collect();
         ids.dedup();
         ensure_eq!(ids.len(), 1, "users of {program}: {users}");
         ensure!(user.map_or(ids[0] != "0", |user| ids[0] == user), "{program} is user {users}");
-        for namespace in ["mnt", "net", "cgroup", "ipc", "uts", "pid"] {
+        for namespace in ["mnt", "net", "cgroup", "ipc", "uts", "pid", "user"] {
             let (own, shims) = (process.namespace(namespace)?, Proc::of(shim).namespace(namespace)?);
             ensure!(own != shims, "{program} is in the shim's {namespace} namespace");
         }
-        let user_namespaces = (process.namespace("user")?, Proc::of(shim).namespace("user")?);
-        ensure_eq!(user_namespaces.0 != user_namespaces.1, own_user_namespace, "user namespace of {program}");
+        if user.is_none() {
+            ensure_eq!(
+                process.text("uid_map")? + &process.text("gid_map")?,
+                "",
+                "ids that {program} could have"
+            );
+        }
         expect_no_interface(&process)?;
-        for (limit, value) in
-            [("Max core file size", "1"), ("Max locked memory", "0"), ("Max msgqueue size", "0")]
-        {
+        for (limit, value) in [
+            ("Max core file size", "1"),
+            ("Max locked memory", "0"),
+            ("Max msgqueue size", "0"),
+            ("Max processes", processes),
+        ] {
             let limits = process.text("limits")?;
             let found = limits.lines().find_map(|line| line.strip_prefix(limit)).unwrap_or_default();
             let both: Vec<&str> = found.split_whitespace().take(2).collect();

@@ -25,6 +25,7 @@ use crate::stdio::{Stdio, Streams};
 
 pub mod attack;
 pub mod bad_input;
+pub mod chaos;
 pub mod control;
 pub mod cri;
 pub mod ctr;
@@ -197,6 +198,7 @@ pub fn all() -> Vec<Case> {
         hostile::CASES,
         attack::CASES,
         jail::CASES,
+        chaos::CASES,
         template::CASES,
         cri::CASES,
     ]
