@@ -1,26 +1,29 @@
 //! Doing harm, from the outside: nothing in our programs knows of it.
 
 use std::fs;
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use nix::fcntl::posix_fallocate;
+use nix::mount::{MsFlags, mount};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::statvfs::statvfs;
 use nix::unistd::Pid;
 
 use super::schedule::{Fault, Harm};
-use crate::failure::{Explain, Outcome};
+use crate::failure::{Explain, Failure, Outcome};
 use crate::node::{self, Process};
 use crate::process;
 
 /// How long what is to be killed is waited for, when it is not there yet.
 const WAIT: Duration = Duration::from_millis(150);
 
-/// A file that takes all the room there is, in the file system of the pods' records.
-const FILLER: &str = "/run/bulkhead-chaos";
+/// The file system of the pods' records.
+const RECORDS: &str = "/run";
+
+/// Its size in KiB, while it is full.
+static WHOLE: Mutex<Option<u64>> = Mutex::new(None);
 
 /// Whom it is done to.
 #[derive(Debug, Clone)]
@@ -83,21 +86,32 @@ impl Target {
     }
 }
 
-/// Takes what room there is.
+/// Takes what room there is: the file system in memory becomes as small as what is in it.
 fn fill() -> Outcome {
-    let status = statvfs("/run").explain(|| "ask for the room in /run".into())?;
-    let free = status.blocks_available() * status.fragment_size();
-    let file = fs::File::create(FILLER).explain(|| format!("make {FILLER}"))?;
-    let length = i64::try_from(free).unwrap_or(i64::MAX);
-    posix_fallocate(file.as_fd(), 0, length).explain(|| format!("take {free} bytes of /run"))
+    let status = statvfs(RECORDS).explain(|| format!("ask for the room in {RECORDS}"))?;
+    let kib = |blocks: u64| blocks * status.fragment_size() / 1024;
+    let mut whole = WHOLE.lock().unwrap_or_else(PoisonError::into_inner);
+    whole.get_or_insert(kib(status.blocks()));
+    resize(kib(status.blocks() - status.blocks_free()).max(4))
 }
 
 /// Gives the room back.
 pub fn relieve() {
-    let _ = fs::remove_file(FILLER);
+    let whole = WHOLE.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(Err(Failure(reason))) = whole.map(resize) {
+        println!("     | {RECORDS} stays full: {reason}");
+    }
+}
+
+fn resize(kib: u64) -> Outcome {
+    let options = format!("size={kib}k");
+    mount(None::<&str>, RECORDS, None::<&str>, MsFlags::MS_REMOUNT, Some(options.as_str()))
+        .explain(|| format!("remount {RECORDS} with {options}"))
 }
 
 /// Whether the pods' records are in a file system that can be filled without harm to others.
 pub fn can_fill() -> bool {
-    node::mount_points().iter().any(|point| point == Path::new("/run"))
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let in_memory = |line: &str| line.split(' ').nth(4) == Some(RECORDS) && line.contains(" - tmpfs ");
+    table.lines().any(in_memory)
 }
