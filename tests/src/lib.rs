@@ -21,6 +21,7 @@ pub mod node;
 pub mod process;
 pub mod runner;
 pub mod sandbox;
+pub mod segments;
 pub mod shim;
 pub mod stdio;
 pub mod volume;

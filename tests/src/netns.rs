@@ -24,8 +24,8 @@ fn plugins() -> PathBuf {
 #[derive(Debug, Clone)]
 pub struct Network {
     config: Value,
-    /// The bridge, if it has one.
-    bridge: Option<String>,
+    /// The node's link that ends with it: its bridge, or what its interfaces lie above.
+    link: Option<String>,
 }
 
 impl Network {
@@ -36,7 +36,21 @@ impl Network {
             "cniVersion": "1.0.0", "name": name, "type": "bridge", "bridge": name, "isGateway": true, "mtu": mtu,
             "ipam": ipam(directory, number)
         });
-        Network { config, bridge: Some(name) }
+        Network { config, link: Some(name) }
+    }
+
+    /// Interfaces of the kind `macvlan` or `ipvlan` above one link of the node.
+    ///
+    /// # Errors
+    /// When the link can't be made.
+    pub fn above_a_link(directory: &Path, number: u8, kind: &str, mode: &str) -> Outcome<Network> {
+        let name = format!("bhtest{number}");
+        let script = format!("ip link add {name} type dummy && ip link set {name} up");
+        process::run(Command::new("sh").args(["-c", &script]), b"", LIMIT)?.success(&script)?;
+        let config = json!({
+            "cniVersion": "1.0.0", "name": name, "type": kind, "master": name, "mode": mode, "ipam": ipam(directory, number)
+        });
+        Ok(Network { config, link: Some(name) })
     }
 
     /// A pair of links whose other end routes.
@@ -44,14 +58,14 @@ impl Network {
         let config = json!({
             "cniVersion": "1.0.0", "name": format!("bhtest{number}"), "type": "ptp", "ipam": ipam(directory, number)
         });
-        Network { config, bridge: None }
+        Network { config, link: None }
     }
 }
 
 impl Drop for Network {
     fn drop(&mut self) {
-        if let Some(bridge) = &self.bridge {
-            let _ = process::run(Command::new("ip").args(["link", "del", bridge]), b"", LIMIT);
+        if let Some(link) = &self.link {
+            let _ = process::run(Command::new("ip").args(["link", "del", link]), b"", LIMIT);
         }
     }
 }

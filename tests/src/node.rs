@@ -27,6 +27,18 @@ pub struct Process {
     pub command: String,
 }
 
+/// Whether the node runs this version of Linux or a later one.
+///
+/// # Errors
+/// When the kernel's release does not begin with two numbers.
+pub fn kernel_is_at_least(major: u32, minor: u32) -> Outcome<bool> {
+    let release =
+        fs::read_to_string("/proc/sys/kernel/osrelease").explain(|| "the kernel's release".into())?;
+    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
+    let version = numbers.next().zip(numbers.next()).explain(|| format!("the kernel's release {release}"))?;
+    Ok(version >= (major, minor))
+}
+
 /// Every process that is not a kernel thread.
 pub fn processes() -> Vec<Process> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };

@@ -8,6 +8,7 @@ use bulkhead_tests::cri;
 use bulkhead_tests::failure::{Failure, Outcome};
 use bulkhead_tests::layout::Layout;
 use bulkhead_tests::runner::{self, Selection};
+use bulkhead_tests::segments;
 
 const USAGE: &str = "usage: bulkhead-e2e [--list] [--shard I/N] [--reference] [NAME...]
 
@@ -39,6 +40,8 @@ fn run() -> Outcome<bool> {
                 cases::all().iter().for_each(|case| println!("{}", case.name));
                 return Ok(true);
             }
+            // What it does in a container; see the module.
+            "--segments" => return segments::command(&arguments.collect::<Vec<_>>()).map(|()| true),
             "--reference" => runtime = Runtime::Runc,
             "--shard" => selection.set_shard(&arguments.next().unwrap_or_default())?,
             option if option.starts_with('-') => {

@@ -7,10 +7,11 @@ use serde_json::{Value, json};
 
 use super::{Case, Container, Environment, Runtime};
 use crate::bundle;
-use crate::failure::{Explain, Outcome};
+use crate::failure::{Explain, Failure, Outcome};
 use crate::netns::{Namespace, Network};
 use crate::node;
 use crate::process::{eventually, run};
+use crate::segments;
 use crate::shim::{CALL_LIMIT, CreateOptions};
 use crate::stdio::Streams;
 use crate::{ensure, ensure_eq, fail};
@@ -22,6 +23,10 @@ pub const CASES: &[Case] = &[
     Case::new("cold-network-bridge", |e| bridge(e, 1)).cold(),
     Case::new("network-two-vcpus", |e| bridge(e, 2)).bulkhead_only(),
     Case::new("network-ptp-and-a-second-interface", two_interfaces),
+    Case::new("network-macvlan", |e| above_a_link(e, "macvlan", "bridge")),
+    Case::new("network-ipvlan", |e| above_a_link(e, "ipvlan", "l2")),
+    Case::new("network-ipvlan-that-routes-is-refused", routed_ipvlan).bulkhead_only(),
+    Case::new("network-segments-of-udp", segments_of_udp),
     Case::new("network-pod-to-pod", pod_to_pod),
     Case::new("network-spoofed-sources-stay-inside", spoofed).bulkhead_only(),
     Case::new("network-death-of-the-shim", death_of_the_shim),
@@ -147,6 +152,102 @@ fn two_interfaces(environment: &mut Environment) -> Outcome<String> {
         "two interfaces, and their gateways"
     );
     Ok(format!("eth0 as ptp makes it, net1 {second} on a bridge"))
+}
+
+/// Two interfaces above one link of the node: the pod's, and another namespace's.
+fn above_a_link(environment: &mut Environment, kind: &str, mode: &str) -> Outcome<String> {
+    let network = Network::above_a_link(environment.host()?.path(), 78, kind, mode)?;
+    let id = environment.id(kind);
+    let mut other = Namespace::new(&format!("{id}-other"))?;
+    let [other_v4, other_v6] = other.add(&network, "eth0")?;
+    let mut namespace = Namespace::new(&id)?;
+    let [v4, v6] = namespace.add(&network, "eth0")?;
+    let before = look(&namespace)?;
+    let container =
+        environment.created(&id, &specification(&id, &namespace, "sleep 100000"), Streams::default())?;
+    container.shim.start("")?;
+    let script = format!("{LOOK} {}; {}", ping(&other_v4), ping(&other_v6));
+    let inside = container.exec_script("look", &script)?.success()?;
+    let reached = format!("reached {other_v4}\nreached {other_v6}\n");
+    ensure_eq!(inside, format!("{before}{reached}"), "what the container sees and reaches");
+    let from_outside = other.run(&format!("{}; {}", ping(&v4), ping(&v6)))?;
+    ensure_eq!(from_outside, format!("reached {v4}\nreached {v6}\n"), "what the other namespace reaches");
+    container.finish()?;
+    ensure_eq!(look(&namespace)?, before, "the namespace after the pod");
+    Ok(format!("{v4} and {v6} by {kind} reach another namespace, and it them"))
+}
+
+fn routed_ipvlan(environment: &mut Environment) -> Outcome<String> {
+    let network = Network::above_a_link(environment.host()?.path(), 79, "ipvlan", "l3")?;
+    let id = environment.id("routed");
+    let mut namespace = Namespace::new(&id)?;
+    namespace.add(&network, "eth0")?;
+    let host = environment.host()?;
+    let bundle = host.bundle(&id, &specification(&id, &namespace, "true"))?;
+    let shim = host.start(&bundle)?;
+    let stdio = shim.stdio("init", Streams::default())?;
+    let created = shim.create(&stdio, CreateOptions::default());
+    Container { bundle, shim, stdio }.release()?;
+    let Err(error) = created else { fail!("a pod was made on an ipvlan interface that routes") };
+    ensure!(error.to_string().contains("with mode l2 it would be possible"), "the error: {error}");
+    Ok(error.to_string())
+}
+
+/// What a QUIC server does: many datagrams by one call. They cross the boundary as one packet where the kernel can.
+fn segments_of_udp(environment: &mut Environment) -> Outcome<String> {
+    const GATEWAY: &str = "10.80.0.1";
+    let network = network(environment, 80, 1500)?;
+    let id = environment.id("segments");
+    let mut namespace = Namespace::new(&id)?;
+    let [address, _] = namespace.add(&network, "eth0")?;
+    let mut spec = specification(&id, &namespace, "sleep 100000");
+    let program = std::env::current_exe().explain(|| "the program that this is".into())?;
+    if let Some(mounts) = spec["mounts"].as_array_mut() {
+        mounts.push(bundle::bind(&program, "/segments", &["ro"]));
+    }
+    let container = environment.created(&id, &spec, Streams::default())?;
+    container.shim.start("")?;
+    let at_the_node = || {
+        packets(&std::fs::read_to_string("/proc/self/net/dev").explain(|| "interfaces".into())?, "bhtest80")
+    };
+    let in_the_pod = |when| packets(&container.exec_script(when, "cat /proc/net/dev")?.success()?, "eth0");
+
+    let socket = segments::receiver(segments::PORT).explain(|| "listen on the node".into())?;
+    let receiving = std::thread::spawn(move || segments::receive(&socket));
+    let before = at_the_node()?;
+    container.exec_script("send", &format!("/segments --segments send {GATEWAY}"))?.success()?;
+    receiving
+        .join()
+        .map_err(|_| Failure("the receiver panicked".into()))?
+        .explain(|| "receive on the node".into())?;
+    let from_pod = at_the_node()? - before;
+
+    let process = bundle::process(&["/segments", "--segments", "receive"]);
+    let stdio = container.exec("receive", &process, Streams::default())?;
+    stdio.stdout.until("listening", CALL_LIMIT)?;
+    let before = in_the_pod("before")?;
+    let server = address.parse().explain(|| format!("the pod's address {address}"))?;
+    segments::send(server, segments::PORT).explain(|| "send to the pod".into())?;
+    let status = container.shim.wait("receive", CALL_LIMIT)?.exit_status;
+    ensure_eq!((status, stdio.stderr.to_end(CALL_LIMIT)?.as_str()), (0, ""), "the receiver in the pod");
+    container.shim.delete("receive")?;
+    let to_pod = in_the_pod("after")? - before;
+    container.finish()?;
+
+    let datagrams = segments::DATAGRAMS;
+    let told = format!("{datagrams} datagrams: {from_pod} packets from the pod, {to_pod} to it");
+    if node::kernel_is_at_least(6, 2)? {
+        ensure!(from_pod < datagrams / 8 && to_pod < datagrams / 8, "not in large packets: {told}");
+        return Ok(told);
+    }
+    Ok(told + "; large packets need Linux 6.2 on the node")
+}
+
+/// How many packets came in by an interface, of the words of `/proc/net/dev`.
+fn packets(text: &str, interface: &str) -> Outcome<u32> {
+    let line = text.lines().find_map(|line| line.trim().strip_prefix(interface)?.strip_prefix(':'));
+    let count = line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
+    count.explain(|| format!("no packets of {interface}: {text}"))
 }
 
 fn pod_to_pod(environment: &mut Environment) -> Outcome<String> {
