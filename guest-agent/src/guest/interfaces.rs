@@ -10,6 +10,7 @@ use bulkhead_netlink::{Address, LinkChange, Mac, Neighbour, Route, Socket};
 
 use super::slots::{SlotError, Window, device_below};
 use crate::reaper::Reaper;
+use crate::sys::network::turn_on_feature;
 
 /// How long the kernel may take to speak with a device.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -19,6 +20,9 @@ const SETTINGS: &str = "/proc/sys/net/ipv6/conf";
 
 /// Parameters of the network stack.
 const PARAMETERS: &str = "/proc/sys/net";
+
+/// Cutting many datagrams of one call as late as it can be done, to the kernel (`NETIF_F_GSO_UDP_L4`).
+const UDP_SEGMENTATION: &str = "tx-udp-segmentation";
 
 /// An interface that can't be taken up or be made what it should be.
 #[derive(Debug, thiserror::Error)]
@@ -125,6 +129,10 @@ impl Wanted {
             _ => {}
         }
         self.set_parameters();
+        // Linux leaves this one off where it turns the other segmentations on by itself.
+        if let Err(error) = turn_on_feature(&self.name, UDP_SEGMENTATION) {
+            log::debug!("datagrams leave {} one by one: {error}", self.name);
+        }
         if self.up {
             let up = LinkChange { set: libc::IFF_UP, ..LinkChange::default() };
             socket.change_link(link.index, &up).map_err(failed("begin the use".into()))?;

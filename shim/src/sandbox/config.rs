@@ -64,6 +64,10 @@ pub struct Resources {
     pub memory: i64,
 }
 
+/// What containerd's CRI plugin sets in every pod of its own by default (`enable_unprivileged_ports`, `enable_unprivileged_icmp`).
+const PARAMETERS: [(&str, &str); 2] =
+    [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
+
 /// The configuration.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PodConfig {
@@ -83,7 +87,7 @@ pub struct PodConfig {
     pub annotations: BTreeMap<String, String>,
     /// The pod's cgroup; empty for none.
     pub cgroup_parent: String,
-    /// Kernel parameters.
+    /// Kernel parameters: the pod's, and the plugin's for every pod.
     pub sysctls: BTreeMap<String, String>,
     /// What the containers may use, if the kubelet says.
     pub resources: Option<Resources>,
@@ -117,6 +121,9 @@ impl PodConfig {
             }
             Ok(())
         })?;
+        for (name, value) in PARAMETERS {
+            config.sysctls.entry(name.to_owned()).or_insert_with(|| value.to_owned());
+        }
         Ok(config)
     }
 

@@ -115,6 +115,8 @@ fn the_kubelets_configuration_is_understood() {
     assert_eq!(config.dns, Some(dns));
     assert_eq!(config.cgroup_parent, "/kubepods/burstable/pod1");
     assert_eq!(config.sysctls["net.core.somaxconn"], "1024");
+    // The plugin's own for every pod.
+    assert_eq!(config.sysctls["net.ipv4.ip_unprivileged_port_start"], "0");
     let resources = Resources { cpu_period: 100_000, cpu_quota: -1, cpu_shares: 512, memory: 1 << 30 };
     assert_eq!(config.resources, Some(resources));
     assert!(!config.host_network);

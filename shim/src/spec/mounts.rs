@@ -214,9 +214,11 @@ fn is_bind(mount: &Mount) -> bool {
         || options(mount).any(|o| matches!(o, "bind" | "rbind"))
 }
 
-/// Makes a bind of the host's shared memory one of the guest's, with a size of at least as much.
+/// Makes a bind of the host's shared memory one of the guest's, with a size of at least as much. A directory that is only a part of
+/// some file system of the node's says nothing about sizes: with the Sandbox API containerd mounts nothing there.
 fn share_memory(mount: &mut Mount) {
-    let size = mount.source().as_deref().and_then(|source| statfs(source).ok()).and_then(|found| {
+    let source = mount.source().as_deref().filter(|source| is_mount_point(source));
+    let size = source.and_then(|source| statfs(source).ok()).and_then(|found| {
         let blocks = u64::try_from(found.block_size()).ok()?.checked_mul(found.blocks())?;
         (found.filesystem_type() == statfs::TMPFS_MAGIC && blocks > 0).then_some(blocks)
     });
@@ -225,6 +227,15 @@ fn share_memory(mount: &mut Mount) {
         let mut options = mount.options().clone().unwrap_or_default();
         options.push(format!("{SIZE_OPTION}{size}"));
         mount.set_options(Some(options));
+    }
+}
+
+/// Whether another file system than its parent's begins at a directory.
+fn is_mount_point(directory: &Path) -> bool {
+    let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev());
+    match (device(directory), directory.parent().map(device)) {
+        (Ok(own), Some(Ok(parents))) => own != parents,
+        _ => false,
     }
 }
 
@@ -278,6 +289,25 @@ fn bind(mount: &Mount, destination: &Path) -> Result<HostMount, SpecError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn shared_memory_is_as_large_as_what_is_mounted_there() {
+        let options_of = |source: &Path| {
+            let mut mount = Mount::default();
+            mount.set_source(Some(source.to_owned())).set_options(Some(vec!["rbind".into()]));
+            share_memory(&mut mount);
+            assert_eq!(mount.source().as_deref(), Some(Path::new(SHM)));
+            mount.options().clone().unwrap().join(",")
+        };
+        assert!(options_of(Path::new(SHM)).starts_with(&format!("rbind,{SIZE_OPTION}")));
+        // A directory that containerd makes and mounts nothing on.
+        let directory = Path::new(SHM).join(format!("bulkhead-shm-{}", std::process::id()));
+        fs::create_dir(&directory).unwrap();
+        let options = options_of(&directory);
+        fs::remove_dir(&directory).unwrap();
+        assert_eq!(options, "rbind");
+        assert_eq!(options_of(Path::new("/nonexistent/shm")), "rbind");
+    }
 
     #[test]
     fn what_is_mounted_below_is_a_mount_in_the_guest() {

@@ -224,7 +224,7 @@ pub fn limits(environment: &mut Environment) -> Outcome<String> {
 
 /// Parameters of the network that are the kernel's own business: they go by the size of the memory, or are of parts that one
 /// kernel has and the other has not; an interface's that the agent sets as it takes the addresses over from the host.
-const OWN_PARAMETERS: &str = "net/netfilter/|net/bridge/|net/nf_|net/mptcp/|ipv4/tcp_(mem|ehash_entries|max_|child_ehash)|ipv4/udp_mem|\
+const OWN_PARAMETERS: &str = "net/netfilter/|net/bridge/|net/nf_|net/mptcp/|ipv4/tcp_(mem|ehash_entries|max_|child_ehash)|ipv4/udp_(mem|hash_entries)|\
      ipv4/(neigh|route|inet_peer)|ipv6/neigh|ipv6/conf/eth0/(accept_dad|accept_ra|addr_gen_mode|autoconf)=|xfrm|_next_id";
 
 /// The parameters of the network and of IPC: those of a new namespace, which takes some from the node, with what CNI has set.
