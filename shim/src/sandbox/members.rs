@@ -34,10 +34,11 @@ impl Members {
                 mounts.push(bind(file.source.clone(), file.destination, read_only));
             }
         }
-        // A container's own would be the default of containerd's, for want of a pod's.
+        // A container's own would be the default of containerd's, for want of a pod's. The guest has the pod's: no place on the
+        // node is named, whose size it would get.
         for mount in &mut mounts {
             if mount.destination() == Path::new(SHM) && mount.typ().as_deref() == Some("tmpfs") {
-                *mount = bind(PathBuf::from(SHM), SHM, false);
+                *mount = bind(PathBuf::from("shm"), SHM, false);
             }
         }
         spec.set_mounts(Some(mounts));
@@ -95,7 +96,7 @@ mod tests {
         assert_eq!(
             mounts(spec),
             [
-                row("/dev/shm", "/dev/shm", "rbind,rprivate,rw"),
+                row("/dev/shm", "shm", "rbind,rprivate,rw"),
                 row("/etc/hosts", "/kubelet/hosts", "rbind,rw"),
                 row("/etc/hostname", "/pod/file", "rbind,rprivate,ro"),
             ]
