@@ -125,7 +125,7 @@ impl Life<'_> {
     fn kill(&self) -> Outcome {
         self.shim.kill("", 9, false)?;
         let exit = self.shim.wait("", CALL_LIMIT + Duration::from_secs(2))?;
-        ensure!(KILLED.contains(&exit.exit_status), "a killed container ended with {}", exit.exit_status);
+        ensure!(self.may_end_with(exit.exit_status), "a killed container ended with {}", exit.exit_status);
         Ok(())
     }
 
@@ -186,8 +186,13 @@ impl Life<'_> {
             }
         }
         let exit = self.shim.wait("", CALL_LIMIT + Duration::from_secs(2))?;
-        ensure!(KILLED.contains(&exit.exit_status), "the container ended with {}", exit.exit_status);
+        ensure!(self.may_end_with(exit.exit_status), "the container ended with {}", exit.exit_status);
         Ok(())
+    }
+
+    /// Killed, or by itself, when it could not read its files any more.
+    fn may_end_with(&self, status: u32) -> bool {
+        KILLED.contains(&status) || status != 0 && self.schedule.has(Harm::KillFileServer)
     }
 
     /// The shim is gone: its `delete` finds what there is, twice as containerd may ask.
@@ -195,7 +200,7 @@ impl Life<'_> {
         for _ in 0..2 {
             let deleted = self.host.delete(&self.bundle)?;
             ensure!(
-                KILLED.contains(&deleted.exit_status) || !self.created,
+                self.may_end_with(deleted.exit_status) || !self.created,
                 "the shim's delete reports {}",
                 deleted.exit_status
             );
