@@ -36,7 +36,9 @@ pub fn processes(environment: &mut Environment) -> Outcome<String> {
         // Its children are nobody's after it, and go with it.
         let left = pod.run_script("leaves", "sleep 31417 & sleep 31417 & echo $!", nodes)?.code;
         let gone = first.exec("ps -o args | grep -c '^sleep 3141[7]'")?.stdout;
-        let killed = pod.run_script("kills", "kill -9 $(pidof sleep); echo $?", nodes)?.success()?;
+        // Only its own: under runc it sees the processes of the whole node.
+        let kills = "kill -9 $(ps -o pid,args | sed -n 's/^ *\\([0-9]*\\) sleep 31416$/\\1/p'); echo $?";
+        let killed = pod.run_script("kills", kills, nodes)?.success()?;
         let ended = first.wait()?.code;
         pod.finish()?;
         Ok(format!("{second} {exec} {left} {gone} {killed} {ended}")
