@@ -22,7 +22,7 @@ fetch_source "$new" || fail "the archive lists $package $new and does not have i
 read -r sha256 _ < <(sha256sum "$deb")
 echo "kernel: from $old to $new: what Debian's changelog says"
 dpkg-deb --fsys-tarfile "$deb" | tar -xO "./usr/share/doc/$package/changelog.Debian.gz" | zcat |
-    awk -v old="${old%~*}" '/^linux[^ ]* \(/ && index($0, "(" old) { exit } { print "    " $0 }' >"$work/changes.txt"
+    awk -v old="${old%~*}" '/^linux[^ ]* \(/ && index($0, "(" old) { known = 1 } !known { print "    " $0 }' >"$work/changes.txt"
 head -n 40 "$work/changes.txt"
 lines=$(wc -l <"$work/changes.txt")
 ((lines <= 40)) || echo "    ... $lines lines in all, with $(grep -c 'CVE-' "$work/changes.txt" || true) CVEs: target/kernel/changes.txt"

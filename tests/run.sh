@@ -62,9 +62,14 @@ cp -al "$root"/target/images/{attack,busybox} "$payload/images/"
 printf '#!/bin/sh\nexec "$(dirname "$0")/bin/%s" "$@"\n' "$program" >"$payload/run"
 chmod 755 "$payload" "$payload/run"
 # Docker's programs, for the cases that ask for them.
-if [[ $what == e2e && ($# -eq 0 || " $*" == *" docker"*) ]]; then
+if [[ $what == e2e && ($# -eq 0 || " $*" == *docker*) ]]; then
     "$root/tests/docker.sh" "$root/target/docker"
     ln "$root"/target/docker/* "$payload/bin/"
+fi
+# And the tools for the cases about the guest's kernel.
+if [[ $what == e2e && ($# -eq 0 || " $*" == *" kernel"*) ]]; then
+    "$root/tests/images/tools.sh"
+    cp -al "$root/target/images/tools" "$payload/images/"
 fi
 results=$root/target/$what
 [[ $what != bench ]] || "$root/bench/payload.sh" "$payload" "$kind"

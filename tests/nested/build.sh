@@ -18,7 +18,11 @@ modules=(irqbypass kvm kvm-amd tun fuse overlay erofs loop veth bridge virtio_co
     sch_ingress cls_bpf act_mirred vsock unix_diag af_packet_diag)
 # Loaded by the kernel itself when something asks for them, as on any node: connection tracking costs each packet.
 modules_at_hand=(macvlan ipvlan dummy ip{,6}table_nat ip{,6}table_filter xt_nat xt_MASQUERADE xt_addrtype xt_comment xt_conntrack xt_mark
-    xt_multiport xt_tcpudp)
+    xt_multiport xt_tcpudp
+    # What the cases about the guest's kernel ask of the node's, under runc.
+    ip{,6}table_{mangle,raw} ip{,6}t_REJECT xt_{CT,REDIRECT,TPROXY,connmark,limit,owner,recent,set,socket,state,statistic} nf_tables
+    nft_{chain_nat,compat,ct,fib_inet,limit,log,masq,nat,numgen,redir,reject_inet} nf_log_syslog nf_conntrack_netlink br_netfilter
+    8021q vxlan wireguard)
 boot_modules=(virtio_pci virtio_blk)
 bookworm=(busybox-static)
 trixie=(runc crun libc6 libseccomp2 libcap2 libyajl2 libsystemd0 # bookworm's crun refuses containerd 2.1's specs

@@ -2,6 +2,7 @@
 
 use std::env;
 use std::ffi::OsString;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::failure::{Explain, Outcome};
@@ -39,6 +40,13 @@ impl Layout {
     /// The guest kernel or the guest image.
     pub fn share(&self, name: &str) -> PathBuf {
         self.prefix.join("share/bulkhead").join(name)
+    }
+
+    /// Whether the guest kernel is Bulkhead's own: its version says so.
+    pub fn has_own_kernel(&self) -> bool {
+        const NAME: &[u8] = b"-bulkhead (bulkhead@bulkhead)";
+        let kernel = fs::read(self.share("vmlinux")).unwrap_or_default();
+        kernel.windows(NAME.len()).any(|window| window == NAME)
     }
 
     /// The OCI archive of a test image.

@@ -23,8 +23,11 @@ use crate::process::{self, eventually};
 use crate::shim::{CALL_LIMIT, CreateOptions, Shim, ShimHost};
 use crate::stdio::{Stdio, Streams};
 
+pub use case::{Case, Fixture, Runtime};
+
 pub mod attack;
 pub mod bad_input;
+mod case;
 pub mod chaos;
 pub mod control;
 pub mod cri;
@@ -37,6 +40,7 @@ pub mod hooks;
 pub mod hostile;
 pub mod io;
 pub mod jail;
+pub mod kernel;
 pub mod lifecycle;
 pub mod likeness;
 pub mod network;
@@ -58,111 +62,6 @@ pub mod status {
     pub const STOPPED: i32 = 3;
     /// Frozen.
     pub const PAUSED: i32 = 4;
-}
-
-/// What has to be there before a case starts, cheapest first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Fixture {
-    /// A [`ShimHost`].
-    Shim,
-    /// A container that runs and is shared by the cases that only look at it or exec into it.
-    Pod,
-    /// A [`PrivateContainerd`] with the busybox image.
-    Containerd,
-    /// A [`Docker`].
-    Docker,
-    /// A [`Node`].
-    Cri,
-    /// The same with two pods that are shared by the cases that only add containers to them: one of the handler under test,
-    /// and one of runc, which says what is right.
-    CriPods,
-    /// An [`Arena`]. The last, as it changes the node's settings while it is there.
-    Attack,
-}
-
-/// The runtime under test.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Runtime {
-    /// Ours.
-    Bulkhead,
-    /// containerd's own for runc: shows that the suite asks for what containerd's users are used to.
-    Runc,
-}
-
-impl Runtime {
-    /// containerd's name for it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Bulkhead => "io.containerd.bulkhead.v1",
-            Self::Runc => "io.containerd.runc.v2",
-        }
-    }
-
-    /// The file name of its shim.
-    pub fn program(self) -> &'static str {
-        match self {
-            Self::Bulkhead => "containerd-shim-bulkhead-v1",
-            Self::Runc => "containerd-shim-runc-v2",
-        }
-    }
-}
-
-/// One case.
-#[derive(Debug, Clone, Copy)]
-pub struct Case {
-    /// `THEME-WHAT`.
-    pub name: &'static str,
-    /// What has to be there.
-    pub fixture: Fixture,
-    /// Whether it is about what only our runtime has.
-    pub bulkhead_only: bool,
-    /// Whether its pods boot; else they start from the template of the default size.
-    pub cold: bool,
-    /// Whether its pods come by way of the Sandbox API.
-    pub sandboxed: bool,
-    /// How long it may take, seconds.
-    pub limit: u64,
-    /// The case itself; returns its evidence.
-    pub run: fn(&mut Environment) -> Outcome<String>,
-}
-
-impl Case {
-    /// A case on a [`ShimHost`] that any runtime should pass.
-    pub const fn new(name: &'static str, run: fn(&mut Environment) -> Outcome<String>) -> Self {
-        Self {
-            name,
-            fixture: Fixture::Shim,
-            bulkhead_only: false,
-            cold: false,
-            sandboxed: false,
-            limit: 30,
-            run,
-        }
-    }
-
-    /// The same on another fixture.
-    pub const fn on(mut self, fixture: Fixture) -> Self {
-        self.fixture = fixture;
-        self
-    }
-
-    /// The same for our runtime only.
-    pub const fn bulkhead_only(mut self) -> Self {
-        self.bulkhead_only = true;
-        self
-    }
-
-    /// The same in pods that come by way of the Sandbox API.
-    pub const fn sandboxed(mut self) -> Self {
-        self.sandboxed = true;
-        self.bulkhead_only()
-    }
-
-    /// The same in pods that boot.
-    pub const fn cold(mut self) -> Self {
-        self.cold = true;
-        self.bulkhead_only()
-    }
 }
 
 /// The store that pods use without a configuration.
@@ -187,6 +86,7 @@ pub fn all() -> Vec<Case> {
         hooks::CASES,
         rootfs::CASES,
         likeness::CASES,
+        kernel::CASES,
         disks::CASES,
         network::CASES,
         control::CASES,
@@ -251,6 +151,14 @@ impl Environment {
     pub fn skip_reason(&self, case: &Case) -> Option<&'static str> {
         if case.bulkhead_only && self.runtime != Runtime::Bulkhead {
             return Some("about our runtime only");
+        }
+        if case.tools && !self.layout.rootfs("tools").is_dir() {
+            return Some("there is no image of tools here");
+        }
+        if case.own_kernel && self.runtime == Runtime::Bulkhead && !self.layout.has_own_kernel() {
+            return Some(
+                "SKIPPED LOUDLY: the guest kernel is the ready-made one; make kernel builds Bulkhead's own",
+            );
         }
         (case.fixture == Fixture::Docker && !Docker::is_there(&self.layout))
             .then_some("there is no Docker here")

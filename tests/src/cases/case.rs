@@ -1,0 +1,127 @@
+//! A case, and what it asks for.
+
+use super::Environment;
+use crate::failure::Outcome;
+
+/// What has to be there before a case starts, cheapest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fixture {
+    /// A [`ShimHost`](crate::shim::ShimHost).
+    Shim,
+    /// A container that runs and is shared by the cases that only look at it or exec into it.
+    Pod,
+    /// A [`PrivateContainerd`](crate::containerd::PrivateContainerd) with the busybox image.
+    Containerd,
+    /// A [`Docker`](crate::docker::Docker).
+    Docker,
+    /// A [`Node`](crate::cri::Node).
+    Cri,
+    /// The same with two pods that are shared by the cases that only add containers to them: one of the handler under test,
+    /// and one of runc, which says what is right.
+    CriPods,
+    /// An [`Arena`](crate::attack::arena::Arena). The last, as it changes the node's settings while it is there.
+    Attack,
+}
+
+/// The runtime under test.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Runtime {
+    /// Ours.
+    Bulkhead,
+    /// containerd's own for runc: shows that the suite asks for what containerd's users are used to.
+    Runc,
+}
+
+impl Runtime {
+    /// containerd's name for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bulkhead => "io.containerd.bulkhead.v1",
+            Self::Runc => "io.containerd.runc.v2",
+        }
+    }
+
+    /// The file name of its shim.
+    pub fn program(self) -> &'static str {
+        match self {
+            Self::Bulkhead => "containerd-shim-bulkhead-v1",
+            Self::Runc => "containerd-shim-runc-v2",
+        }
+    }
+}
+
+/// One case.
+#[derive(Debug, Clone, Copy)]
+pub struct Case {
+    /// `THEME-WHAT`.
+    pub name: &'static str,
+    /// What has to be there.
+    pub fixture: Fixture,
+    /// Whether it is about what only our runtime has.
+    pub bulkhead_only: bool,
+    /// Whether its pods boot; else they start from the template of the default size.
+    pub cold: bool,
+    /// Whether its pods come by way of the Sandbox API.
+    pub sandboxed: bool,
+    /// Whether it asks for the image of tools.
+    pub tools: bool,
+    /// Whether it asks for Bulkhead's own guest kernel.
+    pub own_kernel: bool,
+    /// How long it may take, seconds.
+    pub limit: u64,
+    /// The case itself; returns its evidence.
+    pub run: fn(&mut Environment) -> Outcome<String>,
+}
+
+impl Case {
+    /// A case on a [`ShimHost`](crate::shim::ShimHost) that any runtime should pass.
+    pub const fn new(name: &'static str, run: fn(&mut Environment) -> Outcome<String>) -> Self {
+        Self {
+            name,
+            fixture: Fixture::Shim,
+            bulkhead_only: false,
+            cold: false,
+            sandboxed: false,
+            tools: false,
+            own_kernel: false,
+            limit: 30,
+            run,
+        }
+    }
+
+    /// The same on another fixture.
+    pub const fn on(mut self, fixture: Fixture) -> Self {
+        self.fixture = fixture;
+        self
+    }
+
+    /// The same for our runtime only.
+    pub const fn bulkhead_only(mut self) -> Self {
+        self.bulkhead_only = true;
+        self
+    }
+
+    /// The same in pods that come by way of the Sandbox API.
+    pub const fn sandboxed(mut self) -> Self {
+        self.sandboxed = true;
+        self.bulkhead_only()
+    }
+
+    /// The same with the image of tools.
+    pub const fn with_tools(mut self) -> Self {
+        self.tools = true;
+        self
+    }
+
+    /// The same, with those, about what only Bulkhead's own guest kernel has.
+    pub const fn own_kernel(mut self) -> Self {
+        self.own_kernel = true;
+        self.with_tools()
+    }
+
+    /// The same in pods that boot.
+    pub const fn cold(mut self) -> Self {
+        self.cold = true;
+        self.bulkhead_only()
+    }
+}
