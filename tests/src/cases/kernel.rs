@@ -1,4 +1,5 @@
-//! What workloads ask of the guest's kernel, with the tools that they ask with; under Bulkhead's own kernel only, and under runc.
+//! What workloads ask of the guest's kernel, with the tools that they ask with; much of it Bulkhead's own kernel has and the ready-made
+//! one has not.
 
 use std::time::Duration;
 
@@ -12,8 +13,8 @@ use crate::{ensure, ensure_eq};
 
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
-    Case::new("kernel-user-namespaces", user_namespaces).own_kernel(),
-    Case::new("kernel-message-queues", message_queues).own_kernel(),
+    Case::new("kernel-user-namespaces", user_namespaces).with_tools(),
+    Case::new("kernel-message-queues", message_queues).with_tools(),
     Case::new("kernel-real-time", real_time).own_kernel(),
     Case::new("kernel-interfaces", interfaces).own_kernel(),
     Case::new("kernel-mesh-iptables-legacy", |environment| mesh(environment, "legacy")).own_kernel(),
