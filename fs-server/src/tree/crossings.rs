@@ -32,26 +32,24 @@ impl Crossings {
 impl SharedTree {
     /// Lets go of all files on mounts that are not there any more.
     pub fn drop_unmounted(&self) {
-        let mut known: Vec<(u64, u64, CString)> = self
-            .crossings
-            .lock()
-            .iter()
-            .map(|(mount, (parent, name))| (*mount, *parent, name.clone()))
-            .collect();
+        let mut known: Vec<(u64, (u64, CString))> =
+            self.crossings.lock().iter().map(|(mount, by)| (*mount, by.clone())).collect();
         let mut dropped = HashSet::new();
         loop {
-            let gone: HashSet<u64> = known
-                .iter()
-                .filter(|(mount, parent, name)| {
-                    dropped.contains(parent) || !self.leads_to(*parent, name, *mount)
-                })
-                .map(|(mount, ..)| *mount)
-                .collect();
+            let is_gone = |mount, (parent, name): &(u64, CString)| {
+                dropped.contains(parent) || !self.leads_to(*parent, name, mount)
+            };
+            let mut gone: HashSet<u64> =
+                known.iter().filter(|(mount, by)| is_gone(*mount, by)).map(|(mount, _)| *mount).collect();
             if gone.is_empty() {
                 return;
             }
-            self.crossings.lock().retain(|mount, _| !gone.contains(mount));
-            known.retain(|(mount, ..)| !gone.contains(mount));
+            known.retain(|(mount, _)| !gone.contains(mount));
+            // The kernel gives a mount's number to the next one. Who enters that notes it before its files are known, so nobody
+            // does while this is locked.
+            let mut crossings = self.crossings.lock();
+            gone.retain(|mount| crossings.get(mount).is_none_or(|by| is_gone(*mount, by)));
+            crossings.retain(|mount, _| !gone.contains(mount));
             dropped.extend(self.inodes.drop_mounts(&gone));
         }
     }

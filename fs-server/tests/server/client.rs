@@ -373,3 +373,13 @@ fn attr(body: &[u8]) -> Attr {
 pub fn open_fds(pid: u32) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
 }
+
+/// Expects as many open descriptors of a process, soon: whoever looks for what was unmounted has one more now and then, and
+/// forgetting has no answer.
+pub fn expect_open_fds(pid: u32, count: usize) {
+    let end = Instant::now() + Duration::from_secs(10);
+    while open_fds(pid) != count && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(open_fds(pid), count);
+}

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
 
-use crate::client::{ROOT, Server, bytes, mount_tmpfs, name_bytes, op, open_fds, read_body};
+use crate::client::{ROOT, Server, bytes, expect_open_fds, mount_tmpfs, name_bytes, op, open_fds, read_body};
 
 /// Xorshift64*: the same sequence each run, so that a failure repeats.
 struct Random(u64);
@@ -247,12 +247,7 @@ fn descriptors_are_bounded_and_come_back() {
         server.fuse.forget(node, 1);
     }
     server.assert_alive();
-    // Forgetting has no answer: another worker may be about it still.
-    let end = Instant::now() + Duration::from_secs(5);
-    while open_fds(server.pid()) != before && Instant::now() < end {
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    assert_eq!(open_fds(server.pid()), before);
+    expect_open_fds(server.pid(), before);
 }
 
 #[test]
@@ -262,7 +257,7 @@ fn a_new_session_starts_from_nothing() {
     let rootfs = server.rootfs();
     let (file, handle) = server.fuse.create(rootfs, "f", libc::O_RDWR, 0o644).unwrap();
     server.fuse.init();
-    assert_eq!(open_fds(server.pid()), before);
+    expect_open_fds(server.pid(), before);
     assert_eq!(server.fuse.read(file.node, handle, 0, 1), Err(libc::EBADF));
     assert_eq!(server.fuse.getattr(file.node), Err(libc::ESTALE));
     assert!(server.fuse.lookup(ROOT, "c1").is_ok());
@@ -285,7 +280,7 @@ fn mounting_and_unmounting_for_ever_leaves_nothing() {
         server.fuse.forget(rootfs.node, 1);
         nix::mount::umount2(&server.path("c2/rootfs"), nix::mount::MntFlags::MNT_DETACH).unwrap();
     }
-    assert_eq!(open_fds(server.pid()), before);
+    expect_open_fds(server.pid(), before);
     assert!(numbers.len() < 10, "the number of a mount that is gone is used again: {numbers:?}");
 }
 
