@@ -39,9 +39,8 @@ command -v g++ >/dev/null || fail "g++ is missing, which libFuzzer is built with
 echo "fuzz: building ${#names[@]} targets (the first time takes some minutes)"
 log=target/fuzz/build.log
 mkdir -p target/fuzz
-if ! RUSTFLAGS=$flags CARGO_INCREMENTAL=0 CARGO_TARGET_DIR=target/fuzz cargo build --quiet --locked --profile fuzz -p bulkhead-fuzz \
-    --features engine "${names[@]/#/--bin=}" >"$log" 2>&1; then
-    tail -n 30 "$log" >&2
+if ! RUSTFLAGS=$flags CARGO_INCREMENTAL=0 CARGO_TARGET_DIR=target/fuzz cargo build --locked --profile fuzz -p bulkhead-fuzz \
+    --features engine "${names[@]/#/--bin=}" 2>&1 | tee "$log"; then
     fail "the targets can't be built; all of it is in $log"
 fi
 
