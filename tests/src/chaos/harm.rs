@@ -35,7 +35,8 @@ pub struct Target {
 }
 
 impl Target {
-    fn shim_lives(&self) -> bool {
+    /// Whether the shim is there, and is the same process.
+    pub fn shim_lives(&self) -> bool {
         node::process(self.shim.pid).is_some_and(|now| now.started == self.shim.started && now.state != 'Z')
     }
 

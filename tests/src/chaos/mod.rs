@@ -13,7 +13,6 @@ use schedule::{Harm, Schedule, Step};
 
 use crate::bundle;
 use crate::cases::{Container, Environment};
-
 use crate::failure::{Failure, Outcome};
 use crate::leaks::Snapshot;
 use crate::stdio::Streams;

@@ -129,22 +129,17 @@ impl Life<'_> {
         Ok(())
     }
 
-    fn shim_lives(&self) -> bool {
-        node::process(self.target.shim.pid)
-            .is_some_and(|now| now.started == self.target.shim.started && now.state != 'Z')
-    }
-
     /// Cleans up as containerd does, and checks that nothing and nobody is in its way.
     fn end(self, error: Option<Failure>) -> Outcome<Played> {
         if let Some(Failure(reason)) = &error {
             ensure!(!self.hits.is_empty(), "failed without a fault: {reason}");
             ensure!(!reason.trim().is_empty(), "an error without a reason");
         }
-        if self.shim_lives() && error.is_some() {
+        if self.target.shim_lives() && error.is_some() {
             self.finish_with_shim()?;
         }
         let ended = eventually("the shim ends", END_LIMIT, || {
-            ensure!(!self.shim_lives(), "process {} is still there", self.target.shim.pid);
+            ensure!(!self.target.shim_lives(), "process {} is still there", self.target.shim.pid);
             Ok(())
         });
         if let Err(Failure(reason)) = ended {
@@ -165,7 +160,7 @@ impl Life<'_> {
     fn finish_with_shim(&self) -> Outcome {
         // It may be killed in the middle of that: a fault may come late.
         let gone = |result: Outcome| match result {
-            Err(failure) if self.shim_lives() => Err(failure),
+            Err(failure) if self.target.shim_lives() => Err(failure),
             _ => Ok(()),
         };
         if self.created {
