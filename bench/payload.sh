@@ -50,26 +50,8 @@ rm -rf "$guest"
 mkfs=$(PATH=$PATH:/usr/sbin:/sbin command -v mkfs.ext4) || fail "mkfs.ext4 is missing; run tests/install-packages.sh"
 "$mkfs" -q -m 0 "$payload/share/bulkhead/bench-scratch.ext4" 64M >/dev/null || fail "mkfs.ext4 failed"
 
-# mkfs.erofs for containerd's erofs snapshotter, of the nested host's own Debian release, with the libraries that it has not.
-if [[ $kind != hardware ]]; then
-    erofs=(erofs-utils libdeflate0 liblz4-1 liblzma5 libpcre2-8-0 libselinux1 libuuid1 libxxhash0 libzstd1 zlib1g libgcc-s1)
-    kept=$debs/bench/erofs
-    if [[ ! -x $kept/mkfs.erofs ]]; then
-        "$root/guest-image/fetch-debs.sh" trixie "$debs/trixie" "${erofs[@]}"
-        work=$(mktemp -d "$debs/bench/unpack.XXXXXX")
-        for package in "${erofs[@]}"; do
-            dpkg-deb -x "$(compgen -G "$debs/trixie/${package}_*.deb" | sort -V | tail -n1)" "$work"
-        done
-        mkdir -p "$kept"
-        find "$work" -name '*.so.*' -type f -o -name '*.so.*' -type l | xargs cp -L -t "$kept"
-        mv "$work/usr/bin/mkfs.erofs" "$kept/"
-        rm -rf "$work"
-    fi
-    cp -al "$kept" "$payload/erofs"
-    printf '#!/bin/sh\nhere=$(cd "$(dirname "$0")/../erofs" && pwd)\nLD_LIBRARY_PATH=$here exec "$here/mkfs.erofs" "$@"\n' \
-        >"$payload/bin/mkfs.erofs"
-    chmod 755 "$payload/bin/mkfs.erofs"
-fi
+# For containerd's erofs snapshotter.
+"$root/tests/images/erofs.sh" "$payload" "$kind"
 
 # QEMU for the comparison of VMMs: the nested host has none, so this machine's goes along with its libraries and firmware.
 if [[ $kind != hardware ]] && qemu=$(command -v qemu-system-x86_64); then

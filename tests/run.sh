@@ -66,6 +66,8 @@ if [[ $what == e2e && ($# -eq 0 || " $*" == *docker*) ]]; then
     "$root/tests/docker.sh" "$root/target/docker"
     ln "$root"/target/docker/* "$payload/bin/"
 fi
+# And mkfs.erofs, for containerd's erofs snapshotter and the cases about layers.
+[[ $what != e2e ]] || "$root/tests/images/erofs.sh" "$payload" "$kind"
 # And the tools for the cases about the guest's kernel.
 if [[ $what == e2e && ($# -eq 0 || " $*" == *" kernel"*) ]]; then
     "$root/tests/images/tools.sh"

@@ -9,6 +9,7 @@ use bulkhead_vmm::devices::blk::Block;
 use bulkhead_vmm::devices::console::Console;
 use bulkhead_vmm::devices::fs::FileSystem;
 use bulkhead_vmm::devices::mmio::MmioTransport;
+use bulkhead_vmm::devices::parts::Parts;
 use bulkhead_vmm::devices::registers::RegisterMemory;
 use bulkhead_vmm::devices::rng::Rng;
 use bulkhead_vmm::devices::slot::DeviceSlot;
@@ -103,7 +104,7 @@ pub fn state(data: &[u8]) {
 fn restore(state: &mut DeviceState) {
     let (socket, _peer) = host::packets();
     let mut device: Box<dyn VirtioDevice> = match state.id {
-        2 => Box::new(Block::new(host::file(&[0; 4096]).into(), false, "fuzz", 512).unwrap()),
+        2 => Box::new(Block::new(Parts::whole(host::file(&[0; 4096]).into()).unwrap(), false, "fuzz", 512)),
         3 => Box::new(Console::new(None).unwrap()),
         4 => Box::new(Rng),
         19 => Box::new(Vsock::new(7, vec![(1024, host::stream().0)]).unwrap().0),

@@ -23,7 +23,7 @@ pub fn control(data: &[u8]) {
             Request::Prepare(config) => drop(config.validate(count)),
             Request::Boot(config) => drop(config.validate(count)),
             Request::Restore(config) => drop(config.config.validate(count)),
-            Request::AttachDisk(disk) => drop(disk.validate()),
+            Request::AttachDisk(disk) => drop(disk.validate(disk.parts.len().max(1))),
             Request::AttachNet(net) => drop(net.validate(count)),
             _ => {}
         }

@@ -11,6 +11,7 @@ use nix::unistd::Pid;
 
 use crate::cleanup::WorkDir;
 use crate::failure::{Explain, Outcome};
+use crate::layers;
 use crate::layout::Layout;
 use crate::node;
 use crate::process::{self, Output, Running, eventually};
@@ -42,6 +43,9 @@ const WITHOUT_ANYWAY: [&str; 5] = [
     "io.containerd.snapshotter.v1.zfs",
 ];
 
+/// Where the snapshotter `erofs` keeps layers, in containerd's directory: an ext4.
+const LAYERS: &str = "layers";
+
 /// Where containerd puts the control groups of its default namespace's containers.
 const CGROUP_PARENT: &str = "default";
 
@@ -61,7 +65,11 @@ impl PrivateContainerd {
     pub fn start(layout: &Layout) -> Outcome<Self> {
         let disabled = [&WITHOUT_CRI[..], &WITHOUT_ANYWAY].concat();
         Self::start_configured(layout, &disabled, |path| {
+            layers::mount_ext4(layout, &path.join(LAYERS))?;
             Ok(format!(
+                "[plugins.'io.containerd.snapshotter.v1.erofs']\nroot_path = \"{}\"\n",
+                path.join(LAYERS).display()
+            ) + &format!(
                 "[plugins.'io.containerd.snapshotter.v1.blockfile']\nroot_path = \"{}/blockfile\"\n\
                  scratch_file = \"{}\"\nfs_type = \"ext4\"\nmount_options = [\"loop\"]\n",
                 path.display(),

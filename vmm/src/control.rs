@@ -162,10 +162,9 @@ fn run(channel: &Channel, machine: &mut RunningMachine, handles: &Handles) -> Re
                 Err(_) => Err(invalid("saving needs one descriptor")),
             },
             Request::ConnectVsock { port } => connect_vsock(handles, port, packet.fds),
-            Request::AttachDisk(disk) => match <[OwnedFd; 1]>::try_from(packet.fds) {
-                Ok([file]) => machine.attach_disk(&disk, file).map_err(|error| slot_refused(&error)),
-                Err(_) => Err(invalid("a disk needs one descriptor")),
-            },
+            Request::AttachDisk(disk) => {
+                machine.attach_disk(&disk, packet.fds).map_err(|error| slot_refused(&error))
+            }
             Request::AttachNet(net) => {
                 machine.attach_net(&net, packet.fds).map_err(|error| slot_refused(&error))
             }

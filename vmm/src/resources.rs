@@ -10,6 +10,7 @@ use crate::devices::VirtioDevice;
 use crate::devices::blk::{Block, SECTOR};
 use crate::devices::console::Console;
 use crate::devices::fs::FileSystem;
+use crate::devices::parts::Parts;
 use crate::devices::rng::Rng;
 use crate::devices::vsock::{Vsock, VsockConnector};
 use crate::layout::{DEVICE_SLOTS, MAX_DEVICES};
@@ -126,9 +127,12 @@ impl Resources {
         }
         for (index, disk) in config.disks.iter().enumerate() {
             let file = fds.take(disk.file)?;
-            let block = Block::new(file, disk.read_only, &disk.serial, SECTOR as u32)
-                .map_err(|source| ResourceError::Disk { index, serial: disk.serial.clone(), source })?;
-            devices.push(Box::new(block));
+            let whole = Parts::whole(file).map_err(|source| ResourceError::Disk {
+                index,
+                serial: disk.serial.clone(),
+                source,
+            })?;
+            devices.push(Box::new(Block::new(whole, disk.read_only, &disk.serial, SECTOR as u32)));
         }
         if devices.len() > MAX_DEVICES - DEVICE_SLOTS {
             return Err(ResourceError::TooManyDevices(devices.len()));

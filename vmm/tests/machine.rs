@@ -195,7 +195,13 @@ fn disks_come_and_go_in_a_running_machine() {
     let (mut vmm, reply) = Boot::new(&new_disk(code).power_off().kernel()).start();
     reply.unwrap();
 
-    let disk = |slot| AttachDisk { slot, read_only: false, serial: "test".into(), block_size: 4096 };
+    let disk = |slot| AttachDisk {
+        slot,
+        read_only: false,
+        serial: "test".into(),
+        block_size: 4096,
+        parts: Vec::new(),
+    };
     let detach = |vmm: &mut Vmm, slot| {
         vmm.control.send(&Request::DetachDevice { slot }, &[]).unwrap();
         vmm.reply()
@@ -249,7 +255,8 @@ fn a_slot_takes_a_network_interface_after_a_disk() {
     let (mut vmm, reply) = Boot::new(&code.power_off().kernel()).start();
     reply.unwrap();
 
-    let disk = AttachDisk { slot, read_only: false, serial: "test".into(), block_size: 512 };
+    let disk =
+        AttachDisk { slot, read_only: false, serial: "test".into(), block_size: 512, parts: Vec::new() };
     vmm.control.send(&Request::AttachDisk(disk), &[file_with(&[0; 4096]).as_fd()]).unwrap();
     vmm.reply().unwrap();
     // Stays for long enough to be seen.

@@ -104,6 +104,7 @@ impl Containerd {
             move |source| ContainerdError::Prepare { path, source }
         };
         fs::create_dir_all(directory).map_err(prepare(directory))?;
+        mount_for_layers(directory).map_err(prepare(directory))?;
         let config = directory.join("config.toml");
         fs::write(&config, configuration(directory, disabled) + plugins).map_err(prepare(&config))?;
         let log_path = directory.join("containerd.log");
@@ -210,11 +211,32 @@ fn configuration(directory: &Path, disabled: &[&str]) -> String {
          oom_score = 0\n[grpc]\naddress = \"{directory}/containerd.sock\"\n\
          [ttrpc]\naddress = \"{directory}/containerd.sock.ttrpc\"\n\
          [plugins.'io.containerd.snapshotter.v1.blockfile']\nroot_path = \"{directory}/blockfile\"\n\
-         scratch_file = \"{}\"\nfs_type = \"ext4\"\nmount_options = [\"loop\"]\n",
+         scratch_file = \"{}\"\nfs_type = \"ext4\"\nmount_options = [\"loop\"]\n\
+         [plugins.'io.containerd.snapshotter.v1.erofs']\nroot_path = \"{directory}/{LAYERS}\"\n",
         disabled.join(", "),
-        node::installed("share/bulkhead/bench-scratch.ext4").display(),
+        node::installed(SCRATCH).display(),
     )
 }
+
+/// Mounts an ext4 for the snapshotter `erofs`: where the rest is may be a tmpfs without attributes of users (before Linux 6.6),
+/// which an overlay in a guest needs.
+fn mount_for_layers(directory: &Path) -> io::Result<()> {
+    let (image, point) = (directory.join("layers.ext4"), directory.join(LAYERS));
+    fs::create_dir_all(&point)?;
+    fs::copy(node::installed(SCRATCH), &image)?;
+    let mounted = std::process::Command::new("mount")
+        .args(["-t", "ext4", "-o", "loop"])
+        .arg(&image)
+        .arg(&point)
+        .status()?;
+    if mounted.success() { Ok(()) } else { Err(io::Error::other(format!("mount: {mounted}"))) }
+}
+
+/// Where the snapshotter `erofs` keeps layers, in containerd's directory.
+const LAYERS: &str = "layers";
+
+/// An empty ext4.
+const SCRATCH: &str = "share/bulkhead/bench-scratch.ext4";
 
 /// Removes the containers' cgroups: from the unified tree, or from that of each controller of version 1.
 fn remove_cgroups() {

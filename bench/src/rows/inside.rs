@@ -7,32 +7,45 @@ use crate::report::Better;
 use crate::runtime::Runtime;
 use crate::workload::files;
 
-/// The snapshotter whose root file systems are disks, and the workload that is run on them.
-const DISK_SNAPSHOTTER: &str = "blockfile";
+/// The workload that is run on root file systems of several kinds.
 const ROOTFS: &str = "rootfs";
-const ROOTFS_BLOCK: &str = "rootfs-block";
+
+/// The snapshotter whose root file systems are disks.
+pub const ON_DISKS: OtherRoots = OtherRoots { snapshotter: "blockfile", group: "rootfs-block" };
+/// The one whose layers are.
+pub const ON_LAYERS: OtherRoots = OtherRoots { snapshotter: "erofs", group: "rootfs-erofs" };
+
+/// Root file systems of another than the default snapshotter.
+#[derive(Debug, Clone, Copy)]
+pub struct OtherRoots {
+    /// Which.
+    pub snapshotter: &'static str,
+    /// What the rows begin with.
+    pub group: &'static str,
+}
 
 /// Runs `workload NAME` once under each runtime and takes over the samples that it prints.
 pub async fn measure(bench: &mut Bench<'_>, name: &str) {
     run_workload(bench, bench.pods.clone(), name, |row| row.to_owned()).await;
 }
 
-/// The same for the workload `rootfs` on root file systems that are disks.
-pub async fn measure_on_disks(bench: &mut Bench<'_>) {
+/// The same for the workload `rootfs` on other root file systems.
+pub async fn measure_on(bench: &mut Bench<'_>, roots: OtherRoots) {
+    let OtherRoots { snapshotter, group } = roots;
     let snapshot = bench.image.snapshot();
-    if let Err(error) = bench.image.unpack(&bench.client, DISK_SNAPSHOTTER, snapshot).await {
-        bench.progress(&format!("SKIPPED {ROOTFS_BLOCK}: cannot unpack with {DISK_SNAPSHOTTER}: {error}"));
-        bench.results.skip(ROOTFS_BLOCK, "all", format!("cannot unpack with {DISK_SNAPSHOTTER}: {error}"));
+    if let Err(error) = bench.image.unpack(&bench.client, snapshotter, snapshot).await {
+        bench.progress(&format!("SKIPPED {group}: cannot unpack with {snapshotter}: {error}"));
+        bench.results.skip(group, "all", format!("cannot unpack with {snapshotter}: {error}"));
         return;
     }
-    let pods = bench.pods.on(DISK_SNAPSHOTTER, snapshot.to_owned());
-    run_workload(bench, pods, ROOTFS, |row| row.replacen(ROOTFS, ROOTFS_BLOCK, 1)).await;
+    let pods = bench.pods.on(snapshotter, snapshot.to_owned());
+    run_workload(bench, pods, ROOTFS, |row| row.replacen(ROOTFS, group, 1)).await;
 }
 
-async fn run_workload(bench: &mut Bench<'_>, pods: Pods, name: &str, row_of: fn(&str) -> String) {
+async fn run_workload(bench: &mut Bench<'_>, pods: Pods, name: &str, row_of: impl Fn(&str) -> String) {
     let group = row_of(name);
     for runtime in bench.runtimes.clone() {
-        if let Err(error) = one(bench, &pods, &runtime, name, row_of).await {
+        if let Err(error) = one(bench, &pods, &runtime, name, &row_of).await {
             bench.fail(&group, runtime.kind.name(), &error);
         }
         bench.progress(&format!("{group}: {} done", runtime.kind.name()));
@@ -44,7 +57,7 @@ async fn one(
     pods: &Pods,
     runtime: &Runtime,
     name: &str,
-    row_of: fn(&str) -> String,
+    row_of: impl Fn(&str) -> String,
 ) -> Result<(), PodError> {
     let container =
         Container { args: vec![files::PROGRAM.to_owned(), name.to_owned()], ..Default::default() };
@@ -58,7 +71,7 @@ pub fn add_samples(
     runtime: &Runtime,
     name: &str,
     output: &str,
-    row_of: fn(&str) -> String,
+    row_of: impl Fn(&str) -> String,
 ) -> Result<(), PodError> {
     for line in output.lines() {
         let Some((row, unit, value)) = sample(line) else {

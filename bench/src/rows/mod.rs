@@ -22,7 +22,7 @@ use crate::report::{Better, Row, Skipped};
 use crate::runtime::{self, Runtime};
 
 /// Groups of rows, in the order in which they are measured.
-pub const GROUPS: [Group; 14] = [
+pub const GROUPS: [Group; 15] = [
     Group::Start,
     Group::Mounts,
     Group::Pods,
@@ -33,6 +33,7 @@ pub const GROUPS: [Group; 14] = [
     Group::Syscalls,
     Group::Rootfs,
     Group::RootfsBlock,
+    Group::RootfsErofs,
     Group::Block,
     Group::Setup,
     Group::Burst20,
@@ -62,6 +63,8 @@ pub enum Group {
     Rootfs,
     /// The same when it is on a disk.
     RootfsBlock,
+    /// The same when its layers are.
+    RootfsErofs,
     /// A block volume inside the workload.
     Block,
     /// Making root file systems.
@@ -85,7 +88,8 @@ impl Group {
             Self::Vmm => "vmm",
             Self::Syscalls => "syscalls",
             Self::Rootfs => "rootfs",
-            Self::RootfsBlock => "rootfs-block",
+            Self::RootfsBlock => inside::ON_DISKS.group,
+            Self::RootfsErofs => inside::ON_LAYERS.group,
             Self::Block => "block",
             Self::Setup => "setup",
             Self::Burst20 => "burst-20",
@@ -110,6 +114,7 @@ impl Group {
             Self::Syscalls => "getppid, fork and exec, page fault, context switch inside the workload",
             Self::Rootfs => "walk, unpack, small files, sequential read and write inside the workload",
             Self::RootfsBlock => "the same with root file systems on disks",
+            Self::RootfsErofs => "the same with the layers of root file systems on disks",
             Self::Block => "4 KiB random reads and writes of a block volume inside the workload",
             Self::Setup => "first and repeated set-up of a root file system by containerd's snapshotters",
             Self::Burst20 => "20 pods at once: pods a second, slowest start, failures",
@@ -132,7 +137,8 @@ impl Group {
             Self::Network => network::measure(bench).await,
             Self::Memory => memory::measure(bench).await,
             Self::Syscalls | Self::Rootfs => inside::measure(bench, self.name()).await,
-            Self::RootfsBlock => inside::measure_on_disks(bench).await,
+            Self::RootfsBlock => inside::measure_on(bench, inside::ON_DISKS).await,
+            Self::RootfsErofs => inside::measure_on(bench, inside::ON_LAYERS).await,
             Self::Vmm => vmm::measure(bench).await,
             Self::Block => block::measure(bench).await,
             Self::Setup => setup::measure(bench).await,

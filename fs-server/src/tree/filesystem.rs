@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use super::directory::{fitting, list};
 use super::host::{ActingAs, FdName};
 use super::nodes::Node;
+use super::xattrs::Kept;
 use super::{SharedTree, host_flags, open_options, set_id, transfer, xattrs};
 
 /// The longest value or list of names of extended attributes (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
@@ -395,15 +396,17 @@ impl FileSystem for SharedTree {
     }
 
     fn setxattr(&self, _ctx: &Context, node: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
-        let name = xattrs::on_host(name).ok_or(Errno::OPNOTSUPP)?;
         let inode = self.inodes.get(node)?;
+        let Kept::As(name) = xattrs::keep(name, inode.mount.sharing)? else { return Ok(()) };
         let flags = fs::XattrFlags::from_bits_retain(flags);
         Ok(fs::setxattr(FdName::new(inode.as_fd()).as_c_str(), &*name, value, flags)?)
     }
 
     fn getxattr(&self, _ctx: &Context, node: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
-        let name = xattrs::on_host(name).ok_or(Errno::NODATA)?;
         let inode = self.inodes.get(node)?;
+        let Ok(Kept::As(name)) = xattrs::keep(name, inode.mount.sharing) else {
+            return Err(Errno::NODATA.into());
+        };
         let path = FdName::new(inode.as_fd());
         if size == 0 {
             return Ok(GetxattrReply::Count(fs::getxattr_query(path.as_c_str(), &*name)? as u32));
@@ -428,8 +431,10 @@ impl FileSystem for SharedTree {
     }
 
     fn removexattr(&self, _ctx: &Context, node: u64, name: &CStr) -> io::Result<()> {
-        let name = xattrs::on_host(name).ok_or(Errno::OPNOTSUPP)?;
         let inode = self.inodes.get(node)?;
+        let Kept::As(name) = xattrs::keep(name, inode.mount.sharing)? else {
+            return Err(Errno::NODATA.into());
+        };
         Ok(fs::removexattr(FdName::new(inode.as_fd()).as_c_str(), &*name)?)
     }
 

@@ -45,6 +45,9 @@ const ATTR_SUBMOUNT: u32 = 1 << 0;
 /// The name of a container's root file system in its directory; its mount belongs to the guest alone.
 const ROOTFS: &[u8] = b"rootfs";
 
+/// The name of what a container changes, if the guest has the rest of its root file system on a disk.
+const CHANGES: &[u8] = b"changes";
+
 /// The part of the descriptors that may be inodes; the rest may be open files, but for [`SPARE_FDS`].
 const INODE_SHARE: (usize, usize) = (3, 4);
 
@@ -129,7 +132,7 @@ impl SharedTree {
         }
         let found = match open_entry(&*parent, name) {
             // Told as "no such file, and you may rely on that", where nobody but the guest can create one.
-            Err(Errno::NOENT) if parent.mount.sharing == Sharing::GuestOnly => {
+            Err(Errno::NOENT) if parent.mount.sharing.is_guest_only() => {
                 return Ok(Entry { entry_timeout: parent.mount.sharing.timeout(), ..Entry::default() });
             }
             found => found?,
@@ -171,8 +174,11 @@ impl SharedTree {
         };
         let mount = if crossed {
             self.crossings.note(attributes.mount_id(), directory, name);
-            let is_rootfs = parent.place == Place::Container && name.to_bytes() == ROOTFS;
-            let sharing = if is_rootfs { Sharing::GuestOnly } else { Sharing::WithHost };
+            let sharing = match name.to_bytes() {
+                ROOTFS if parent.place == Place::Container => Sharing::GuestOnly,
+                CHANGES if parent.place == Place::Container => Sharing::Changes,
+                _ => Sharing::WithHost,
+            };
             self.mounts.get(attributes.device(), is_read_only(&path_fd)?, sharing)?
         } else {
             parent.mount.clone()
@@ -241,7 +247,7 @@ const MAX_COPY: u64 = 16 * 1024 * 1024;
 fn open_options(inode: &Inode) -> OpenOptions {
     match (inode.kind, inode.mount.sharing) {
         (FileType::Directory, Sharing::WithHost) => OpenOptions::empty(),
-        (FileType::Directory, Sharing::GuestOnly) => OpenOptions::KEEP_CACHE | OpenOptions::CACHE_DIR,
+        (FileType::Directory, _) => OpenOptions::KEEP_CACHE | OpenOptions::CACHE_DIR,
         _ => OpenOptions::KEEP_CACHE,
     }
 }

@@ -27,6 +27,8 @@ pub enum Sharing {
     WithHost,
     /// Only the guest (a container's root file system).
     GuestOnly,
+    /// Only the guest, whose kernel mounts an overlay with its upper directory here: a container's changes.
+    Changes,
 }
 
 impl Sharing {
@@ -37,8 +39,13 @@ impl Sharing {
     pub fn timeout(self) -> Duration {
         match self {
             Sharing::WithHost => Duration::from_secs(1),
-            Sharing::GuestOnly => Duration::from_secs(60),
+            Sharing::GuestOnly | Sharing::Changes => Duration::from_secs(60),
         }
+    }
+
+    /// Whether nobody but the guest changes anything.
+    pub fn is_guest_only(self) -> bool {
+        self != Sharing::WithHost
     }
 }
 

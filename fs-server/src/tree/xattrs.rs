@@ -4,19 +4,49 @@
 //! `trusted.*` (overlayfs does, on a volume of a container that mounts one) is not the host's business: there it is in
 //! names of ours, which the guest can't reach otherwise. Access control lists are not the guest's: its kernel does not enforce
 //! those of this file system, and a rule that nobody enforces must not be stored.
+//!
+//! Where the guest's overlay keeps a container's changes, all that is kept of what it notes is which directory hides what is
+//! below it: the shim tells the host's kernel (`bulkhead_vmm_protocol::OPAQUE_NOTE`). The rest (where a copy came from) an overlay can do without.
 
 use std::ffi::{CStr, CString};
 
+use rustix::io::{Errno, Result};
+
+use super::mounts::Sharing;
 use super::nodes;
 
 /// Names of the guest's that only its privileged processes may use.
 const TRUSTED: &[u8] = b"trusted.";
 
+/// Names that overlayfs keeps things in.
+const OVERLAY: &[u8] = b"trusted.overlay.";
+
+/// The one by which a directory hides what is below it.
+const OPAQUE: &[u8] = b"trusted.overlay.opaque";
+
 /// What they begin with on the host.
 const TRUSTED_ON_HOST: &[u8] = b"user.bulkhead.trusted.";
 
+/// What becomes of an attribute of a guest's file.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// It is kept under this name.
+    As(CString),
+    /// It is not, which nobody is told.
+    Not,
+}
+
+/// What becomes of an attribute; an error if a guest's file can't have it.
+pub fn keep(name: &CStr, sharing: Sharing) -> Result<Kept> {
+    let bytes = name.to_bytes();
+    if sharing == Sharing::Changes && bytes.starts_with(OVERLAY) && bytes != OPAQUE {
+        return Ok(Kept::Not);
+    }
+    on_host(name).map(Kept::As).ok_or(Errno::OPNOTSUPP)
+}
+
 /// The host's name of an attribute that a guest's file may have.
-pub fn on_host(name: &CStr) -> Option<CString> {
+fn on_host(name: &CStr) -> Option<CString> {
     let bytes = name.to_bytes();
     if let Some(rest) = bytes.strip_prefix(TRUSTED) {
         return CString::new([TRUSTED_ON_HOST, rest].concat()).ok();
@@ -65,7 +95,22 @@ mod tests {
     #[test]
     fn lists_are_translated() {
         let list = b"user.a\0user.bulkhead.node\0trusted.overlay.origin\0user.bulkhead.trusted.b\0security.selinux\0";
-        assert_eq!(in_guest(list, true), b"user.a\0trusted.b\0");
-        assert_eq!(in_guest(list, false), b"user.a\0");
+        let guest = |is_root| in_guest(list, is_root);
+        assert_eq!(guest(true), b"user.a\0trusted.b\0");
+        assert_eq!(guest(false), b"user.a\0");
+    }
+
+    #[test]
+    fn of_an_overlay_only_what_hides_a_directory_is_kept() {
+        let changes = |name: &CStr| keep(name, Sharing::Changes);
+        let opaque = changes(c"trusted.overlay.opaque");
+        assert_eq!(opaque, Ok(Kept::As(bulkhead_vmm_protocol::OPAQUE_NOTE.to_owned())));
+        for not in [c"trusted.overlay.origin", c"trusted.overlay.redirect", c"trusted.overlay.metacopy"] {
+            assert_eq!(changes(not), Ok(Kept::Not), "{not:?}");
+        }
+        assert_eq!(changes(c"trusted.x"), Ok(Kept::As(c"user.bulkhead.trusted.x".into())));
+        assert_eq!(changes(c"security.selinux"), Err(Errno::OPNOTSUPP));
+        let elsewhere = keep(c"trusted.overlay.opaque", Sharing::GuestOnly);
+        assert_eq!(elsewhere, Ok(Kept::As(c"user.bulkhead.trusted.overlay.opaque".into())));
     }
 }

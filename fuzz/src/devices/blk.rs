@@ -3,6 +3,7 @@
 use std::os::unix::fs::FileExt;
 
 use bulkhead_vmm::devices::blk::Block;
+use bulkhead_vmm::devices::parts::Parts;
 
 use crate::guest::Guest;
 use crate::host;
@@ -18,7 +19,13 @@ pub fn run(data: &[u8]) {
     let flags = input.u8();
     let (read_only, block_size) = (flags & 1 != 0, 512 << (flags >> 1 & 3));
     let disk = host::file(&CONTENTS);
-    let device = Block::new(disk.try_clone().unwrap().into(), read_only, "fuzz", block_size).unwrap();
+    let contents = if flags & 8 != 0 && read_only {
+        let part = || (disk.try_clone().unwrap().into(), 5 * 4096);
+        Parts::follow_each_other([part(), part()])
+    } else {
+        Parts::whole(disk.try_clone().unwrap().into())
+    };
+    let device = Block::new(contents.unwrap(), read_only, "fuzz", block_size);
     Guest::new(Box::new(device)).run(&mut input, &mut |_| {});
     assert_eq!(disk.metadata().unwrap().len(), SIZE as u64, "the disk has another size");
     if read_only {

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bulkhead_agent_protocol::{AddDiskRequest, AddDiskResponse, DISKS_DIR};
+
+use super::layers::{self, Part};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -29,6 +31,8 @@ pub enum DiskError {
     System { slot: u32, source: io::Error },
     #[error("there is no block device for slot {slot}")]
     NoDevice { slot: u32 },
+    #[error("the parts of the disk in slot {slot} can't be: {what}")]
+    Parts { slot: u32, what: &'static str },
 }
 
 /// Has the kernel take up the disk in a slot, and mounts the file system on it if that is asked for.
@@ -48,7 +52,9 @@ async fn take_up(request: &AddDiskRequest, reaper: &Reaper) -> Result<AddDiskRes
     let device = block_device(&window.device())
         .map_err(|source| DiskError::System { slot, source })?
         .ok_or(DiskError::NoDevice { slot })?;
-    if !request.file_system.is_empty() {
+    if request.overlay.is_some() {
+        mount_layers(&device, request, reaper).await?;
+    } else if !request.file_system.is_empty() {
         mount_on(&device, request, reaper).await?;
     }
     Ok(AddDiskResponse { major: device.major, minor: device.minor, ..Default::default() })
@@ -57,20 +63,30 @@ async fn take_up(request: &AddDiskRequest, reaper: &Reaper) -> Result<AddDiskRes
 /// Has the kernel let go of the disk in a slot.
 pub async fn remove(slot: u32, reaper: &Reaper) -> Result<(), DiskError> {
     let target = mount_point(slot);
+    let layers = layers::directory(slot);
     if target.exists() {
         in_a_process("unmount the disk in", slot, WRITE_BACK_LIMIT, reaper, || {
-            match umount2(&target, MntFlags::empty()) {
-                // It never was mounted.
-                Err(Errno::EINVAL) => Ok(()),
-                // Whoever still uses it has lost the disk.
-                Err(Errno::EBUSY) => Ok(umount2(&target, MntFlags::MNT_DETACH)?),
-                result => Ok(result?),
-            }
+            unmount(&target)?;
+            layers::points(&layers).iter().try_for_each(|point| unmount(point))
         })
         .await?;
-        fs::remove_dir(&target).map_err(|source| DiskError::System { slot, source })?;
+        let removed = fs::remove_dir(&target).and_then(|()| match fs::remove_dir_all(&layers) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        });
+        removed.map_err(|source| DiskError::System { slot, source })?;
     }
     Ok(Window::of(slot)?.unbind("let go of the disk in", WRITE_BACK_LIMIT, reaper).await?)
+}
+
+fn unmount(target: &Path) -> io::Result<()> {
+    match umount2(target, MntFlags::empty()) {
+        // It never was mounted.
+        Err(Errno::EINVAL) => Ok(()),
+        // Whoever still uses it has lost the disk.
+        Err(Errno::EBUSY) => Ok(umount2(target, MntFlags::MNT_DETACH)?),
+        result => Ok(result?),
+    }
 }
 
 fn mount_point(slot: u32) -> PathBuf {
@@ -85,6 +101,40 @@ async fn mount_on(device: &BlockDevice, request: &AddDiskRequest, reaper: &Reape
     let source = Path::new("/dev").join(&device.name);
     in_a_process("mount the disk in", *slot, LIMIT, reaper, || {
         Ok(mount(Some(&source), &target, Some(file_system.as_str()), flags, Some(data.as_str()))?)
+    })
+    .await?;
+    Ok(())
+}
+
+/// Mounts the file systems that follow each other on a disk, and makes one root of them.
+async fn mount_layers(
+    device: &BlockDevice,
+    request: &AddDiskRequest,
+    reaper: &Reaper,
+) -> Result<(), DiskError> {
+    let slot = request.slot;
+    let (target, directory) = (mount_point(slot), layers::directory(slot));
+    let parts = Part::of(&request.parts).map_err(|what| DiskError::Parts { slot, what })?;
+    let prepare = || {
+        fs::create_dir_all(&target)?;
+        (0..parts.len()).try_for_each(|number| fs::create_dir_all(directory.join(number.to_string())))
+    };
+    prepare().map_err(|source| DiskError::System { slot, source })?;
+    let source = Path::new("/dev").join(&device.name);
+    let (flags, data) = flags_and_data(&request.options);
+    in_a_process("mount the layers in", slot, LIMIT, reaper, || {
+        let sources = layers::divide(&source, &parts)?;
+        for (number, source) in sources.iter().enumerate() {
+            let point = directory.join(number.to_string());
+            let kind = Some(request.file_system.as_str());
+            mount(Some(source), &point, kind, flags, Some(data.as_str()))?;
+        }
+        Ok(())
+    })
+    .await?;
+    // The working directory of a process of its own may change.
+    in_a_process("make an overlay of the layers in", slot, LIMIT, reaper, || {
+        layers::unite(&directory, parts.len(), &request.overlay, &target)
     })
     .await?;
     Ok(())

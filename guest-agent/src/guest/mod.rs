@@ -3,6 +3,7 @@
 mod disks;
 mod filesystems;
 mod interfaces;
+mod layers;
 mod machine;
 mod power;
 mod redirect;

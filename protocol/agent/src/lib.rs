@@ -22,6 +22,9 @@ pub const POD_PID_NAMESPACE: &str = "/run/bulkhead/pod/ns/pid";
 /// Where file systems on disks are mounted in the guest, each in a directory with the number of its slot.
 pub const DISKS_DIR: &str = "/run/bulkhead/disks";
 
+/// Where the layers of those are that are overlays, likewise; each in a directory with its number.
+pub const LAYERS_DIR: &str = "/run/bulkhead/layers";
+
 pub mod cgroup;
 
 mod agent {

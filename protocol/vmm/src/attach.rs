@@ -10,10 +10,21 @@ pub const DEVICE_SLOTS: u8 = 10;
 /// The most queue pairs of a network interface.
 pub const MAX_QUEUE_PAIRS: u8 = 4;
 
+/// The largest disk that is made of parts: what a file can be.
+const MAX_SIZE: u64 = i64::MAX as u64;
+
 /// The least that an interface can send at once, in bytes without the Ethernet header (virtio 1.2, section 5.1.4).
 const MIN_MTU: u16 = 68;
 
+/// The most files that one disk can be made of, each with a descriptor.
+pub const MAX_PARTS: usize = 128;
+
+/// What the parts of a disk begin and end at: a multiple of this many bytes.
+pub const PART_ALIGNMENT: u64 = 4096;
+
 /// A disk for a running machine.
+///
+/// With it comes its descriptor; or as many as it has [`parts`](AttachDisk::parts), which follow each other on the disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AttachDisk {
@@ -25,6 +36,10 @@ pub struct AttachDisk {
     pub serial: String,
     /// Size of a logical block in bytes: a power of two from 512 to 4096.
     pub block_size: u32,
+    /// How many bytes of the disk each file takes up, multiples of [`PART_ALIGNMENT`]; a file that ends before is followed by
+    /// zeroes. Only for disks that are read-only. None: the disk is one file, and as large.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<u64>,
 }
 
 /// A network interface for a running machine (virtio 1.2, section 5.1).
@@ -58,11 +73,23 @@ pub struct NetOffloads {
 }
 
 impl AttachDisk {
-    /// Checks every limit.
-    pub fn validate(&self) -> Result<(), ConfigError> {
+    /// Checks every limit, and that `fd_count` descriptors are what it needs.
+    pub fn validate(&self, fd_count: usize) -> Result<(), ConfigError> {
         check_slot(self.slot)?;
         if !matches!(self.block_size, 512 | 1024 | 2048 | 4096) {
             return Err(ConfigError::BlockSize(self.block_size));
+        }
+        let count = self.parts.len();
+        if count > MAX_PARTS || fd_count != count.max(1) || (count > 0 && !self.read_only) {
+            return Err(ConfigError::Parts { parts: count, files: fd_count });
+        }
+        let mut size = 0u64;
+        for &part in &self.parts {
+            size =
+                size.checked_add(part).filter(|&size| size <= MAX_SIZE).ok_or(ConfigError::PartSize(part))?;
+            if part == 0 || !part.is_multiple_of(PART_ALIGNMENT) {
+                return Err(ConfigError::PartSize(part));
+            }
         }
         check_serial(&self.serial)
     }
@@ -101,14 +128,44 @@ mod tests {
 
     #[test]
     fn disks_that_cannot_be_attached_are_refused() {
-        let disk = AttachDisk { slot: 9, read_only: false, serial: String::new(), block_size: 4096 };
-        assert_eq!(disk.validate(), Ok(()));
-        assert_eq!(AttachDisk { slot: 10, ..disk.clone() }.validate(), Err(ConfigError::Slot(10)));
+        let disk = AttachDisk {
+            slot: 9,
+            read_only: false,
+            serial: String::new(),
+            block_size: 4096,
+            parts: Vec::new(),
+        };
+        assert_eq!(disk.validate(1), Ok(()));
+        assert_eq!(AttachDisk { slot: 10, ..disk.clone() }.validate(1), Err(ConfigError::Slot(10)));
         assert_eq!(
-            AttachDisk { block_size: 513, ..disk.clone() }.validate(),
+            AttachDisk { block_size: 513, ..disk.clone() }.validate(1),
             Err(ConfigError::BlockSize(513))
         );
-        assert_eq!(AttachDisk { serial: "x".repeat(21), ..disk }.validate(), Err(ConfigError::Serial(21)));
+        assert_eq!(AttachDisk { serial: "x".repeat(21), ..disk }.validate(1), Err(ConfigError::Serial(21)));
+    }
+
+    #[test]
+    fn parts_are_whole_pages_of_read_only_disks() {
+        let disk = |parts: &[u64]| AttachDisk {
+            slot: 0,
+            read_only: true,
+            serial: String::new(),
+            block_size: 512,
+            parts: parts.to_vec(),
+        };
+        assert_eq!(disk(&[4096, 8192]).validate(2), Ok(()));
+        assert_eq!(disk(&[4096; MAX_PARTS]).validate(MAX_PARTS), Ok(()));
+        let counts = |parts, files| Err(ConfigError::Parts { parts, files });
+        assert_eq!(disk(&[4096, 8192]).validate(1), counts(2, 1));
+        assert_eq!(
+            disk(&[4096; MAX_PARTS + 1]).validate(MAX_PARTS + 1),
+            counts(MAX_PARTS + 1, MAX_PARTS + 1)
+        );
+        assert_eq!(disk(&[]).validate(0), counts(0, 0));
+        assert_eq!(AttachDisk { read_only: false, ..disk(&[4096]) }.validate(1), counts(1, 1));
+        for wrong in [0, 512, 4097, u64::MAX - 4095] {
+            assert_eq!(disk(&[4096, wrong]).validate(2), Err(ConfigError::PartSize(wrong)), "{wrong}");
+        }
     }
 
     #[test]

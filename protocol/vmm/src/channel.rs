@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 pub const MAX_PACKET: usize = 64 * 1024;
 
 /// The most descriptors beside one packet.
-pub const MAX_FDS: usize = 64;
+pub const MAX_FDS: usize = crate::MAX_PARTS;
 
 /// One end of a control socket.
 ///

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::attach::{DEVICE_SLOTS, MAX_QUEUE_PAIRS};
+use crate::attach::{DEVICE_SLOTS, MAX_PARTS, MAX_QUEUE_PAIRS, PART_ALIGNMENT};
 
 /// The position of a file descriptor among those of the packet that names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -151,6 +151,19 @@ pub enum ConfigError {
     /// A size of logical blocks that no guest knows.
     #[error("logical blocks of {0} bytes asked for: 512, 1024, 2048 and 4096 are possible")]
     BlockSize(u32),
+    /// Not one descriptor for each part, too many parts, or a disk for writing that has any.
+    #[error(
+        "a disk of {parts} parts came with {files} descriptors: it has one for each, {MAX_PARTS} at most, and is read-only if it has parts"
+    )]
+    Parts {
+        /// How many it has.
+        parts: usize,
+        /// How many came.
+        files: usize,
+    },
+    /// A part of a disk that begins or ends within a page, or is too large.
+    #[error("a part of a disk has {0} bytes: multiples of {PART_ALIGNMENT} are possible, up to 8 EiB in all")]
+    PartSize(u64),
     /// Too few or too many queue pairs.
     #[error("{0} queue pairs asked for: 1 to {MAX_QUEUE_PAIRS} are possible")]
     QueuePairs(u8),

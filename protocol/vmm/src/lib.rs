@@ -14,7 +14,9 @@ mod file_systems;
 mod message;
 mod view;
 
-pub use attach::{AttachDisk, AttachNet, DEVICE_SLOTS, MAX_QUEUE_PAIRS, NetOffloads};
+pub use attach::{
+    AttachDisk, AttachNet, DEVICE_SLOTS, MAX_PARTS, MAX_QUEUE_PAIRS, NetOffloads, PART_ALIGNMENT,
+};
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_PACKET, Packet};
 pub use config::{
     BlockConfig, ConfigError, FdIndex, FsConfig, GuestStream, MAX_VCPUS, MIN_MEMORY_MIB, MemorySource,
@@ -37,3 +39,7 @@ pub const FUSE_FD: i32 = 3;
 ///
 /// A packet has to fit the default send buffer of a Unix socket (212 992 bytes), since neither end may raise it.
 pub const MAX_FUSE_MESSAGE: usize = 128 * 1024 + 4096;
+
+/// Where the file server notes that a directory of a container's changes hides what is below it in the image, in an attribute of
+/// the directory: the host's kernel has a name for that (`trusted.overlay.opaque`) which the server may not use.
+pub const OPAQUE_NOTE: &std::ffi::CStr = c"user.bulkhead.trusted.overlay.opaque";

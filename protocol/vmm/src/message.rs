@@ -31,7 +31,7 @@ pub enum Request {
         /// The guest's port.
         port: u32,
     },
-    /// Put a disk into a free slot (the packet's only descriptor, see [`crate::BlockConfig::file`]). The guest's kernel takes
+    /// Put a disk into a free slot (its descriptors as in [`AttachDisk`]). The guest's kernel takes
     /// it up when it is made to look there again.
     AttachDisk(AttachDisk),
     /// Put a network interface into a free slot, as [`Request::AttachDisk`] does a disk. The packet's descriptors are the queues

@@ -3,10 +3,12 @@
 pub mod cgroup;
 pub mod disk;
 pub mod empty_network;
+pub mod erofs;
 pub mod id_map;
 pub mod mount_table;
 pub mod mounts;
 pub mod netns;
+pub mod opaque;
 pub mod overlay;
 pub mod pin;
 pub mod process;

@@ -16,6 +16,8 @@ pub struct MountTable {
 pub struct TableMount {
     /// Its number.
     pub id: u64,
+    /// What of its file system is mounted: a path in it.
+    pub root: PathBuf,
     /// Where it is.
     pub point: PathBuf,
     /// The device number of its file system.
@@ -24,6 +26,8 @@ pub struct TableMount {
     pub options: Vec<String>,
     /// The type of its file system.
     pub kind: String,
+    /// What that file system is on, in words of its own.
+    pub source: OsString,
 }
 
 impl MountTable {
@@ -34,6 +38,11 @@ impl MountTable {
 
     fn parse(table: &[u8]) -> MountTable {
         MountTable { mounts: table.split(|&byte| byte == b'\n').filter_map(parse_line).collect() }
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &TableMount> {
+        self.mounts.iter()
     }
 
     /// What is mounted below `path`, which has no symbolic links in it; each after what it is mounted on.
@@ -48,11 +57,16 @@ fn parse_line(line: &[u8]) -> Option<TableMount> {
     let id = text(fields.next())?.parse().ok()?;
     let device = text(fields.nth(1))?;
     let (major, minor) = device.split_once(':')?;
-    let point = PathBuf::from(OsString::from_vec(unescape(fields.nth(1)?)));
+    let name = |field: Option<&[u8]>| Some(OsString::from_vec(unescape(field?)));
+    let root = name(fields.next())?.into();
+    let point = name(fields.next())?.into();
     let options = text(fields.next())?.split(',').map(str::to_owned).collect();
     // Optional fields end with a hyphen.
-    let kind = text(fields.skip_while(|field| *field != b"-").nth(1))?;
-    Some(TableMount { id, point, device: (major.parse().ok()?, minor.parse().ok()?), options, kind })
+    let mut fields = fields.skip_while(|field| *field != b"-");
+    let kind = text(fields.nth(1))?;
+    let source = name(fields.next()).unwrap_or_default();
+    let device = (major.parse().ok()?, minor.parse().ok()?);
+    Some(TableMount { id, device, root, point, options, kind, source })
 }
 
 /// Blanks and backslashes are written as three octal digits.
@@ -93,6 +107,8 @@ mod tests {
             (vec![30, 31], vec![31], vec![])
         );
         assert_eq!(below("/srv/a"), [0; 0]);
+        let first = table.iter().next().unwrap();
+        assert_eq!((first.root.as_path(), first.source.to_str()), (Path::new("/"), Some("/dev/sda1")));
         let last = table.below(Path::new("/srv")).last().unwrap();
         assert_eq!(
             (last.device, last.options.join(","), last.kind.as_str()),

@@ -520,7 +520,7 @@ pub(super) fn common_directory(paths: &[&str]) -> Option<String> {
     (end > 1).then(|| first[..end].to_owned())
 }
 
-pub(super) fn c_string(path: &Path) -> Result<CString, MountError> {
+pub(crate) fn c_string(path: &Path) -> Result<CString, MountError> {
     use std::os::unix::ffi::OsStrExt;
     CString::new(path.as_os_str().as_bytes()).map_err(|_| MountError::Path(path.to_owned()))
 }

@@ -11,7 +11,6 @@ use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 
-use super::disks::FileSystem;
 use super::stream::GuardedStream;
 use crate::error::{Classify, Code, untrusted};
 use crate::spec::DeviceNumber;
@@ -200,17 +199,8 @@ impl Agent {
     }
 
     /// Has the guest take up the disk in a slot and mount what is on it; gives its number there.
-    pub async fn add_disk(
-        &self,
-        slot: u8,
-        file_system: Option<&FileSystem>,
-    ) -> Result<DeviceNumber, AgentError> {
-        let mut request = api::AddDiskRequest { slot: slot.into(), ..Default::default() };
-        if let Some(FileSystem { kind, options }) = file_system {
-            request.file_system = kind.clone();
-            request.options = options.clone();
-        }
-        let answer = self.call("AddDisk", SLOW, self.client.add_disk(Context::default(), &request)).await?;
+    pub async fn add_disk(&self, request: &api::AddDiskRequest) -> Result<DeviceNumber, AgentError> {
+        let answer = self.call("AddDisk", SLOW, self.client.add_disk(Context::default(), request)).await?;
         Ok(DeviceNumber { major: answer.major, minor: answer.minor })
     }
 

@@ -1,9 +1,10 @@
 //! Disks of a running pod: from the host's block device or image to the guest's block device, and what is mounted from it.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use bulkhead_agent_protocol as api;
 use bulkhead_agent_protocol::DISKS_DIR;
 use bulkhead_vmm_protocol::{AttachDisk, Request};
 use tokio::time::Instant;
@@ -14,6 +15,7 @@ use super::machine::MachineError;
 use super::slots::MAX_DISKS;
 use crate::error::{Classify, Code, chain};
 use crate::host::disk::OpenDisk;
+use crate::host::erofs::{EROFS, Layer};
 use crate::spec::DeviceNumber;
 
 /// How long the guest may take to write back what it has for all disks of a container.
@@ -66,6 +68,18 @@ pub struct FileSystem {
     pub options: Vec<String>,
 }
 
+/// The overlay that the guest makes of layers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Overlay {
+    /// Its upper and its working directory, in the guest; none if it can only be read.
+    pub changes: Option<(String, String)>,
+    /// Its further options.
+    pub options: Vec<String>,
+}
+
+/// Logical blocks of a disk that consists of files, in bytes.
+const FILE_BLOCKS: u32 = 512;
+
 /// A disk in a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AttachedDisk {
@@ -83,26 +97,87 @@ impl AttachedDisk {
     }
 }
 
+/// What is to be put into a pod.
+struct Order<'a> {
+    /// What errors name.
+    path: PathBuf,
+    read_only: bool,
+    block_size: u32,
+    parts: Vec<u64>,
+    files: Vec<BorrowedFd<'a>>,
+}
+
 impl Pod {
+    /// Whether the layers of one more image may be a disk of the pod's; disks that containers ask for come first.
+    pub fn has_room_for_layers(&self) -> bool {
+        self.slots.have_room_for_layers()
+    }
+
     /// Gives the guest a disk, and has it mount the file system on it if there is one to be mounted.
     pub async fn attach_disk(
         &self,
         disk: &OpenDisk,
         file_system: Option<&FileSystem>,
     ) -> Result<AttachedDisk, AttachError> {
-        let path = disk.path.clone();
-        let slot = self.slots.take_for_disk().ok_or(AttachError::NoSlot)?;
-        let request = Request::AttachDisk(AttachDisk {
-            slot,
+        let mut request = api::AddDiskRequest::default();
+        if let Some(FileSystem { kind, options }) = file_system {
+            request.file_system = kind.clone();
+            request.options = options.clone();
+        }
+        let order = Order {
+            path: disk.path.clone(),
             read_only: disk.read_only,
             block_size: disk.block_size,
-            serial: format!("slot{slot}"),
-        });
-        if let Err(source) = self.control.request("AttachDisk", &request, &[disk.file.as_fd()]).await {
+            parts: Vec::new(),
+            files: vec![disk.file.as_fd()],
+        };
+        self.attach(order, request).await
+    }
+
+    /// Gives the guest layers, from the uppermost down, as one disk, and has it mount them as `overlay` says.
+    pub async fn attach_layers(
+        &self,
+        layers: &[Layer],
+        overlay: &Overlay,
+    ) -> Result<AttachedDisk, AttachError> {
+        let request = api::AddDiskRequest {
+            file_system: EROFS.to_owned(),
+            // What a container may do with a file its mode says, as with a file in the shared tree.
+            options: ["ro", "noacl"].map(str::to_owned).to_vec(),
+            parts: layers.iter().map(|layer| layer.room).collect(),
+            overlay: protobuf::MessageField::some(api::Overlay {
+                upper: overlay.changes.as_ref().map(|(upper, _)| upper.clone()).unwrap_or_default(),
+                work: overlay.changes.as_ref().map(|(_, work)| work.clone()).unwrap_or_default(),
+                options: overlay.options.clone(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let order = Order {
+            path: layers.first().map(|layer| layer.path.clone()).unwrap_or_default(),
+            read_only: true,
+            block_size: FILE_BLOCKS,
+            parts: request.parts.clone(),
+            files: layers.iter().map(|layer| layer.file.as_fd()).collect(),
+        };
+        self.attach(order, request).await
+    }
+
+    async fn attach(
+        &self,
+        order: Order<'_>,
+        mut request: api::AddDiskRequest,
+    ) -> Result<AttachedDisk, AttachError> {
+        let Order { path, read_only, block_size, parts, files } = order;
+        let slot = self.slots.take_for_disk().ok_or(AttachError::NoSlot)?;
+        let disk = AttachDisk { slot, read_only, block_size, serial: format!("slot{slot}"), parts };
+        let attached = self.control.request("AttachDisk", &Request::AttachDisk(disk), &files).await;
+        if let Err(source) = attached {
             self.slots.give_back(slot);
             return Err(AttachError::Machine { path, source });
         }
-        match self.agent.add_disk(slot, file_system).await {
+        request.slot = slot.into();
+        match self.agent.add_disk(&request).await {
             Ok(number) => Ok(AttachedDisk { slot, path, number }),
             Err(source) => {
                 self.take_out(slot).await;

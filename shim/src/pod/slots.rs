@@ -8,6 +8,9 @@ use bulkhead_vmm_protocol::DEVICE_SLOTS;
 /// they may take what no disk has yet.
 pub const MAX_DISKS: u8 = 8;
 
+/// How many of these the layers of images leave to disks that containers ask for: layers can be shared as files instead.
+const LEFT_BY_LAYERS: usize = 2;
+
 /// Which slots are taken.
 #[derive(Debug, Default)]
 pub struct Slots(Mutex<[bool; DEVICE_SLOTS as usize]>);
@@ -21,6 +24,12 @@ impl Slots {
     /// Takes a slot for a network interface, one that no disk can have if possible.
     pub fn take_for_interface(&self) -> Option<u8> {
         self.take((0..DEVICE_SLOTS).rev())
+    }
+
+    /// Whether the layers of one more image may be a disk.
+    pub fn have_room_for_layers(&self) -> bool {
+        let free = self.lock()[..usize::from(MAX_DISKS)].iter().filter(|taken| !**taken).count();
+        free > LEFT_BY_LAYERS
     }
 
     /// A slot is free again.
@@ -47,7 +56,12 @@ mod tests {
     #[test]
     fn slots_are_bounded_and_used_again() {
         let slots = Slots::default();
-        let all: Vec<u8> = (0..MAX_DISKS).filter_map(|_| slots.take_for_disk()).collect();
+        let mut all = Vec::new();
+        while slots.have_room_for_layers() {
+            all.extend(slots.take_for_disk());
+        }
+        assert_eq!(all.len(), usize::from(MAX_DISKS) - LEFT_BY_LAYERS);
+        all.extend((0..MAX_DISKS).map_while(|_| slots.take_for_disk()));
         assert_eq!(all, Vec::from_iter(0..MAX_DISKS));
         assert_eq!(slots.take_for_disk(), None);
         assert_eq!([(); 3].map(|()| slots.take_for_interface()), [Some(9), Some(8), None]);

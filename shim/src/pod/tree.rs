@@ -30,6 +30,12 @@ use crate::host::{pin::NamespaceError, small_namespace};
 /// The tree's place in the pod's namespace.
 pub const TREE: &str = "/shared";
 
+/// The name of a container's root file system in its directory, and that of what it changes if the rest is on a disk: the file
+/// server knows by them what only the guest changes.
+pub const ROOTFS: &str = "rootfs";
+/// See [`ROOTFS`].
+pub const CHANGES: &str = "changes";
+
 /// Where a directory or a file is mounted first in the pod's namespace, unseen by the file server.
 const STAGING: [&str; 2] = ["/staging", "/staging-file"];
 
@@ -319,7 +325,7 @@ fn mount_points(container: &Path) -> Vec<PathBuf> {
         fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path()).collect::<Vec<_>>()
     };
     let mut points = children(&container.join("mounts"));
-    points.push(container.join("rootfs"));
+    points.extend([ROOTFS, CHANGES].map(|name| container.join(name)));
     points
 }
 

@@ -327,6 +327,8 @@ mod tests {
             device: (0, 5),
             options: Vec::new(),
             kind: kind.into(),
+            root: "/".into(),
+            source: "none".into(),
         });
         let (known, hidden) = shared(list.iter());
         assert_eq!(known, [&list[2], &list[3]]);
@@ -341,6 +343,8 @@ mod tests {
             device: (0, 5),
             options: vec!["rw".into(), "nodev".into(), "relatime".into()],
             kind: kind.into(),
+            root: "/".into(),
+            source: "none".into(),
         };
         let id = mount_id("/").unwrap();
         let known = BelowMount::new(&mount(id, "overlay"), Path::new("/")).unwrap();

@@ -265,6 +265,7 @@ impl Container {
                 log::warn!("can't record how {} ended: {error}", self.id);
             }
             self.paused.store(false, Ordering::Relaxed);
+            self.disks.tell_host_of_changes().await;
         }
         process.set_state(State::Stopped(exit));
         // An exec that was never started has never been announced.

@@ -9,7 +9,7 @@ use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use oci_spec::runtime::Spec;
 
 use super::container::{Container, Process, State};
-use super::disks::{ContainerDisks, OpenDisks, RootDisk};
+use super::disks::{ContainerDisks, GuestRoot, OpenDisks};
 use super::rootfs::{self, Files};
 use super::shim::{Shim, Slot};
 use super::stdio::{HostStdio, ProcessIo, Stdio};
@@ -114,9 +114,10 @@ impl Shim {
             terminal: request.terminal,
         };
         let host_stdio = HostStdio::open(&stdio)?;
-        let disks = OpenDisks::open(RootDisk::open(&request.rootfs)?, &guest.disks)?;
-        let shared_root = if disks.has_root() { None } else { Some(request.rootfs.as_slice()) };
-        let files = Files::prepare(shared_root, &guest.mounts, &spec, &bundle).await?;
+        let room_for_layers = existing.as_ref().is_none_or(|pod| pod.has_room_for_layers());
+        let disks = OpenDisks::open(GuestRoot::open(&request.rootfs, room_for_layers)?, &guest.disks)?;
+        let root = disks.root_files(&request.rootfs);
+        let files = Files::prepare(root, &guest.mounts, &spec, &bundle).await?;
 
         let hooks = HostHooks::of(&spec, &request.id, &bundle);
         let is_new = existing.is_none();
@@ -295,7 +296,7 @@ impl Order<'_> {
         } else {
             tokio::try_join!(attach, hooks)?;
         }
-        let disks = disks.attach(pod).await?;
+        let disks = disks.attach(pod, self.id).await?;
         match self.make(pod, &disks, host_stdio).await {
             Ok((guest_pid, io)) => {
                 pod.timeline().stamp("container");

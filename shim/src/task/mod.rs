@@ -4,6 +4,7 @@ pub mod container;
 pub mod create;
 pub mod disks;
 pub mod kill;
+pub mod layers;
 pub mod rootfs;
 pub mod service;
 pub mod shim;

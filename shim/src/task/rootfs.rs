@@ -10,7 +10,7 @@ use oci_spec::runtime::Spec;
 
 use crate::error::{ApiError, Classify, Code, chain};
 use crate::host::mounts::{DetachedTree, MountError, MountRequest, Propagation, assemble};
-use crate::pod::tree::{SharedTree, TreeError};
+use crate::pod::tree::{self, SharedTree, TreeError};
 use crate::spec::{self, HostMount};
 
 /// Why a container has no files.
@@ -55,35 +55,54 @@ impl Classify for RootfsError {
     }
 }
 
+/// What of a root file system is shared as files.
+#[derive(Debug, Clone, Copy)]
+pub enum RootFiles<'a> {
+    /// All of it, as these mounts (or the bundle's, if there are none).
+    Mounts(&'a [Mount]),
+    /// The directory of what the container changes; the guest puts it on top of layers that it has on a disk.
+    Changes(&'a Path),
+    /// Nothing: it is on a disk.
+    None,
+}
+
 /// A container's mounts, attached nowhere yet.
 #[derive(Debug)]
 pub struct Files {
-    /// `None` if it is on a disk.
-    rootfs: Option<DetachedTree>,
+    /// With the name of its place.
+    root: Option<(DetachedTree, &'static str)>,
     volumes: Vec<(DetachedTree, Propagation)>,
 }
 
 impl Files {
-    /// Mounts the root file system as containerd asks for it (or takes the bundle's), unless it is on a disk, and the volumes.
+    /// Mounts what is shared of the root file system, and the volumes.
     pub async fn prepare(
-        rootfs: Option<&[Mount]>,
+        root: RootFiles<'_>,
         volumes: &[HostMount],
         spec: &Spec,
         bundle: &Path,
     ) -> Result<Files, ApiError> {
-        let rootfs = match rootfs {
-            Some(mounts) => Some(mount_root(mounts, spec, bundle).await?),
-            None => None,
+        let root = match root {
+            RootFiles::Mounts(mounts) => Some((mount_root(mounts, spec, bundle).await?, tree::ROOTFS)),
+            RootFiles::Changes(directory) => {
+                let changes = DetachedTree::bind(directory, false).map_err(RootfsError::Mount)?;
+                changes
+                    .judge()
+                    .and_then(|_| changes.restrict(Propagation::Private))
+                    .map_err(RootfsError::Mount)?;
+                Some((changes, tree::CHANGES))
+            }
+            RootFiles::None => None,
         };
         let volumes = volumes.iter().map(bind).collect::<Result<_, _>>().map_err(RootfsError::Volume)?;
-        Ok(Files { rootfs, volumes })
+        Ok(Files { root, volumes })
     }
 
     /// Attaches everything where the translated specification says it is.
     pub async fn attach(self, tree: &SharedTree, id: &str) -> Result<(), RootfsError> {
         let directory = Path::new(id);
-        if let Some(rootfs) = self.rootfs {
-            tree.attach(rootfs, &directory.join("rootfs")).await?;
+        if let Some((root, name)) = self.root {
+            tree.attach(root, &directory.join(name)).await?;
         }
         for (number, (volume, propagation)) in self.volumes.into_iter().enumerate() {
             let point = directory.join("mounts").join(number.to_string());

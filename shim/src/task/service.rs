@@ -115,6 +115,8 @@ impl Task for TaskService {
             let _guard = container.init.transition.lock().await;
             explain(&container.pod, container.pod.agent().pause(&request.id).await).await?;
             container.paused.store(true, Ordering::Relaxed);
+            // Who pauses may do so to make an image of it.
+            container.disks.tell_host_of_changes().await;
             shim.publisher
                 .publish(Event::Paused(TaskPaused { container_id: request.id, ..Default::default() }));
             Ok(())

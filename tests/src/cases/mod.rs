@@ -41,6 +41,7 @@ pub mod hostile;
 pub mod io;
 pub mod jail;
 pub mod kernel;
+pub mod layers;
 pub mod lifecycle;
 pub mod likeness;
 pub mod network;
@@ -88,6 +89,7 @@ pub fn all() -> Vec<Case> {
         likeness::CASES,
         kernel::CASES,
         disks::CASES,
+        layers::CASES,
         network::CASES,
         control::CASES,
         ctr::CASES,

@@ -1,11 +1,10 @@
-//! Virtio block device (virtio 1.2, section 5.2) on a raw file or a host block device.
+//! Virtio block device (virtio 1.2, section 5.2) on raw files or a host block device.
 //!
 //! Every request is served in one go on the device thread. Requests that make no sense get an error status; a chain
 //! that isn't even a request (no header, no status byte) stops the device.
 
-use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
 use log::warn;
@@ -17,6 +16,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::chain::{ChainReader, ChainWriter, IoFault};
+use super::parts::{Parts, Piece};
 use super::{
     Activated, Chain, ConfigSpace, DeviceEvents, DeviceFault, DeviceInfo, DeviceKind, Progress, VirtioDevice,
 };
@@ -67,7 +67,7 @@ impl From<super::MemoryFault> for Failure {
 /// The block device.
 #[derive(Debug)]
 pub struct Block {
-    disk: File,
+    disk: Parts,
     read_only: bool,
     /// Size, fixed when the device is made.
     sectors: u64,
@@ -82,15 +82,14 @@ pub struct Block {
 impl Block {
     /// A device over `disk`, whose contents are raw. `serial` is cut to 20 bytes; `block_size` is the size of a logical
     /// block in bytes, a power of two from [`SECTOR`] on.
-    pub fn new(disk: OwnedFd, read_only: bool, serial: &str, block_size: u32) -> io::Result<Self> {
-        let mut disk = File::from(disk);
-        let blocks = disk.seek(SeekFrom::End(0))? / u64::from(block_size);
+    pub fn new(disk: Parts, read_only: bool, serial: &str, block_size: u32) -> Self {
+        let blocks = disk.size() / u64::from(block_size);
         let sectors = blocks * (u64::from(block_size) / SECTOR);
         let mut id = [0; ID_SIZE];
         for (to, from) in id.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
-        Ok(Block { disk, read_only, sectors, block_size, id, write_through: false, warned: false })
+        Block { disk, read_only, sectors, block_size, id, write_through: false, warned: false }
     }
 
     fn config(&self) -> Vec<u8> {
@@ -158,7 +157,19 @@ impl Block {
         let mut position = self.position(sector, length as u64)?;
         let mut left = length;
         while left > 0 {
-            match writer.read_from(self.disk.as_fd(), left, Some(position)) {
+            let done = match self.disk.at(position) {
+                Some(Piece::File(file, position, most)) => {
+                    let most = usize::try_from(most).unwrap_or(usize::MAX).min(left);
+                    writer.read_from(file.as_fd(), most, Some(position))
+                }
+                Some(Piece::Zeroes(most)) => {
+                    let most = usize::try_from(most).unwrap_or(usize::MAX).min(left).min(ZEROES.len());
+                    writer.write_all(&ZEROES[..most])?;
+                    Ok(most)
+                }
+                None => Ok(0),
+            };
+            match done {
                 Ok(0) => return Err(self.failed("read", &io::Error::from(io::ErrorKind::UnexpectedEof))),
                 Ok(done) => {
                     left -= done;
@@ -176,7 +187,7 @@ impl Block {
         }
         let mut position = self.position(sector, reader.remaining() as u64)?;
         while reader.remaining() > 0 {
-            match reader.write_to(self.disk.as_fd(), usize::MAX, Some(position)) {
+            match reader.write_to(self.disk.file().as_fd(), usize::MAX, Some(position)) {
                 Ok(0) => return Err(self.failed("write", &io::Error::from(io::ErrorKind::WriteZero))),
                 Ok(done) => position += done as u64,
                 Err(fault) => self.retry("write", fault)?,
@@ -186,7 +197,10 @@ impl Block {
     }
 
     fn flush(&mut self) -> Result<(), Failure> {
-        self.disk.sync_data().map_err(|error| self.failed("flush", &error))
+        if self.read_only {
+            return Ok(());
+        }
+        self.disk.file().sync_data().map_err(|error| self.failed("flush", &error))
     }
 
     fn write_id(&mut self, writer: &mut ChainWriter<'_>, room: usize) -> Result<u32, Failure> {
@@ -229,7 +243,7 @@ impl Block {
         // SAFETY: fallocate has no memory arguments.
         let result = unsafe {
             libc::fallocate(
-                self.disk.as_raw_fd(),
+                self.disk.file().as_raw_fd(),
                 mode | libc::FALLOC_FL_KEEP_SIZE,
                 position as libc::off_t,
                 length as libc::off_t,
@@ -251,7 +265,7 @@ impl Block {
         let end = position + length;
         while position < end {
             let piece = (end - position).min(ZEROES.len() as u64) as usize;
-            let result = std::os::unix::fs::FileExt::write_at(&self.disk, &ZEROES[..piece], position);
+            let result = std::os::unix::fs::FileExt::write_at(self.disk.file(), &ZEROES[..piece], position);
             match result {
                 Ok(0) => return Err(self.failed("write", &io::Error::from(io::ErrorKind::WriteZero))),
                 Ok(done) => position += done as u64,
@@ -340,7 +354,8 @@ mod tests {
         for sector in 0..SECTORS {
             file.as_file().write_all_at(&[sector as u8; SECTOR as usize], sector * SECTOR).unwrap();
         }
-        let block = Block::new(file.as_file().try_clone().unwrap().into(), read_only, "serial", 512).unwrap();
+        let whole = Parts::whole(file.as_file().try_clone().unwrap().into()).unwrap();
+        let block = Block::new(whole, read_only, "serial", 512);
         (TestDriver::activated(Box::new(block), 0), file)
     }
 
@@ -382,7 +397,8 @@ mod tests {
     fn a_disk_ends_with_its_last_whole_block() {
         let file = TempFile::new().unwrap();
         file.as_file().set_len(3 * 4096 + 512).unwrap();
-        let block = Block::new(file.as_file().try_clone().unwrap().into(), false, "", 4096).unwrap();
+        let whole = Parts::whole(file.as_file().try_clone().unwrap().into()).unwrap();
+        let block = Block::new(whole, false, "", 4096);
         let config = block.config();
         assert_eq!((&config[..8], &config[20..24]), (&24u64.to_le_bytes()[..], &4096u32.to_le_bytes()[..]));
     }
@@ -393,6 +409,24 @@ mod tests {
         assert_eq!(fetch(&mut driver, VIRTIO_BLK_T_IN, 7, 1024), (Some(1025), VIRTIO_BLK_S_OK));
         assert_eq!(driver.read_bytes(DATA, 512), [7; 512]);
         assert_eq!(driver.read_bytes(DATA + 512, 512), [8; 512]);
+    }
+
+    #[test]
+    fn a_read_goes_over_the_ends_of_parts() {
+        let file = |byte: u8, length: usize| {
+            let file = TempFile::new().unwrap().into_file();
+            file.write_all_at(&vec![byte; length], 0).unwrap();
+            file.into()
+        };
+        let parts = Parts::follow_each_other([(file(1, 5000), 8192), (file(2, 4096), 4096)]).unwrap();
+        let mut driver = TestDriver::activated(Box::new(Block::new(parts, true, "", 512)), 0);
+        assert_eq!(fetch(&mut driver, VIRTIO_BLK_T_IN, 8, 8192), (Some(8193), VIRTIO_BLK_S_OK));
+        let bytes = driver.read_bytes(DATA, 8192);
+        let count = |byte: u8| bytes.iter().filter(|&&b| b == byte).count();
+        assert_eq!((count(1), count(0), count(2)), (5000 - 4096, 8192 - 5000, 4096));
+        assert!(bytes[..904].iter().all(|&b| b == 1) && bytes[4096..].iter().all(|&b| b == 2));
+        assert_eq!(fetch(&mut driver, VIRTIO_BLK_T_IN, 23, 1024).1, VIRTIO_BLK_S_IOERR);
+        assert_eq!(store(&mut driver, VIRTIO_BLK_T_OUT, 0, 512), VIRTIO_BLK_S_IOERR);
     }
 
     #[test]

@@ -32,6 +32,7 @@ pub mod fs;
 pub(crate) mod interrupt;
 pub mod mmio;
 pub mod net;
+pub mod parts;
 mod queue;
 pub mod registers;
 pub mod rng;

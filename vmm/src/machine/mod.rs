@@ -210,9 +210,9 @@ impl RunningMachine {
     }
 
     /// Puts a disk into a free slot; the guest finds it when it probes the slot's window.
-    pub fn attach_disk(&mut self, request: &AttachDisk, file: OwnedFd) -> Result<(), SlotError> {
+    pub fn attach_disk(&mut self, request: &AttachDisk, files: Vec<OwnedFd>) -> Result<(), SlotError> {
         self.refuse_for_template()?;
-        self.slots.attach_disk(request, file, &self.bus, &self.devices)
+        self.slots.attach_disk(request, files, &self.bus, &self.devices)
     }
 
     /// Puts a network interface into a free slot, as a disk.

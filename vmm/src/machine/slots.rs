@@ -18,6 +18,7 @@ use crate::devices::VirtioDevice;
 use crate::devices::blk::Block;
 use crate::devices::mmio::MmioTransport;
 use crate::devices::net::Net;
+use crate::devices::parts::Parts;
 use crate::devices::registers::RegisterMemory;
 use crate::devices::slot::DeviceSlot;
 use crate::devices::worker::DeviceWorker;
@@ -92,15 +93,22 @@ impl Slots {
     pub fn attach_disk(
         &mut self,
         request: &AttachDisk,
-        file: OwnedFd,
+        files: Vec<OwnedFd>,
         bus: &Bus,
         devices: &DeviceLoop,
     ) -> Result<(), SlotError> {
-        request.validate()?;
-        let AttachDisk { slot, read_only, serial, block_size } = request;
+        request.validate(files.len())?;
+        let AttachDisk { slot, read_only, serial, block_size, parts } = request;
         let make = || {
-            Block::new(file, *read_only, serial, *block_size)
-                .map_err(|source| SlotError::Disk { serial: serial.clone(), source })
+            let mut files = files.into_iter();
+            let contents = match (parts.as_slice(), files.next()) {
+                ([], Some(file)) => Parts::whole(file),
+                (_, first) => {
+                    Parts::follow_each_other(first.into_iter().chain(files).zip(parts.iter().copied()))
+                }
+            };
+            let contents = contents.map_err(|source| SlotError::Disk { serial: serial.clone(), source })?;
+            Ok(Block::new(contents, *read_only, serial, *block_size))
         };
         self.attach(*slot, make, bus, devices)
     }

@@ -281,6 +281,24 @@ async fn a_root_file_system_on_a_disk_comes_and_goes_with_its_container() {
 }
 
 #[tokio::test]
+async fn layers_are_one_disk_and_leave_slots_to_others() {
+    let stage = Stage::new("layers").await;
+    stage.create("shared").await;
+    let mut view = stage.image();
+    view[0].type_ = "erofs".into();
+    view[0].options = vec!["ro".into(), "loop".into()];
+    for number in 0..6 {
+        stage.create_on(&format!("c{number}"), view.clone()).await.unwrap();
+        assert_eq!(stage.guest.calls("AddDisk").last().unwrap(), &format!("{number} erofs ro,noacl"));
+    }
+    assert_eq!(stage.guest.calls("AttachDisk").last().unwrap(), "5 true 1");
+    // The next one is mounted on the host, which finds nothing in it.
+    let (_, message) = refusal(stage.create_on("late", view).await);
+    assert!(message.contains("can't mount"), "{message}");
+    assert_eq!(stage.guest.calls("AttachDisk").len(), 6);
+}
+
+#[tokio::test]
 async fn a_disk_that_the_guest_refuses_is_taken_back() {
     let stage = Stage::new("refused").await;
     stage.create("shared").await;

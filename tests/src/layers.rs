@@ -1,0 +1,145 @@
+//! Layers of images as containerd's snapshotter `erofs` keeps them: files, and mounts of them on the node. They are on a file
+//! system of their own, an ext4: what the node keeps temporary files in (tmpfs before Linux 6.6) may have no attributes of users.
+
+use std::ffi::CString;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use containerd_shim_protos::api::Mount;
+use nix::mount::{MntFlags, umount2};
+
+use crate::failure::{Explain, Outcome};
+use crate::layout::Layout;
+use crate::{fail, process};
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// Says in an attribute that a directory hides what is below it.
+const OPAQUE: &std::ffi::CStr = c"trusted.overlay.opaque";
+
+/// Layers of one image, each mounted on the node. Dropping it unmounts and removes them.
+#[derive(Debug)]
+pub struct Layers {
+    directory: PathBuf,
+    mkfs: PathBuf,
+    search_path: std::ffi::OsString,
+    count: usize,
+}
+
+/// Mounts an empty ext4 on a directory, which is made, from a file beside it; gives the file.
+///
+/// # Errors
+/// When it can't be had.
+pub fn mount_ext4(layout: &Layout, directory: &Path) -> Outcome<PathBuf> {
+    fs::create_dir_all(directory).explain(|| format!("make {}", directory.display()))?;
+    let image = directory.with_extension("ext4");
+    let empty = layout.rootfs("busybox").with_file_name("scratch.ext4");
+    fs::copy(&empty, &image).explain(|| format!("copy {}", empty.display()))?;
+    let mut command = Command::new("mount");
+    command.args(["-t", "ext4", "-o", "loop"]).arg(&image).arg(directory).env("PATH", layout.search_path());
+    process::run(&mut command, b"", LIMIT)?.success("mount an ext4")?;
+    Ok(image)
+}
+
+impl Layers {
+    /// An image without layers, in a directory that is made.
+    ///
+    /// # Errors
+    /// When there is no `mkfs.erofs`, or no directory.
+    pub fn new(layout: &Layout, directory: PathBuf) -> Outcome<Self> {
+        mount_ext4(layout, &directory)?;
+        let (mkfs, search_path) = (layout.find("mkfs.erofs")?, layout.search_path());
+        Ok(Self { directory, mkfs, search_path, count: 0 })
+    }
+
+    /// Adds a layer with what is in `source`, on top of the others.
+    ///
+    /// # Errors
+    /// When it can't be made or mounted.
+    pub fn add(&mut self, source: &Path) -> Outcome {
+        let layer = self.directory.join(self.count.to_string());
+        let point = layer.join("fs");
+        fs::create_dir_all(&point).explain(|| format!("make {}", point.display()))?;
+        let blob = layer.join("layer.erofs");
+        self.run(Command::new(&self.mkfs).args(["--quiet", "-Enoinline_data"]).arg(&blob).arg(source))?;
+        self.run(Command::new("mount").args(["-t", "erofs", "-o", "ro,loop"]).arg(&blob).arg(&point))?;
+        self.count += 1;
+        Ok(())
+    }
+
+    /// Where they are; there is room for other things.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The file with a layer, counted from the lowest.
+    pub fn blob(&self, number: usize) -> PathBuf {
+        self.directory.join(number.to_string()).join("layer.erofs")
+    }
+
+    /// The overlay that the snapshotter asks for, with these directories for changes.
+    pub fn mounts(&self, upper: &Path, work: &Path) -> Vec<Mount> {
+        let lower: Vec<String> = (0..self.count)
+            .rev()
+            .map(|number| self.directory.join(number.to_string()).join("fs").display().to_string())
+            .collect();
+        vec![Mount {
+            type_: "overlay".into(),
+            source: "overlay".into(),
+            options: vec![
+                format!("workdir={}", work.display()),
+                format!("upperdir={}", upper.display()),
+                format!("lowerdir={}", lower.join(":")),
+                "index=off".into(),
+            ],
+            ..Mount::default()
+        }]
+    }
+
+    fn run(&self, command: &mut Command) -> Outcome {
+        command.env("PATH", &self.search_path);
+        process::run(command, b"", LIMIT)?.success("make a layer").map(drop)
+    }
+}
+
+impl Drop for Layers {
+    fn drop(&mut self) {
+        for number in 0..self.count {
+            let _ = umount2(&self.directory.join(number.to_string()).join("fs"), MntFlags::empty());
+        }
+        let _ = umount2(&self.directory, MntFlags::empty());
+        let _ = fs::remove_dir(&self.directory);
+        let _ = fs::remove_file(self.directory.with_extension("ext4"));
+    }
+}
+
+/// Makes a directory hide what is below it.
+///
+/// # Errors
+/// When the file system does not take it.
+pub fn make_opaque(directory: &Path) -> Outcome {
+    let path = CString::new(directory.as_os_str().as_bytes()).explain(|| "a path".into())?;
+    // SAFETY: both strings end with NUL, and the value has the length that is said.
+    let result = unsafe { nix::libc::lsetxattr(path.as_ptr(), OPAQUE.as_ptr(), c"y".as_ptr().cast(), 1, 0) };
+    if result != 0 {
+        fail!("set {OPAQUE:?} of {}: {}", directory.display(), std::io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Whether a directory hides what is below it, to the node's kernel.
+///
+/// # Errors
+/// When it can't be asked.
+pub fn is_opaque(directory: &Path) -> Outcome<bool> {
+    let path = CString::new(directory.as_os_str().as_bytes()).explain(|| "a path".into())?;
+    let mut value = [0u8; 2];
+    // SAFETY: both strings end with NUL, and the buffer has the length that is said.
+    let length = unsafe {
+        nix::libc::lgetxattr(path.as_ptr(), OPAQUE.as_ptr(), value.as_mut_ptr().cast(), value.len())
+    };
+    Ok(length == 1 && value[0] == b'y')
+}
