@@ -5,6 +5,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use containerd_shim_protos::api::Mount;
+use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use serde_json::json;
 
@@ -312,14 +313,12 @@ fn through_containerd(environment: &mut Environment) -> Outcome<String> {
     containerd.ctr(&[&snapshots[..], &["commit", "committed", &id]].concat())?.success("commit")?;
     let view = [&snapshots[..], &["view", "looked-at", "committed"]].concat();
     containerd.ctr(&view)?.success("ctr snapshots view")?;
-    // With them go containerd's mounts of the layers.
-    let list = containerd.ctr(&[&snapshots[..], &["list"]].concat())?.success("ctr snapshots list")?.stdout;
-    let layer = list.split_whitespace().find(|word| word.starts_with("sha256:"));
-    let layer = layer.explain(|| format!("no layer in {list:?}"))?;
-    // containerd may have collected the first two by then, as nothing refers to them.
-    for name in ["looked-at", "committed", layer] {
-        let removed = containerd.ctr(&[&snapshots[..], &["remove", name]].concat())?;
-        ensure!(removed.code == 0 || name != layer, "ctr snapshots remove {name}: {}", removed.said());
+    // containerd mounts layers until they go with their image; those of this one it would mount again.
+    let mounts = fs::read_to_string("/proc/self/mounts").explain(|| "read the mounts".into())?;
+    let below = containerd.path().join("layers/snapshots");
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(Path::new);
+    for point in points.filter(|point| point.starts_with(&below)) {
+        umount2(point, MntFlags::MNT_DETACH).explain(|| format!("unmount {}", point.display()))?;
     }
     Ok(format!("run, and committed, in {:.3} s", elapsed.as_secs_f64()))
 }
