@@ -21,6 +21,10 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// How long it may take to write back what it has for one.
 const WRITE_BACK_LIMIT: Duration = Duration::from_secs(60);
 
+/// How much of a layer's file is read ahead, as text for the kernel, in KiB: each request costs the guest a stop, and the host
+/// has what is read in its page cache.
+const LAYER_READAHEAD_KIB: &str = "1024";
+
 /// A disk that can't be taken up or let go.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
@@ -122,6 +126,10 @@ async fn mount_layers(
     prepare().map_err(|source| DiskError::System { slot, source })?;
     let source = Path::new("/dev").join(&device.name);
     let (flags, data) = flags_and_data(&request.options);
+    let queue = Path::new("/sys/class/block").join(&device.name).join("queue/read_ahead_kb");
+    if let Err(error) = fs::write(&queue, LAYER_READAHEAD_KIB) {
+        log::warn!("files of layers are read in small pieces: {}: {error}", queue.display());
+    }
     in_a_process("mount the layers in", slot, LIMIT, reaper, || {
         let sources = layers::divide(&source, &parts)?;
         for (number, source) in sources.iter().enumerate() {
