@@ -62,7 +62,7 @@ cp -al "$root"/target/images/{attack,busybox} "$payload/images/"
 printf '#!/bin/sh\nexec "$(dirname "$0")/bin/%s" "$@"\n' "$program" >"$payload/run"
 chmod 755 "$payload" "$payload/run"
 # Docker's programs, for the cases that ask for them.
-if [[ $what == e2e && ($# -eq 0 || " $*" == *docker*) ]]; then
+if [[ $what == e2e && ($# -eq 0 || " $*" == *docker* || "$*" == *kernel*) ]]; then
     "$root/tests/docker.sh" "$root/target/docker"
     ln "$root"/target/docker/* "$payload/bin/"
 fi

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Case, Ended, Environment};
 use crate::bundle::{self, Bundle};
-use crate::failure::Outcome;
+use crate::failure::{Explain, Outcome};
 use crate::stdio::Streams;
 use crate::{ensure, ensure_eq};
 
@@ -21,9 +21,16 @@ pub const CASES: &[Case] = &[
     Case::new("kernel-mesh-iptables-nft", |environment| mesh(environment, "nft")).own_kernel(),
     Case::new("kernel-services-nft", services).own_kernel(),
     Case::new("kernel-wireguard", wireguard).own_kernel(),
+    docker_case(),
 ];
 
-/// How long one container may take.
+const fn docker_case() -> Case {
+    let mut case = Case::new("kernel-docker", docker).own_kernel().cold();
+    case.limit = 90;
+    case
+}
+
+/// How long one container may take: a daemon has to start in the largest.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Capabilities that the cases need beyond a container's own.
@@ -254,3 +261,58 @@ fn wireguard(environment: &mut Environment) -> Outcome<String> {
     );
     Ok("a tunnel between two namespaces".into())
 }
+
+/// A daemon of Docker in the container, prepared like Docker's own image of it, and a container in its container.
+const DAEMON: &str = "set -e
+    mkdir -p /sys/fs/cgroup/init; cat /sys/fs/cgroup/cgroup.procs | while read p; do echo $p >/sys/fs/cgroup/init/cgroup.procs || true; done
+    sed -e 's/ / +/g' -e 's/^/+/' /sys/fs/cgroup/cgroup.controllers >/sys/fs/cgroup/cgroup.subtree_control
+    ln -s iptables-nft /bin/iptables; ln -s ip6tables-nft /bin/ip6tables
+    export PATH=/bin:/host/bin:/node/bin:/node/sbin
+    cp /node/lib/x86_64-linux-gnu/lib*.so.* /lib/x86_64-linux-gnu/ # runc's own child has no search path
+    dockerd -l warn --exec-root /run/docker --init-path /host/bin/docker-init --userland-proxy-path /host/bin/docker-proxy >/run/log 2>&1 &
+    i=0; until docker version >/dev/null 2>&1; do i=$((i + 1)); [ $i -lt 100 ] || { tail -n 20 /run/log; exit 1; }; sleep 0.2; done
+    tar -c -C / bin/busybox bin/sh bin/ip bin/ping | docker import - image >/dev/null
+    docker info -f '{{.Driver}} {{.CgroupVersion}}'
+    docker run -d --name server --memory 32m image busybox httpd -f -p 80 >/dev/null
+    docker run --rm -p 8080:80 image busybox sh -c 'echo inner; busybox ping -c 1 -W 5 172.17.0.2 | busybox grep -o \"1 packets received\"' || { tail -n 20 /run/log; exit 1; }
+    cat /sys/fs/cgroup/docker/*/memory.max
+    iptables-nft-save -t nat | grep -c MASQUERADE";
+
+fn docker(environment: &mut Environment) -> Outcome<String> {
+    let id = environment.id("docker");
+    let mut spec = able(&id, DAEMON);
+    let all: Vec<String> = ALL_CAPABILITIES.split(' ').map(|name| format!("CAP_{name}")).collect();
+    for set in ["bounding", "effective", "permitted", "inheritable"] {
+        spec["process"]["capabilities"][set] = json!(all);
+    }
+    spec["process"]["noNewPrivileges"] = json!(false);
+    spec["process"]["rlimits"] = json!([{ "type": "RLIMIT_NOFILE", "hard": 65536, "soft": 65536 }]);
+    spec["linux"]["maskedPaths"] = json!([]);
+    spec["linux"]["resources"] =
+        json!({ "devices": [{ "allow": true, "access": "rwm" }], "memory": { "limit": 1 << 30 } });
+    if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
+        namespaces.push(json!({ "type": "cgroup" }));
+    }
+    let programs = environment.layout.bin("");
+    if let Some(mounts) = spec["mounts"].as_array_mut() {
+        for mount in mounts.iter_mut().filter(|mount| mount["type"] == "sysfs") {
+            mount["options"] = json!(["nosuid", "noexec", "nodev"]);
+        }
+        let on = |kind: &str, to: &str| json!({ "destination": to, "type": kind, "source": kind, "options": ["rw"] });
+        mounts.push(on("cgroup", "/sys/fs/cgroup"));
+        mounts.push(on("tmpfs", "/var/lib/docker"));
+        mounts.push(bundle::bind(&programs, "/host/bin", &["rbind", "ro"]));
+        mounts.push(bundle::bind("/usr".as_ref(), "/node", &["rbind", "ro"]));
+    }
+    let said = run(environment, &id, &spec)?;
+    let said = said.success().explain(|| "Docker in a pod".into())?;
+    ensure_eq!(said, "overlay2 2\ninner\n1 packets received\n33554432\n1\n", "Docker in a pod");
+    Ok("Debian's dockerd: overlay2, a network with iptables-nft, limits, one container that pings another"
+        .into())
+}
+
+/// The names of all capabilities.
+const ALL_CAPABILITIES: &str = "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE \
+    NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT \
+    SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE \
+    MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE";
