@@ -11,6 +11,9 @@ use crate::timeline::{self, Window};
 /// Pods of each runtime before the first one that counts: caches fill, containerd grows its heap.
 const WARM_UP: usize = 1;
 
+/// After a pod's end the kernel still frees what it had: no runtime is to pay for the one before it in line.
+const SETTLE: Duration = Duration::from_millis(200);
+
 /// A start that counted.
 struct Start {
     kind: Kind,
@@ -52,6 +55,7 @@ async fn one(bench: &mut Bench<'_>, runtime: &Runtime, counts: bool) -> Result<O
     let (pod, times) = bench.pods.start(runtime, &pod::idle()).await?;
     let id = pod.id().to_owned();
     let stopped = pod.stop().await?;
+    tokio::time::sleep(SETTLE).await;
     if !counts {
         return Ok(None);
     }

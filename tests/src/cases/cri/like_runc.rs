@@ -224,8 +224,8 @@ pub fn limits(environment: &mut Environment) -> Outcome<String> {
 
 /// Parameters of the network that are the kernel's own business: they go by the size of the memory, or are of parts that one
 /// kernel has and the other has not; an interface's that the agent sets as it takes the addresses over from the host.
-const OWN_PARAMETERS: &str = "net/netfilter/|net/bridge/|net/nf_|net/mptcp/|ipv4/tcp_(mem|ehash_entries|max_|child_ehash)|ipv4/udp_(mem|hash_entries)|\
-     ipv4/(neigh|route|inet_peer)|ipv6/neigh|ipv6/conf/eth0/(accept_dad|accept_ra|addr_gen_mode|autoconf)=|xfrm|_next_id";
+const OWN_PARAMETERS: &str = "net/netfilter/|net/bridge/|net/nf_|net/mptcp/|ipv4/tcp_(mem|ehash_entries|max_|child_ehash)|\
+     ipv4/tcp_(available|allowed)_congestion|ipv4/udp_(mem|hash_entries)|ipv4/(neigh|route|inet_peer)|ipv6/neigh|ipv6/conf/eth0/(accept_dad|accept_ra|addr_gen_mode|autoconf)=|xfrm|_next_id";
 
 /// The parameters of the network and of IPC: those of a new namespace, which takes some from the node, with what CNI has set.
 pub fn parameters(environment: &mut Environment) -> Outcome<String> {
@@ -270,7 +270,8 @@ pub fn file_systems(environment: &mut Environment) -> Outcome<String> {
             },
             Question {
                 what: "masked and read-only paths",
-                script: "cat /proc/kcore /proc/timer_list /proc/keys | wc -c; ls /sys/firmware | wc -l; \
+                // A guest kernel need not have all of them.
+                script: "for f in kcore timer_list keys; do [ ! -e /proc/$f ] || cat /proc/$f; done | wc -c; ls /sys/firmware | wc -l; \
                          echo x >/proc/sys/kernel/domainname; echo x >/proc/irq/default_smp_affinity",
                 configure: |_| {},
             },
