@@ -70,6 +70,8 @@ pub struct Header {
     pub unique: u64,
     /// The inode it is about.
     pub node: u64,
+    /// The guest's user on whose behalf it is.
+    pub uid: u32,
 }
 
 /// What to do with a packet.
@@ -171,7 +173,12 @@ fn header(packet: &[u8]) -> Option<Header> {
     if packet.len() < IN_HEADER || usize::try_from(u32_at(packet, 0)?) != Ok(packet.len()) {
         return None;
     }
-    Some(Header { opcode: u32_at(packet, 4)?, unique: u64_at(packet, 8)?, node: u64_at(packet, 16)? })
+    Some(Header {
+        opcode: u32_at(packet, 4)?,
+        unique: u64_at(packet, 8)?,
+        node: u64_at(packet, 16)?,
+        uid: u32_at(packet, 24)?,
+    })
 }
 
 fn check_body(shape: &Shape, body: &[u8]) -> Result<(), i32> {

@@ -107,6 +107,7 @@ impl Server {
             from: (header.node, field(0), field(1)),
             to: (field(2), field(3), field(4)),
             length: field(5),
+            uid: header.uid,
         };
         match self.tree.copy_range(&range) {
             // struct fuse_write_out

@@ -352,7 +352,7 @@ impl FileSystem for SharedTree {
 
     fn fallocate(
         &self,
-        _ctx: &Context,
+        ctx: &Context,
         node: u64,
         handle: u64,
         bits: u32,
@@ -360,8 +360,7 @@ impl FileSystem for SharedTree {
         length: u64,
     ) -> io::Result<()> {
         let (handle, inode) = (self.handles.get(handle, node)?, self.inodes.get(node)?);
-        // The guest's kernel has taken set-id bits away before, if they are to go.
-        Ok(set_id::keep(&self.own_fds, &inode, false, || {
+        Ok(set_id::keep(&self.own_fds, &inode, set_id::taken_by(ctx.uid), || {
             fs::fallocate(&handle.file, FallocateFlags::from_bits_retain(bits), offset, length)
         })?)
     }

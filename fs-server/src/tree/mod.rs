@@ -76,6 +76,8 @@ pub struct CopyRange {
     pub to: (u64, u64, u64),
     /// How many bytes.
     pub length: u64,
+    /// The user who asks.
+    pub uid: u32,
 }
 
 impl SharedTree {
@@ -116,8 +118,7 @@ impl SharedTree {
         let inode = self.inodes.get(node)?;
         // Bounded, so that one request can't keep a worker for long.
         let length = range.length.min(MAX_COPY) as usize;
-        // The guest's kernel has taken set-id bits away before, if they are to go.
-        set_id::keep(&self.own_fds, &inode, false, || {
+        set_id::keep(&self.own_fds, &inode, set_id::taken_by(range.uid), || {
             copy_file_range(&source.file, Some(&mut from), &destination.file, Some(&mut to), length)
         })
     }

@@ -128,6 +128,23 @@ fn set_id_bits_go_only_if_the_guest_says_so() {
     assert_eq!(attr.mode & 0o7777, 0o4755);
     let attr = server.fuse.setattr(file.node, FATTR_SIZE | 0x800, 1, 0, (0, 0)).unwrap();
     assert_eq!(attr.mode & 0o7777, 0o755, "FATTR_KILL_SUIDGID");
+
+    // Requests that say nothing of it.
+    let number = |number: u64| number.to_le_bytes();
+    let reserve = [number(handle), number(0), number(4096), number(0)].concat();
+    let copy =
+        [number(handle), number(0), number(file.node), number(handle), number(8), number(1), number(0)]
+            .concat();
+    for (opcode, body) in [(op::FALLOCATE, reserve), (op::COPY_FILE_RANGE, copy)] {
+        for (uid, left) in [(0, 0o4755), (1000, 0o755)] {
+            server.fuse.ids = (0, 0);
+            server.fuse.setattr(file.node, FATTR_MODE, 0, 0o4755, (0, 0)).unwrap();
+            server.fuse.ids = (uid, uid);
+            server.fuse.call(opcode, file.node, &body).unwrap();
+            let mode = server.fuse.getattr(file.node).unwrap().mode & 0o7777;
+            assert_eq!(mode, left, "request {opcode} of user {uid}");
+        }
+    }
 }
 
 #[test]
