@@ -173,7 +173,7 @@ impl SharedTree {
             Place::Top if !crossed => Place::Container,
             _ => Place::Below,
         };
-        let mount = if crossed {
+        let entered = if crossed {
             self.crossings.note(attributes.mount_id(), directory, name);
             let sharing = match name.to_bytes() {
                 ROOTFS if parent.place == Place::Container => Sharing::GuestOnly,
@@ -184,8 +184,12 @@ impl SharedTree {
         } else {
             parent.mount.clone()
         };
-        let stands_for =
-            if attributes.is_marked() { Node::of(&path_fd, attributes.number(), &mount.nodes) } else { None };
+        let stands_for = if attributes.is_marked() {
+            Node::of(&path_fd, attributes.number(), &entered.nodes)
+        } else {
+            None
+        };
+        let mount = self.mounts.within(&entered, attributes.device())?;
         let found = Inode::new(path_fd, &attributes, place, mount, parent.view).standing_for(stands_for);
         let (node, inode) = self.inodes.look_up(found)?;
         Ok(Entry {

@@ -53,6 +53,9 @@ impl Sharing {
 #[derive(Debug)]
 pub struct Mount {
     slot: u16,
+    key: MountKey,
+    /// Others of its mount (see [`Mounts::within`]), which the guest may come back to for as long as it knows this one.
+    parts: Mutex<Vec<Arc<Mount>>>,
     /// Who may change its files.
     pub sharing: Sharing,
     /// Device nodes on it that its file system has no room for.
@@ -92,9 +95,26 @@ impl Mounts {
         known.retain(|_, mount| mount.strong_count() > 0);
         let used: BTreeSet<u16> = known.values().filter_map(Weak::upgrade).map(|mount| mount.slot).collect();
         let slot = (0..MAX_SLOTS).find(|slot| !used.contains(slot)).ok_or(Errno::NFILE)?;
-        let new = Arc::new(Mount { slot, sharing, nodes: Kept::default() });
+        let new = Arc::new(Mount { slot, key, parts: Mutex::default(), sharing, nodes: Kept::default() });
         known.insert(key, Arc::downgrade(&new));
         Ok(new)
+    }
+
+    /// The file system of a file that was reached through `mount` without entering another: the same one, as a rule. But layers
+    /// of an overlay that lie on file systems of their own keep device and inode numbers of theirs, and so do subvolumes of
+    /// btrfs; to the same number belong different files there.
+    pub fn within(&self, mount: &Arc<Mount>, device: (u32, u32)) -> Result<Arc<Mount>> {
+        let (own, read_only, sharing) = mount.key;
+        if device == own {
+            return Ok(mount.clone());
+        }
+        let mut parts = mount.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(part) = parts.iter().find(|part| part.key.0 == device) {
+            return Ok(part.clone());
+        }
+        let part = self.get(device, read_only, sharing)?;
+        parts.push(part.clone());
+        Ok(part)
     }
 }
 
@@ -119,6 +139,18 @@ mod tests {
         }
         let again = mounts.get((0, 1), false, Sharing::WithHost).unwrap();
         assert_eq!(one.guest_number(42), again.guest_number(42));
+    }
+
+    #[test]
+    fn parts_of_a_mount_are_told_apart_and_stay() {
+        let mounts = Mounts::default();
+        let root = mounts.get((0, 1), true, Sharing::GuestOnly).unwrap();
+        assert!(Arc::ptr_eq(&mounts.within(&root, (0, 1)).unwrap(), &root));
+        let slot = mounts.within(&root, (0, 2)).unwrap().slot;
+        assert_ne!(slot, root.slot);
+        let other = mounts.get((0, 3), true, Sharing::GuestOnly).unwrap();
+        assert_ne!(other.slot, slot, "nobody knows a file of the part, but the guest knows its mount");
+        assert_eq!(mounts.within(&root, (0, 2)).unwrap().slot, slot);
     }
 
     #[test]

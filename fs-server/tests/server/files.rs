@@ -1,5 +1,6 @@
 //! File system semantics, through the real binary.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
@@ -498,4 +499,44 @@ fn an_overlay_as_root_file_system_keeps_ownership_and_numbers() {
     let mut names = server.fuse.names(rootfs, handle, 4096).unwrap();
     names.sort();
     assert_eq!(names, [".", "..", "e", "new"]);
+}
+
+#[test]
+fn layers_on_file_systems_of_their_own_may_number_their_files_alike() {
+    const FILES: usize = 40;
+    let mut server = Server::start();
+    let layers = server.path("c1/mounts/0");
+    for directory in ["lower", "changes"] {
+        fs::create_dir(layers.join(directory)).unwrap();
+        // Two fresh tmpfs give their files the same numbers.
+        mount_tmpfs(&layers.join(directory));
+    }
+    for directory in ["changes/upper", "changes/work"] {
+        fs::create_dir(layers.join(directory)).unwrap();
+    }
+    for index in 0..FILES {
+        fs::write(layers.join(format!("lower/old{index}")), format!("old {index}")).unwrap();
+    }
+    fs::create_dir_all(server.path("c2/rootfs")).unwrap();
+    let [lower, upper, work] =
+        ["lower", "changes/upper", "changes/work"].map(|name| layers.join(name).display().to_string());
+    let options = format!("lowerdir={lower},upperdir={upper},workdir={work}");
+    let target = server.path("c2/rootfs");
+    mount(Some("overlay"), &target, Some("overlay"), MsFlags::empty(), Some(&options[..])).unwrap();
+    let rootfs = server.node("c2/rootfs");
+
+    let mut nodes = BTreeSet::new();
+    let mut numbers = BTreeSet::new();
+    for index in 0..FILES {
+        let old = server.fuse.lookup(rootfs, &format!("old{index}")).unwrap();
+        let (new, handle) = server.fuse.create(rootfs, &format!("new{index}"), libc::O_RDWR, 0o600).unwrap();
+        server.fuse.write(new.node, handle, 0, format!("new {index}").as_bytes(), 0).unwrap();
+        nodes.extend([old.node, new.node]);
+        numbers.extend([old.attr.number, new.attr.number]);
+    }
+    assert_eq!((nodes.len(), numbers.len()), (2 * FILES, 2 * FILES), "two files as one");
+    for index in 0..FILES {
+        assert_eq!(fs::read(target.join(format!("old{index}"))).unwrap(), format!("old {index}").as_bytes());
+        assert_eq!(fs::read(target.join(format!("new{index}"))).unwrap(), format!("new {index}").as_bytes());
+    }
 }
