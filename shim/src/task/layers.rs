@@ -65,11 +65,12 @@ impl LayeredRoot {
         if lower.len() > MAX_PARTS || (upper.is_none() && lower.len() < 2) {
             return None;
         }
+        let layers = Layer::mounted_at(&lower)?;
         let changes = match upper {
             Some((upper, work)) => Some(Changes::of(upper, work)?),
             None => None,
         };
-        Some(LayeredRoot { layers: Layer::mounted_at(&lower)?, changes, options })
+        Some(LayeredRoot { layers, changes, options })
     }
 }
 

@@ -202,7 +202,8 @@ fn two_pods(environment: &mut Environment) -> Outcome<String> {
 fn containerd_restarts(environment: &mut Environment) -> Outcome<String> {
     let (id, runtime) = (environment.id("restart"), environment.runtime.name());
     let containerd = environment.containerd()?;
-    let script = "trap 'exit 9' TERM; i=0; while :; do i=$((i+1)); echo $i >/count; sleep 0.05; done";
+    let script =
+        "trap 'exit 9' TERM; i=0; while :; do i=$((i+1)); echo $i >/next; mv /next /count; sleep 0.05; done";
     containerd
         .ctr(&["run", "-d", "--runtime", runtime, IMAGE, &id, "/bin/sh", "-c", script])?
         .success("ctr run -d")?;
@@ -212,7 +213,7 @@ fn containerd_restarts(environment: &mut Environment) -> Outcome<String> {
             .success("ctr task exec")?;
         output.stdout.trim().parse().explain(|| format!("count {:?}", output.stdout))
     };
-    let before = count(containerd, "a")?;
+    let before = eventually("the container counts", CALL_LIMIT, || count(containerd, "a"))?;
     containerd.restart()?;
     let after = count(containerd, "b")?;
     ensure!(after >= before, "the container was started anew: it counted {before}, then {after}");
