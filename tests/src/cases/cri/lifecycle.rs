@@ -7,8 +7,9 @@ use bulkhead_cri::proto::{self, ContainerState, PodSandboxState};
 use protobuf::MessageField;
 
 use crate::cases::Environment;
-use crate::cri::{Container, Node, Pod};
+use crate::cri::{CALL_LIMIT, Container, Node, Pod};
 use crate::failure::{Explain, Outcome};
+use crate::process::eventually;
 use crate::{ensure, ensure_eq};
 
 /// From the first call to the last, with everything that the kubelet asks meanwhile.
@@ -34,6 +35,10 @@ pub fn pod(environment: &mut Environment) -> Outcome<String> {
     container.start()?;
     container.wait_for_output("out\n")?;
     let first_byte = started.elapsed();
+    eventually("the program after both lines", CALL_LIMIT, || {
+        ensure_eq!(container.exec("cat /proc/1/comm")?.success()?, "sleep\n", "process 1");
+        Ok(())
+    })?;
     let status = container.status()?;
     ensure_eq!(status.state.enum_value_or_default(), ContainerState::CONTAINER_RUNNING, "state");
     ensure!(status.started_at >= status.created_at && status.finished_at == 0, "{status}");
