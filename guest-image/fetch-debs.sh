@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# fetch-debs.sh SUITE DIR PACKAGE...: download PACKAGEs of a Debian suite (for instance sid) into DIR.
+# fetch-debs.sh SUITE DIR [--with-dependencies] PACKAGE...: download PACKAGEs of a Debian suite (for instance sid) into DIR,
+# or them and all that they depend on.
 #
 # The suite is read from this machine's own Debian mirror through a private apt configuration under target/apt/:
 # the system's sources, lists and cache are neither used nor changed, and signatures are checked as always.
@@ -7,11 +8,13 @@
 set -euo pipefail
 
 if (($# < 3)); then
-    echo "usage: $0 SUITE DIR PACKAGE..." >&2
+    echo "usage: $0 SUITE DIR [--with-dependencies] PACKAGE..." >&2
     exit 2
 fi
 suite=$1 dir=$2
 shift 2
+whole=
+[[ $1 != --with-dependencies ]] || { whole=yes && shift; }
 root=$(cd "$(dirname "$0")/.." && pwd)
 apt=$root/target/apt/$suite
 mkdir -p "$apt"/{lists/partial,cache/archives/partial} "$dir"
@@ -22,6 +25,7 @@ for package in "$@"; do
     compgen -G "$dir/${package}_*.deb" >/dev/null || missing+=("$package")
 done
 ((${#missing[@]})) || exit 0
+[[ -z $whole ]] || missing=("$@")
 
 codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
 mirror=$(apt-get indextargets --format '$(RELEASE) $(ORIGIN) $(REPO_URI)' 'Created-By: Packages' |
@@ -52,7 +56,12 @@ log=$apt/fetch.log
 exec 9>"$apt/lock"
 flock 9
 echo "fetch-debs: $suite: ${missing[*]}"
-if ! { apt-get "${options[@]}" update && cd "$dir" && apt-get "${options[@]}" download "${missing[@]}"; } >"$log" 2>&1; then
+# What is to be downloaded, of what was asked for.
+chosen() {
+    [[ -n $whole ]] || { printf '%s\n' "${missing[@]}" && return; }
+    apt-get "${options[@]}" --simulate --no-install-recommends install "${missing[@]}" | awk '$1 == "Inst" { print $2 }'
+}
+if ! { apt-get "${options[@]}" update && cd "$dir" && chosen >"$apt/chosen" && xargs apt-get "${options[@]}" download <"$apt/chosen"; } >"$log" 2>&1; then
     echo "fetch-debs: cannot fetch ${missing[*]} of suite $suite; the end of $log:" >&2
     tail -n 5 "$log" >&2
     exit 1

@@ -68,11 +68,13 @@ if [[ $what == e2e && ($# -eq 0 || " $*" == *docker* || "$*" == *kernel*) ]]; th
 fi
 # And mkfs.erofs, for containerd's erofs snapshotter and the cases about layers.
 [[ $what != e2e ]] || "$root/tests/images/erofs.sh" "$payload" "$kind"
-# And the tools for the cases about the guest's kernel.
-if [[ $what == e2e && ($# -eq 0 || " $*" == *" kernel"*) ]]; then
-    "$root/tests/images/tools.sh"
-    cp -al "$root/target/images/tools" "$payload/images/"
-fi
+# And the tools for the cases about the guest's kernel, and a Debian for those with programs as people run them.
+for image in tools:kernel software:software; do
+    if [[ $what == e2e && ($# -eq 0 || " $*" == *" ${image#*:}"*) ]]; then
+        "$root/tests/images/${image%:*}.sh"
+        cp -al "$root/target/images/${image%:*}" "$payload/images/"
+    fi
+done
 results=$root/target/$what
 [[ $what != bench ]] || "$root/bench/payload.sh" "$payload" "$kind"
 

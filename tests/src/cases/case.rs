@@ -63,8 +63,8 @@ pub struct Case {
     pub cold: bool,
     /// Whether its pods come by way of the Sandbox API.
     pub sandboxed: bool,
-    /// Whether it asks for the image of tools.
-    pub tools: bool,
+    /// The larger test image that it asks for.
+    pub image: Option<&'static str>,
     /// Whether it asks for Bulkhead's own guest kernel.
     pub own_kernel: bool,
     /// How long it may take, seconds.
@@ -82,7 +82,7 @@ impl Case {
             bulkhead_only: false,
             cold: false,
             sandboxed: false,
-            tools: false,
+            image: None,
             own_kernel: false,
             limit: 30,
             run,
@@ -107,16 +107,16 @@ impl Case {
         self.bulkhead_only()
     }
 
-    /// The same with the image of tools.
-    pub const fn with_tools(mut self) -> Self {
-        self.tools = true;
+    /// The same with one of the larger test images.
+    pub const fn with_image(mut self, name: &'static str) -> Self {
+        self.image = Some(name);
         self
     }
 
-    /// The same, with those, about what only Bulkhead's own guest kernel has.
+    /// The same, with the image of tools, about what only Bulkhead's own guest kernel has.
     pub const fn own_kernel(mut self) -> Self {
         self.own_kernel = true;
-        self.with_tools()
+        self.with_image("tools")
     }
 
     /// The same in pods that boot.

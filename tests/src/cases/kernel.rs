@@ -13,8 +13,8 @@ use crate::{ensure, ensure_eq};
 
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
-    Case::new("kernel-user-namespaces", user_namespaces).with_tools(),
-    Case::new("kernel-message-queues", message_queues).with_tools(),
+    Case::new("kernel-user-namespaces", user_namespaces).with_image("tools"),
+    Case::new("kernel-message-queues", message_queues).with_image("tools"),
     Case::new("kernel-real-time", real_time).own_kernel(),
     Case::new("kernel-interfaces", interfaces).own_kernel(),
     Case::new("kernel-mesh-iptables-legacy", |environment| mesh(environment, "legacy")).own_kernel(),

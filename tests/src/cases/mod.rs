@@ -51,6 +51,7 @@ pub mod ports;
 pub mod resources;
 pub mod rootfs;
 pub mod sandbox;
+pub mod software;
 pub mod template;
 
 /// The status of a task as containerd numbers it.
@@ -87,6 +88,7 @@ pub fn all() -> Vec<Case> {
         hooks::CASES,
         rootfs::CASES,
         likeness::CASES,
+        software::CASES,
         kernel::CASES,
         disks::CASES,
         layers::CASES,
@@ -154,8 +156,8 @@ impl Environment {
         if case.bulkhead_only && self.runtime != Runtime::Bulkhead {
             return Some("about our runtime only");
         }
-        if case.tools && !self.layout.rootfs("tools").is_dir() {
-            return Some("there is no image of tools here");
+        if case.image.is_some_and(|name| !self.layout.rootfs(name).is_dir()) {
+            return Some("the test image that it runs in is not here");
         }
         if case.own_kernel && self.runtime == Runtime::Bulkhead && !self.layout.has_own_kernel() {
             return Some(
