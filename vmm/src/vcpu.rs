@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bulkhead_vmm_protocol::ExitReason;
+use kvm_bindings::{KVM_EXIT_NOTIFY, KVM_EXIT_X86_BUS_LOCK};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -18,6 +19,10 @@ use crate::memory::SharedRam;
 
 /// What Linux leaves at [`RESET_FLAG`] when a reset follows a panic (`reboot=panic_warm`).
 const WARM_RESET: u16 = 0x1234;
+
+/// How long a vCPU rests after it has locked the bus of the whole host, which all others wait for: programs that mean to do
+/// so are none, and Linux on the host makes its own rest longer (`split_lock_detect`).
+const BUS_LOCK_REST: Duration = Duration::from_millis(1);
 
 /// How long a vCPU may take to stop: it can be in the middle of a disk's or the host kernel's work.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
@@ -150,6 +155,14 @@ impl Vcpu {
                 None
             }
             VcpuExit::Intr | VcpuExit::IrqWindowOpen => None,
+            VcpuExit::Unsupported(KVM_EXIT_X86_BUS_LOCK) => {
+                // Not a sleep, which is a call that this thread's filter hasn't.
+                std::thread::park_timeout(BUS_LOCK_REST);
+                None
+            }
+            VcpuExit::Unsupported(KVM_EXIT_NOTIFY) => {
+                Some(self.failed("the guest took no interrupts, and its state is lost".into()))
+            }
             VcpuExit::Shutdown => Some(ExitReason::TripleFault),
             VcpuExit::FailEntry(reason, cpu) => Some(
                 self.failed(format!("the CPU refused to enter the guest: reason {reason:#x} on CPU {cpu}")),

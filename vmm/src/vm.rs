@@ -5,8 +5,10 @@ use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_MEM_READONLY,
-    KVM_PMU_CAP_DISABLE, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_userspace_memory_region,
+    KVM_API_VERSION, KVM_BUS_LOCK_DETECTION_EXIT, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_PMU_CAPABILITY,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_BUS_LOCK_EXIT, KVM_CAP_X86_NOTIFY_VMEXIT, KVM_IRQ_ROUTING_MSI,
+    KVM_MEM_READONLY, KVM_PMU_CAP_DISABLE, KVM_X86_NOTIFY_VMEXIT_ENABLED, KvmIrqRouting, kvm_enable_cap,
+    kvm_irq_routing_entry, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_NOTIFY};
@@ -72,6 +74,23 @@ pub(crate) fn open_kvm(fd: OwnedFd) -> Result<Kvm, MachineError> {
     }
 }
 
+/// What KVM takes away from a guest where it can: a capability, the flag that it is announced by and switched on with, and what
+/// that does.
+const RESTRICTIONS: [(u32, u32, &str); 3] = [
+    // Not only none that CPUID lists.
+    (KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, "take the performance counters away"),
+    // A lock across two cache lines stops the memory of the whole host: see `Vcpu`.
+    (KVM_CAP_X86_BUS_LOCK_EXIT, KVM_BUS_LOCK_DETECTION_EXIT, "have locks of the whole bus reported"),
+    // A guest that keeps the CPU from noticing interrupts, by exceptions without end, is made to leave.
+    (KVM_CAP_X86_NOTIFY_VMEXIT, KVM_X86_NOTIFY_VMEXIT_ENABLED, "have a guest that takes no interrupts leave"),
+];
+
+fn with_argument(cap: u32, argument: u64) -> kvm_enable_cap {
+    let mut enable = kvm_enable_cap { cap, ..Default::default() };
+    enable.args[0] = argument;
+    enable
+}
+
 /// Creates a virtual machine without memory, vCPUs and devices.
 pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, MachineError> {
     let vm = loop {
@@ -81,14 +100,12 @@ pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, MachineError> {
         }
     };
     vm.set_tss_address(KVM_TSS).map_err(kvm_failed("place its TSS"))?;
-    let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
-    split.args[0] = IRQ_PINS.into();
-    vm.enable_cap(&split).map_err(kvm_failed("split the interrupt controllers"))?;
-    // Where KVM can, the guest gets no performance counters at all, not only none that CPUID lists.
-    if kvm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into()) & KVM_PMU_CAP_DISABLE as i32 != 0 {
-        let mut no_counters = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
-        no_counters.args[0] = KVM_PMU_CAP_DISABLE.into();
-        vm.enable_cap(&no_counters).map_err(kvm_failed("take the performance counters away"))?;
+    vm.enable_cap(&with_argument(KVM_CAP_SPLIT_IRQCHIP, IRQ_PINS.into()))
+        .map_err(kvm_failed("split the interrupt controllers"))?;
+    for (cap, flag, what) in RESTRICTIONS {
+        if kvm.check_extension_raw(cap.into()) as u32 & flag != 0 {
+            vm.enable_cap(&with_argument(cap, flag.into())).map_err(kvm_failed(what))?;
+        }
     }
     Ok(vm)
 }
@@ -131,10 +148,21 @@ pub(crate) fn show_registers(
 }
 
 /// Creates vCPUs, each with its features and nothing else set.
-pub(crate) fn create_vcpus(vm: &VmFd, cpuid: &CpuidTemplate, count: u8) -> Result<Vec<VcpuFd>, MachineError> {
+pub(crate) fn create_vcpus(
+    kvm: &Kvm,
+    vm: &VmFd,
+    cpuid: &CpuidTemplate,
+    count: u8,
+) -> Result<Vec<VcpuFd>, MachineError> {
+    let enforced = kvm.check_extension_raw(KVM_CAP_ENFORCE_PV_FEATURE_CPUID.into()) > 0;
     (0..count)
         .map(|id| {
             let vcpu = vm.create_vcpu(id.into()).map_err(kvm_failed("create a vCPU"))?;
+            if enforced {
+                // KVM's own MSRs and hypercalls that CPUID doesn't show are not there: else they all are.
+                vcpu.enable_cap(&with_argument(KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 1))
+                    .map_err(kvm_failed("hold paravirtual features to what CPUID shows"))?;
+            }
             cpuid.apply(&vcpu, id).map_err(|source| MachineError::Vcpu { id, source })?;
             Ok(vcpu)
         })

@@ -63,6 +63,23 @@ fn ports_and_windows_that_do_not_exist_read_as_ones() {
     assert_eq!(Boot::new(&code.kernel()).run().0, ExitReason::PowerOff);
 }
 
+/// What KVM has for guests and CPUID doesn't show: there all the same, unless KVM is told otherwise (since Linux 5.9).
+#[test]
+fn paravirtual_registers_that_are_not_shown_are_not_there() {
+    const NAME: &str = "paravirtual_registers_that_are_not_shown_are_not_there";
+    const STEAL_TIME: u32 = 0x4b56_4d03;
+    const OLD_CLOCK: u32 = 0x12;
+    const ASYNCHRONOUS_PAGE_FAULTS: u32 = 0x4b56_4d02;
+    if !kvm_or_skip(NAME) {
+        return;
+    }
+    let after = |msr| Boot::new(&Code::new().clear_msr(msr).power_off().kernel()).run().0;
+    assert_eq!(after(STEAL_TIME), ExitReason::PowerOff);
+    for msr in [OLD_CLOCK, ASYNCHRONOUS_PAGE_FAULTS] {
+        assert_eq!(after(msr), ExitReason::TripleFault, "{msr:#x}");
+    }
+}
+
 #[test]
 fn the_guest_starts_with_its_command_line_and_memory_map() {
     if !kvm_or_skip("the_guest_starts_with_its_command_line_and_memory_map") {

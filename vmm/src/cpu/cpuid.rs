@@ -28,6 +28,30 @@ const PROCESSOR_TRACE: u32 = 1 << 25;
 const SGX_LAUNCH_CONTROL: u32 = 1 << 30;
 /// Leaf 0x8000_0001, ECX.
 const SVM: u32 = 1 << 2;
+/// KVM's own leaf of features ("KVM CPUID bits" of the kernel's documentation).
+const KVM_FEATURES: u32 = 0x4000_0001;
+/// Its EAX: what the guest gets. The clock, what makes waiting for another vCPU cheap, and stolen time. Page faults that end later, the clock's
+/// first form and what migration needs stay away: the host writes to guest memory for them, and nobody needs them here.
+const KVM_FEATURES_SHOWN: u32 = kvm_feature::NOP_IO_DELAY
+    | kvm_feature::CLOCKSOURCE2
+    | kvm_feature::STEAL_TIME
+    | kvm_feature::PV_EOI
+    | kvm_feature::PV_UNHALT
+    | kvm_feature::PV_TLB_FLUSH
+    | kvm_feature::PV_SEND_IPI
+    | kvm_feature::PV_SCHED_YIELD
+    | kvm_feature::CLOCKSOURCE_STABLE;
+mod kvm_feature {
+    pub const NOP_IO_DELAY: u32 = 1 << 1;
+    pub const CLOCKSOURCE2: u32 = 1 << 3;
+    pub const STEAL_TIME: u32 = 1 << 5;
+    pub const PV_EOI: u32 = 1 << 6;
+    pub const PV_UNHALT: u32 = 1 << 7;
+    pub const PV_TLB_FLUSH: u32 = 1 << 9;
+    pub const PV_SEND_IPI: u32 = 1 << 11;
+    pub const PV_SCHED_YIELD: u32 = 1 << 13;
+    pub const CLOCKSOURCE_STABLE: u32 = 1 << 24;
+}
 /// Leaf 0, EBX: how "AuthenticAMD" and "HygonGenuine" begin.
 const AMD_VENDORS: [u32; 2] = [u32::from_le_bytes(*b"Auth"), u32::from_le_bytes(*b"Hygo")];
 /// Size of a cache line, in units of 8 bytes.
@@ -110,6 +134,7 @@ fn hide(entry: &mut kvm_cpuid_entry2) {
             (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
         }
         0x8000_0001 => entry.ecx &= !SVM,
+        KVM_FEATURES => entry.eax &= KVM_FEATURES_SHOWN,
         _ => {}
     }
 }
@@ -176,8 +201,12 @@ mod tests {
             leaf(0xa, 1, 2, 3, 4),
             leaf(0x8000_0001, 0, 0, SVM | 1, 0),
             leaf(0x8000_000a, 1, 1, 1, 1),
+            leaf(KVM_FEATURES, u32::MAX, 0, 0, 0),
         ];
         let table = CpuidTemplate::from_supported(&supported, true, 1).for_vcpu(0);
+        let asynchronous_page_faults = 1 << 4 | 1 << 10 | 1 << 14;
+        assert_eq!(find(&table, KVM_FEATURES, 0).eax & asynchronous_page_faults, 0);
+        assert_ne!(find(&table, KVM_FEATURES, 0).eax & kvm_feature::CLOCKSOURCE2, 0);
         let one = find(&table, 1, 0);
         assert_eq!(one.ecx & (leaf1_ecx::VMX | leaf1_ecx::MONITOR), 0);
         assert_eq!(one.ecx & leaf1_ecx::HYPERVISOR, leaf1_ecx::HYPERVISOR);

@@ -83,7 +83,7 @@ impl Prepared {
         let registers = RegisterMemory::new();
         vm::set_memory(&vm, &ram)?;
         vm::show_registers(&kvm, &vm, &registers, ram.num_regions())?;
-        let vcpus = vm::create_vcpus(&vm, &cpuid, config.vcpus)?;
+        let vcpus = vm::create_vcpus(&kvm, &vm, &cpuid, config.vcpus)?;
         Ok(Prepared { kvm, vm, memory, memory_mib, ram, registers, cpuid, vcpus, crew })
     }
 }

@@ -46,6 +46,11 @@ impl Code {
         self.bytes(&[0x0f, 0x0b])
     }
 
+    /// Writes a zero to a model-specific register.
+    pub fn clear_msr(self, index: u32) -> Self {
+        self.bytes(&[0xb9]).bytes(&index.to_le_bytes()).bytes(&[0x31, 0xc0, 0x31, 0xd2, 0x0f, 0x30])
+    }
+
     /// Jumps to itself for ever.
     pub fn hang(self) -> Self {
         self.bytes(&[0xeb, 0xfe])
