@@ -211,7 +211,10 @@ fn refusal(error: &MachineError) -> Refusal {
         MachineError::Resources(_) => RefusalKind::InvalidRequest,
         MachineError::Boot(crate::boot::BootError::CommandLine(_)) => RefusalKind::InvalidRequest,
         MachineError::Boot(_) => RefusalKind::Kernel,
-        MachineError::NoKvm(_) | MachineError::Kvm { .. } | MachineError::Vcpu { .. } => RefusalKind::Kvm,
+        MachineError::NoKvm(_)
+        | MachineError::Lacking(_)
+        | MachineError::Kvm { .. }
+        | MachineError::Vcpu { .. } => RefusalKind::Kvm,
         MachineError::Memory(_) | MachineError::Host { .. } | MachineError::Devices(_) => {
             RefusalKind::Resources
         }

@@ -22,5 +22,5 @@ pub mod memory;
 pub mod resources;
 pub mod template;
 pub mod vcpu;
-mod vm;
+pub mod vm;
 pub mod working_set;

@@ -52,6 +52,19 @@ fn routing_entry(route: &MsiRoute) -> kvm_irq_routing_entry {
     entry
 }
 
+/// What KVM has to have beyond its oldest interface, and what each is called there.
+pub const NEEDED_CAPABILITIES: [(Cap, &str); 9] = [
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::MpState, "KVM_CAP_MP_STATE"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+];
+
 /// Takes `/dev/kvm`, if it can do what is needed.
 pub(crate) fn open_kvm(fd: OwnedFd) -> Result<Kvm, MachineError> {
     // SAFETY: the descriptor is open and ours; ioctls on what isn't KVM fail, which the next line finds.
@@ -59,17 +72,8 @@ pub(crate) fn open_kvm(fd: OwnedFd) -> Result<Kvm, MachineError> {
     if kvm.get_api_version() != KVM_API_VERSION as i32 {
         return Err(MachineError::NoKvm("the descriptor is not /dev/kvm, or its API is not version 12"));
     }
-    let needed = [
-        (Cap::UserMemory, "it lacks KVM_CAP_USER_MEMORY"),
-        (Cap::SplitIrqchip, "it lacks KVM_CAP_SPLIT_IRQCHIP"),
-        (Cap::Irqfd, "it lacks KVM_CAP_IRQFD"),
-        (Cap::Ioeventfd, "it lacks KVM_CAP_IOEVENTFD"),
-        (Cap::ImmediateExit, "it lacks KVM_CAP_IMMEDIATE_EXIT"),
-        (Cap::SetTssAddr, "it lacks KVM_CAP_SET_TSS_ADDR"),
-        (Cap::ExtCpuid, "it lacks KVM_CAP_EXT_CPUID"),
-    ];
-    match needed.into_iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
-        Some((_, what)) => Err(MachineError::NoKvm(what)),
+    match NEEDED_CAPABILITIES.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+        Some((_, what)) => Err(MachineError::Lacking(what)),
         None => Ok(kvm),
     }
 }

@@ -1,6 +1,5 @@
 //! Is there a KVM that a guest kernel can run on?
 
-use std::error::Error;
 use std::ffi::CString;
 use std::io;
 use std::path::Path;
@@ -9,7 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bulkhead_vmm::calibrate;
-use kvm_ioctls::{Cap, Kvm};
+use bulkhead_vmm::vm::NEEDED_CAPABILITIES;
+use kvm_ioctls::Kvm;
 
 use super::Finding;
 
@@ -24,20 +24,6 @@ const CREATIONS: u32 = 3;
 
 /// A machine that takes longer to be created than this has waited for something; a few tenths of a millisecond are usual.
 const SLOW_CREATION: Duration = Duration::from_millis(3);
-
-/// What the VMM uses of KVM beyond its oldest interface.
-const NEEDED: [(Cap, &str); 10] = [
-    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
-    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
-    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
-    (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
-    (Cap::Irqfd, "KVM_CAP_IRQFD"),
-    (Cap::MpState, "KVM_CAP_MP_STATE"),
-    (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
-    (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
-    (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
-    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
-];
 
 /// The kind of KVM a node has.
 #[derive(Debug)]
@@ -86,7 +72,8 @@ pub fn kind(device: &Path) -> Kind {
     // On a thread of its own, since a KVM that is broken enough never comes back from the guest; it ends with the process.
     let spawned = thread::Builder::new().spawn(move || {
         // Nobody listens any more when the time was over.
-        let _ = sender.send(calibrate::instruction_rate(&device).map_err(|error| chain(&error)));
+        let _ = sender
+            .send(calibrate::instruction_rate(&device).map_err(|error| bulkhead_shim::error::chain(&error)));
     });
     let result = match spawned {
         Ok(_) => receiver.recv_timeout(TIME_LIMIT).unwrap_or_else(|_| {
@@ -146,10 +133,13 @@ fn explain(device: &Path, error: &io::Error) -> String {
 
 fn capabilities(kvm: &Kvm) -> Finding {
     const WHAT: &str = "KVM capabilities";
-    let missing: Vec<&str> =
-        NEEDED.iter().filter(|(cap, _)| !kvm.check_extension(*cap)).map(|(_, name)| *name).collect();
+    let missing: Vec<&str> = NEEDED_CAPABILITIES
+        .iter()
+        .filter(|(cap, _)| !kvm.check_extension(*cap))
+        .map(|(_, name)| *name)
+        .collect();
     if missing.is_empty() {
-        Finding::ok(WHAT, format!("all {} that the VMM needs", NEEDED.len()))
+        Finding::ok(WHAT, format!("all {} that the VMM needs", NEEDED_CAPABILITIES.len()))
     } else {
         Finding::fail(WHAT, format!("missing: {}; a newer kernel is needed", missing.join(", ")))
     }
@@ -187,18 +177,6 @@ fn judge_creation(least: Duration) -> Finding {
              thread between control groups; mount -o remount,favordynmods /sys/fs/cgroup avoids it (Linux 6.0 and newer)"
         ),
     )
-}
-
-/// An error with its causes, on one line.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// A rate in millions or billions.

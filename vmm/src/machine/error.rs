@@ -24,6 +24,9 @@ pub enum MachineError {
     /// The descriptor isn't KVM, or is a KVM that we can't use.
     #[error("KVM can't be used: {0}")]
     NoKvm(&'static str),
+    /// A KVM that is too old.
+    #[error("KVM can't be used: it lacks {0}; a newer kernel is needed")]
+    Lacking(&'static str),
     /// KVM refused.
     #[error("KVM refused to {what}")]
     Kvm {
