@@ -150,8 +150,10 @@ impl DeviceWorker {
 
 impl MutEventSubscriber for DeviceWorker {
     fn init(&mut self, ops: &mut EventOps) {
+        // What is reported is each time that something is written, so nobody has to read it to be told of the next.
+        let each_write = EventSet::IN | EventSet::EDGE_TRIGGERED;
         let watch = |ops: &mut EventOps, fd: &EventFd, data| {
-            ops.add(Events::with_data(fd, data, EventSet::IN)).map_err(DeviceFault::from)
+            ops.add(Events::with_data(fd, data, each_write)).map_err(DeviceFault::from)
         };
         let slot = self.slot.clone();
         let mut result = watch(ops, &slot.wake, WAKE);
@@ -168,15 +170,6 @@ impl MutEventSubscriber for DeviceWorker {
 
     fn process(&mut self, event: Events, ops: &mut EventOps) {
         let slot = self.slot.clone();
-        // Empty the eventfd before looking at what it announces.
-        match event.data() {
-            WAKE => drop(slot.wake.read()),
-            data => {
-                if let Some(kick) = slot.kicks.all().get(data as usize) {
-                    drop(kick.read());
-                }
-            }
-        }
         let mut state = slot.lock();
         let mut events = DeviceEvents::new(ops);
         if let Err(fault) = self.dispatch(event, &mut state, &mut events) {

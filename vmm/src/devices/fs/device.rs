@@ -146,6 +146,10 @@ impl FileSystem {
                 Received::TooLong => debug!("the file server sent a packet that is too long"),
                 Received::Gone => self.lose_server(active, events)?,
             }
+            if self.requests.is_empty() {
+                // Nothing more can come.
+                break;
+            }
         }
         for (queue, completed) in completed.into_iter().enumerate() {
             if completed {
@@ -272,6 +276,8 @@ struct Pending {
 #[derive(Default)]
 struct InFlight {
     slots: Vec<Option<(u64, Pending)>>,
+    /// How many of the slots are taken.
+    count: usize,
     counter: u64,
 }
 
@@ -288,18 +294,27 @@ impl InFlight {
     fn insert(&mut self, tag: u64, pending: Pending) {
         let slot = slot_of(tag);
         if slot == self.slots.len() {
-            self.slots.push(Some((tag, pending)));
-        } else if let Some(free) = self.slots.get_mut(slot) {
+            self.slots.push(None);
+        }
+        if let Some(free) = self.slots.get_mut(slot) {
             *free = Some((tag, pending));
+            self.count += 1;
         }
     }
 
     fn take(&mut self, tag: u64) -> Option<Pending> {
         let slot = self.slots.get_mut(slot_of(tag))?;
-        slot.take_if(|(awaited, _)| *awaited == tag).map(|(_, pending)| pending)
+        let (_, pending) = slot.take_if(|(awaited, _)| *awaited == tag)?;
+        self.count -= 1;
+        Some(pending)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.count == 0
     }
 
     fn take_all(&mut self) -> impl Iterator<Item = Pending> + use<> {
+        self.count = 0;
         std::mem::take(&mut self.slots).into_iter().flatten().map(|(_, pending)| pending)
     }
 }
@@ -323,7 +338,7 @@ impl VirtioDevice for FileSystem {
         if self.server.is_none() {
             return Err("its file server is gone");
         }
-        if self.requests.slots.iter().any(Option::is_some) || self.blocked.contains(&true) {
+        if !self.requests.is_empty() || self.blocked.contains(&true) {
             return Err("requests wait for the file server");
         }
         Ok(BackendState::None)
