@@ -4,6 +4,7 @@
 //! prescribes (the kernel's `include/uapi/linux/fuse.h`): lengths that agree, names that are one path component, values
 //! within limits. What passes can't surprise the FUSE library or the file system calls behind it.
 
+use std::ffi::CStr;
 use std::num::TryFromIntError;
 
 /// Bytes of `struct fuse_in_header`.
@@ -59,7 +60,11 @@ pub mod opcode {
     pub const RENAME2: u32 = 45;
     pub const LSEEK: u32 = 46;
     pub const COPY_FILE_RANGE: u32 = 47;
+    pub const TMPFILE: u32 = 51;
 }
+
+/// What stands for the name of a file that has none, in a `TMPFILE` request; no name is like it.
+pub const NAMELESS: &CStr = c"/";
 
 /// The header of a request that has one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,6 +101,8 @@ enum Shape {
     Fixed(usize),
     /// That many bytes, then that many names, each ended by NUL.
     Names(usize, usize),
+    /// `struct fuse_create_in` and [`NAMELESS`].
+    Nameless,
     /// A name, then the target of a symbolic link.
     NameAndTarget,
     /// `struct fuse_mknod_in` and a name.
@@ -117,6 +124,7 @@ fn shape(opcode: u32) -> Option<Shape> {
         opcode::LOOKUP | opcode::UNLINK | opcode::RMDIR => Shape::Names(0, 1),
         opcode::MKDIR | opcode::LINK => Shape::Names(8, 1),
         opcode::CREATE => Shape::Names(16, 1),
+        opcode::TMPFILE => Shape::Nameless,
         opcode::RENAME => Shape::Names(8, 2),
         opcode::RENAME2 => Shape::Names(16, 2),
         opcode::MKNOD => Shape::Node,
@@ -141,7 +149,7 @@ fn shape(opcode: u32) -> Option<Shape> {
         opcode::INIT => Shape::Init,
         opcode::BATCH_FORGET => Shape::Forgets,
         // Not served, and not asked for again by the guest's kernel when told so: ioctl, poll, bmap, DAX mappings, locks
-        // (it keeps those itself), syncfs (it would flush the host's whole file system), tmpfile, statx, and flush at
+        // (it keeps those itself), syncfs (it would flush the host's whole file system), statx, and flush at
         // close: the host's file is closed right after, by the release, and a round trip at each close is dear. What
         // network file systems report only at close is lost; fsync tells.
         _ => return None,
@@ -191,6 +199,8 @@ fn check_body(shape: &Shape, body: &[u8]) -> Result<(), i32> {
             }
             exactly(rest, 0)
         }
+        Shape::Nameless if body.get(16..) == Some(NAMELESS.to_bytes_with_nul()) => Ok(()),
+        Shape::Nameless => Err(libc::EINVAL),
         Shape::NameAndTarget => {
             let target = take_name(body)?;
             let (target, rest) = split_at_nul(target)?;
@@ -335,6 +345,15 @@ mod tests {
     }
 
     #[test]
+    fn a_file_without_a_name_has_none() {
+        assert_eq!(refused(opcode::TMPFILE, &with_name(16, b"/")), None);
+        for name in [&b""[..], b"a", b"..", b"//", b"/a"] {
+            assert_eq!(refused(opcode::TMPFILE, &with_name(16, name)), Some(libc::EINVAL), "{name:?}");
+        }
+        assert_eq!(refused(opcode::TMPFILE, &[0; 16]), Some(libc::EINVAL));
+    }
+
+    #[test]
     fn both_names_of_a_rename_are_checked() {
         for (opcode, fixed) in [(opcode::RENAME, 8), (opcode::RENAME2, 16)] {
             let body = |old: &[u8], new: &[u8]| [with_name(fixed, old), with_name(0, new)].concat();
@@ -409,7 +428,7 @@ mod tests {
 
     #[test]
     fn opcodes_that_are_not_served_are_refused() {
-        for opcode in [0, 7, 19, 25, 31, 32, 33, 37, 39, 40, 48, 49, 50, 51, 52, 53, 4096, u32::MAX] {
+        for opcode in [0, 7, 19, 25, 31, 32, 33, 37, 39, 40, 48, 49, 50, 52, 53, 4096, u32::MAX] {
             assert_eq!(refused(opcode, &[]), Some(libc::ENOSYS), "{opcode}");
         }
     }

@@ -109,6 +109,10 @@ impl Machine for ForeignMachine {
         0
     }
 
+    fn set_clock(&self, _: i64) -> Result<(), String> {
+        Ok(())
+    }
+
     fn forget_files(&self) {}
 
     async fn add_disk(&self, _: &AddDiskRequest) -> Result<AddDiskResponse, String> {

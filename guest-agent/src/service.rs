@@ -8,8 +8,8 @@ use async_trait::async_trait;
 use bulkhead_agent_protocol::{
     AddDiskRequest, AddDiskResponse, AddInterfaceRequest, Agent, AgentEvent, ConfigureRequest,
     ContainerRequest, CreateContainerRequest, CreateExecRequest, CreateProcessResponse, DiskRequest, Empty,
-    PidsResponse, ProcessRequest, ReadyResponse, ResizePtyRequest, SignalRequest, StatsResponse,
-    UpdateRequest, WaitResponse,
+    PidsResponse, ProcessRequest, ReadyResponse, ResizePtyRequest, SetClockRequest, SignalRequest,
+    StatsResponse, UpdateRequest, WaitResponse,
 };
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, get_status};
@@ -25,6 +25,12 @@ pub trait Machine: Send + Sync {
     /// # Errors
     /// A message for the operator.
     fn configure(&self, request: &ConfigureRequest) -> Result<(), ConfigureFailure>;
+
+    /// Makes the clock go by what the host's says now.
+    ///
+    /// # Errors
+    /// A message for the operator.
+    fn set_clock(&self, realtime_ns: i64) -> Result<(), String>;
 
     /// Monotonic time when the agent began, in microseconds.
     fn started_us(&self) -> u64;
@@ -131,6 +137,16 @@ impl<M: Machine + 'static> Agent for Service<M> {
             rpc_error(code, failure.message)
         })?;
         Ok(Empty::new())
+    }
+
+    async fn set_clock(&self, _: &TtrpcContext, request: SetClockRequest) -> ttrpc::Result<Empty> {
+        if request.realtime_ns <= 0 {
+            return Err(rpc_error(Code::INVALID_ARGUMENT, "realtime_ns: not a time after 1970"));
+        }
+        self.machine
+            .set_clock(request.realtime_ns)
+            .map(|()| Empty::new())
+            .map_err(|message| rpc_error(Code::INTERNAL, message))
     }
 
     async fn add_disk(&self, _: &TtrpcContext, request: AddDiskRequest) -> ttrpc::Result<AddDiskResponse> {

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use containerd_shim_protos::api::{
@@ -58,9 +59,9 @@ impl From<CallError> for Failure {
 /// containerd's side: its event service, and a directory for bundles.
 pub struct ShimHost {
     layout: Layout,
-    directory: WorkDir,
+    directory: Arc<WorkDir>,
     /// What the shims reported.
-    pub events: EventServer,
+    pub events: Arc<EventServer>,
     program: &'static str,
 }
 
@@ -70,9 +71,16 @@ impl ShimHost {
     /// # Errors
     /// When either can't be had.
     pub fn new(layout: &Layout, program: &'static str) -> Outcome<Self> {
-        let directory = WorkDir::new("shim")?;
-        let events = EventServer::start(&directory.path().join("events.sock"))?;
+        let directory = Arc::new(WorkDir::new("shim")?);
+        let events = Arc::new(EventServer::start(&directory.path().join("events.sock"))?);
         Ok(Self { layout: layout.clone(), directory, events, program })
+    }
+
+    /// The same place for shims of another program.
+    #[must_use]
+    pub fn with(&self, program: &'static str) -> Self {
+        let ShimHost { layout, directory, events, .. } = self;
+        Self { layout: layout.clone(), directory: directory.clone(), events: events.clone(), program }
     }
 
     /// The directory with everything of this host.
@@ -180,7 +188,9 @@ impl ShimHost {
 
 impl Drop for ShimHost {
     fn drop(&mut self) {
-        node::remove_control_group(CGROUP_PARENT);
+        if Arc::strong_count(&self.directory) == 1 {
+            node::remove_control_group(CGROUP_PARENT);
+        }
     }
 }
 

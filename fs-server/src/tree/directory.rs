@@ -2,6 +2,7 @@
 
 use std::ffi::CStr;
 use std::mem::MaybeUninit;
+use std::sync::Arc;
 
 use fuse_backend_rs::api::filesystem::{DirEntry, Entry};
 use rustix::fs::{FileType, RawDir, SeekFrom, seek};
@@ -9,6 +10,8 @@ use rustix::io::{Errno, Result};
 
 use super::SharedTree;
 use super::handles::Handle;
+use super::inodes::Inode;
+use super::mounts::Mount;
 
 /// The most bytes of entries that are asked of the host at a time, and the least: one entry with the longest name.
 const BUFFER: (usize, usize) = (280, 8 * 1024);
@@ -89,6 +92,27 @@ pub fn list(
 }
 
 impl SharedTree {
+    /// The number that the guest will find the entry to have. Where a directory's files may be on other devices than itself, a
+    /// listing does not say on which: then `found` tells, by the mount that the entry is reached by and its part of it.
+    pub(super) fn number_of_listed(
+        &self,
+        directory: &Inode,
+        listed: &Listed<'_>,
+        found: impl FnOnce() -> Result<(u64, Arc<Mount>)>,
+    ) -> u64 {
+        let mount = &directory.mount;
+        if !mount.has_parts() || listed.is_dots() {
+            return mount.guest_number(directory.view, listed.number);
+        }
+        match found() {
+            Ok((mount_id, part)) if mount_id == directory.mount_id() => {
+                part.guest_number(directory.view, listed.number)
+            }
+            // What something is mounted on is the directory's own; what is gone already has no number.
+            _ => mount.guest_number(directory.view, listed.number),
+        }
+    }
+
     /// Looks up a listed entry so that it can be told along with its name. An entry without a node id means that the
     /// guest has to ask for it itself: the name is gone already, or there is no room for another inode.
     pub(super) fn look_up_listed(&self, directory: u64, listed: &Listed<'_>) -> Result<Entry> {

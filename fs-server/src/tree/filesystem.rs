@@ -14,7 +14,9 @@ use rustix::fs::{self, AtFlags, FallocateFlags, FileType, Gid, Mode, OFlags, Ren
 use rustix::io::Errno;
 
 use super::directory::{fitting, list};
-use super::host::{ActingAs, FdName};
+use crate::message::NAMELESS;
+
+use super::host::{ActingAs, Attributes, FdName};
 use super::nodes::Node;
 use super::xattrs::Kept;
 use super::{SharedTree, host_flags, open_options, set_id, transfer, xattrs};
@@ -38,7 +40,7 @@ fn mode(bits: u32) -> Mode {
 }
 
 impl SharedTree {
-    /// Opens the file of an existing name, or creates it, and tells which inode it is.
+    /// Opens the file of an existing name, or creates it, or one that has no name, and tells which inode it is.
     fn create_file(
         &self,
         ctx: &Context,
@@ -52,8 +54,12 @@ impl SharedTree {
         let flags = host_flags(args.flags);
         let created = {
             let _acting = ActingAs::new(ctx.uid, ctx.gid)?;
-            let exclusive = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            fs::openat(&*directory, name, exclusive, mode(args.mode))
+            let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let (name, flags) = match name == NAMELESS {
+                true => (c".", flags | OFlags::TMPFILE),
+                false => (name, flags | OFlags::CREATE | OFlags::EXCL),
+            };
+            fs::openat(&*directory, name, flags, mode(args.mode))
         };
         let (entry, file) = match created {
             Ok(file) => {
@@ -404,7 +410,7 @@ impl FileSystem for SharedTree {
     fn getxattr(&self, _ctx: &Context, node: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
         let inode = self.inodes.get(node)?;
         let Ok(Kept::As(name)) = xattrs::keep(name, inode.mount.sharing) else {
-            return Err(Errno::NODATA.into());
+            return Err(xattrs::missing(name).into());
         };
         let path = FdName::new(inode.as_fd());
         if size == 0 {
@@ -453,8 +459,12 @@ impl FileSystem for SharedTree {
     ) -> io::Result<()> {
         let (handle, inode) = (self.handles.get(handle, node)?, self.inodes.get(node)?);
         Ok(list(&handle, offset, fitting(size, false), |listed| {
-            let entry = listed.to_dir_entry(inode.mount.guest_number(listed.number));
-            Ok(add_entry(entry).map_err(|_| Errno::IO)? > 0)
+            let number = self.number_of_listed(&inode, listed, || {
+                let attributes = Attributes::of_entry(&handle.file, listed.name)?;
+                let mount = self.mounts.within(&inode.mount, attributes.device())?;
+                Ok((attributes.mount_id(), mount))
+            });
+            Ok(add_entry(listed.to_dir_entry(number)).map_err(|_| Errno::IO)? > 0)
         })?)
     }
 
@@ -470,7 +480,10 @@ impl FileSystem for SharedTree {
         let (handle, inode) = (self.handles.get(handle, node)?, self.inodes.get(node)?);
         Ok(list(&handle, offset, fitting(size, true), |listed| {
             let entry = self.look_up_listed(node, listed)?;
-            let number = inode.mount.guest_number(listed.number);
+            let number = self.number_of_listed(&inode, listed, || {
+                let found = self.inodes.get(entry.inode)?;
+                Ok((found.mount_id(), found.mount.clone()))
+            });
             let mut told = listed.to_dir_entry(number);
             if entry.inode != 0 {
                 // A file may stand for a device node.

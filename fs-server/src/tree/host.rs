@@ -75,6 +75,12 @@ impl Attributes {
         statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW, wanted).map(Attributes)
     }
 
+    /// The same of a directory's entry.
+    pub fn of_entry(directory: impl AsFd, name: &CStr) -> Result<Self> {
+        let wanted = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
+        statx(directory, name, AtFlags::NO_AUTOMOUNT | AtFlags::SYMLINK_NOFOLLOW, wanted).map(Attributes)
+    }
+
     /// Its number on its file system.
     pub fn number(&self) -> u64 {
         self.0.stx_ino

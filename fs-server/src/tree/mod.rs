@@ -235,7 +235,7 @@ fn is_read_only(file: impl AsFd) -> Result<bool> {
 /// Attributes as the guest is to see them.
 fn shown(attributes: &Attributes, inode: &Inode) -> libc::stat64 {
     inode.note_mode(attributes.mode());
-    let mut stat = attributes.to_stat(inode.mount.guest_number(attributes.number()));
+    let mut stat = attributes.to_stat(inode.mount.guest_number(inode.view, attributes.number()));
     if let Some(node) = inode.node {
         node.show(&mut stat);
     }

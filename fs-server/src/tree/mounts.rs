@@ -4,14 +4,21 @@
 //! For the guest a view of the tree is one file system with one device number, whatever is in it, so a file's number must be
 //! unique across all file systems in the tree: each gets a small slot number, which is put into the upper bits. It stays the same while the
 //! guest knows any file of it, and is free for another one afterwards, so pods may mount and unmount for ever.
+//!
+//! Programs whose inode numbers have 32 bits fail at larger ones. So files of the file system that a view is for have the numbers that they
+//! have on the host, and elsewhere the first few slots fit into 32 bits.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
+use bulkhead_vmm_protocol::view_of;
 use rustix::io::{Errno, Result};
 
 use super::nodes::Kept;
+
+/// Bits of a small inode number below a small slot: together 32.
+const SMALL_BITS: (u32, u16) = (28, 4);
 
 /// Bits of an inode number below the slot. Numbers that need more (overlayfs marks its layers in the topmost bits)
 /// are mixed with the slot, and stay unique as long as slots are small.
@@ -56,6 +63,8 @@ pub struct Mount {
     key: MountKey,
     /// Others of its mount (see [`Mounts::within`]), which the guest may come back to for as long as it knows this one.
     parts: Mutex<Vec<Arc<Mount>>>,
+    /// The number of the view that is for it.
+    view: u32,
     /// Who may change its files.
     pub sharing: Sharing,
     /// Device nodes on it that its file system has no room for.
@@ -68,9 +77,21 @@ impl Mount {
         self.slot
     }
 
-    /// The number by which the guest knows the file with this number on it.
-    pub fn guest_number(&self, number: u64) -> u64 {
-        number ^ (u64::from(self.slot) << NUMBER_BITS)
+    /// Whether files without a mount of their own on them may be on another device; see [`Mounts::within`].
+    pub fn has_parts(&self) -> bool {
+        !self.parts.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
+    /// The number by which the guest knows, in a view, the file with this number on it.
+    pub fn guest_number(&self, view: u32, number: u64) -> u64 {
+        let (bits, slot_bits) = SMALL_BITS;
+        if view == self.view {
+            number
+        } else if view == 0 && self.slot < 1 << slot_bits && number < 1 << bits {
+            u64::from(self.slot) << bits | number
+        } else {
+            number ^ (u64::from(self.slot) + 1) << NUMBER_BITS
+        }
     }
 }
 
@@ -95,7 +116,9 @@ impl Mounts {
         known.retain(|_, mount| mount.strong_count() > 0);
         let used: BTreeSet<u16> = known.values().filter_map(Weak::upgrade).map(|mount| mount.slot).collect();
         let slot = (0..MAX_SLOTS).find(|slot| !used.contains(slot)).ok_or(Errno::NFILE)?;
-        let new = Arc::new(Mount { slot, key, parts: Mutex::default(), sharing, nodes: Kept::default() });
+        let view = view_of(device.0, device.1);
+        let new =
+            Arc::new(Mount { slot, key, view, parts: Mutex::default(), sharing, nodes: Kept::default() });
         known.insert(key, Arc::downgrade(&new));
         Ok(new)
     }
@@ -132,13 +155,32 @@ mod tests {
             ((0, 1), false, Sharing::GuestOnly),
         ] {
             let other = mounts.get(other.0, other.1, other.2).unwrap();
-            assert_ne!(one.guest_number(42), other.guest_number(42));
             let layer_bit = 1 << 62;
-            assert_ne!(one.guest_number(42 | layer_bit), other.guest_number(42));
-            assert_ne!(one.guest_number(42 | layer_bit), other.guest_number(42 | layer_bit));
+            for (number, others) in
+                [(42, 42), (42 | layer_bit, 42), (42 | layer_bit, 42 | layer_bit), (1 << 28, 0)]
+            {
+                assert_ne!(one.guest_number(0, number), other.guest_number(0, others));
+                assert_ne!(one.guest_number(7, number), other.guest_number(7, others));
+            }
         }
         let again = mounts.get((0, 1), false, Sharing::WithHost).unwrap();
-        assert_eq!(one.guest_number(42), again.guest_number(42));
+        assert_eq!(one.guest_number(0, 42), again.guest_number(0, 42));
+    }
+
+    #[test]
+    fn numbers_have_32_bits_where_they_can() {
+        let mounts = Mounts::default();
+        let _top = mounts.get((0, 1), false, Sharing::WithHost).unwrap();
+        let root = mounts.get((0, 2), false, Sharing::GuestOnly).unwrap();
+        assert_eq!(root.guest_number(0, 42), 1 << 28 | 42);
+        assert!(root.guest_number(0, 1 << 28) > u64::from(u32::MAX));
+        // A volume in its own view, and what leads there.
+        let volume = mounts.get((8, 1), false, Sharing::WithHost).unwrap();
+        let view = view_of(8, 1);
+        for number in [42, u64::MAX] {
+            assert_eq!(volume.guest_number(view, number), number);
+        }
+        assert!(root.guest_number(view, 42) > u64::from(u32::MAX));
     }
 
     #[test]
@@ -146,11 +188,25 @@ mod tests {
         let mounts = Mounts::default();
         let root = mounts.get((0, 1), true, Sharing::GuestOnly).unwrap();
         assert!(Arc::ptr_eq(&mounts.within(&root, (0, 1)).unwrap(), &root));
+        assert!(!root.has_parts());
         let slot = mounts.within(&root, (0, 2)).unwrap().slot;
         assert_ne!(slot, root.slot);
+        assert!(root.has_parts());
         let other = mounts.get((0, 3), true, Sharing::GuestOnly).unwrap();
         assert_ne!(other.slot, slot, "nobody knows a file of the part, but the guest knows its mount");
         assert_eq!(mounts.within(&root, (0, 2)).unwrap().slot, slot);
+    }
+
+    #[test]
+    fn numbers_of_parts_differ_in_the_view_of_their_mount_too() {
+        let mounts = Mounts::default();
+        let volume = mounts.get((0, 40), false, Sharing::WithHost).unwrap();
+        let subvolume = mounts.within(&volume, (0, 41)).unwrap();
+        for view in [0, view_of(0, 40)] {
+            assert_ne!(volume.guest_number(view, 256), subvolume.guest_number(view, 256));
+        }
+        assert_eq!(volume.guest_number(view_of(0, 40), 256), 256);
+        assert!(subvolume.guest_number(0, 256) < 1 << 32);
     }
 
     #[test]

@@ -45,6 +45,12 @@ pub fn keep(name: &CStr, sharing: Sharing) -> Result<Kept> {
     on_host(name).map(Kept::As).ok_or(Errno::OPNOTSUPP)
 }
 
+/// Why a guest's file has not an attribute which it can't have: as file systems say it.
+pub fn missing(name: &CStr) -> Errno {
+    const KINDS: [&[u8]; 4] = [b"user.", b"trusted.", b"security.", b"system.posix_acl_"];
+    if KINDS.iter().any(|kind| name.to_bytes().starts_with(kind)) { Errno::NODATA } else { Errno::OPNOTSUPP }
+}
+
 /// The host's name of an attribute that a guest's file may have.
 fn on_host(name: &CStr) -> Option<CString> {
     let bytes = name.to_bytes();
@@ -89,6 +95,16 @@ mod tests {
         for not in [c"user.bulkhead.node", c"user.bulkhead.trusted.x", c"security.selinux", c"system.x", c""]
         {
             assert_eq!(host(not), None, "{not:?}");
+        }
+    }
+
+    #[test]
+    fn what_no_file_can_have_is_told_from_what_this_one_has_not() {
+        for name in [c"security.selinux", c"user.bulkhead.node", c"system.posix_acl_access"] {
+            assert_eq!(missing(name), Errno::NODATA, "{name:?}");
+        }
+        for name in [c"other.kind", c"system.x", c"os2.x"] {
+            assert_eq!(missing(name), Errno::OPNOTSUPP, "{name:?}");
         }
     }
 

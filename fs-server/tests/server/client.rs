@@ -42,6 +42,7 @@ pub mod op {
     pub const READDIRPLUS: u32 = 44;
     pub const LSEEK: u32 = 46;
     pub const COPY_FILE_RANGE: u32 = 47;
+    pub const TMPFILE: u32 = 51;
 }
 
 /// The node id of the shared directory.
@@ -310,6 +311,11 @@ impl Fuse {
 
     /// All names of a directory, by requests of `size` bytes.
     pub fn names(&mut self, node: u64, handle: u64, size: u32) -> Result<Vec<String>, i32> {
+        Ok(self.entries(node, handle, size)?.into_iter().map(|(name, _)| name).collect())
+    }
+
+    /// The same with the numbers that it says they have.
+    pub fn entries(&mut self, node: u64, handle: u64, size: u32) -> Result<Vec<(String, u64)>, i32> {
         let mut names = Vec::new();
         let mut offset = 0;
         loop {
@@ -321,7 +327,8 @@ impl Fuse {
             while !rest.is_empty() {
                 let length = u32_at(rest, 16) as usize;
                 offset = u64_at(rest, 8);
-                names.push(String::from_utf8(rest[24..24 + length].to_vec()).unwrap());
+                let name = String::from_utf8(rest[24..24 + length].to_vec()).unwrap();
+                names.push((name, u64_at(rest, 0)));
                 rest = &rest[(24 + length).next_multiple_of(8)..];
             }
         }

@@ -452,6 +452,32 @@ fn the_top_and_read_only_mounts_can_not_be_written() {
 }
 
 #[test]
+fn a_file_without_a_name_is_its_users_and_gets_one_by_a_link() {
+    let mut server = Server::start();
+    let rootfs = server.rootfs();
+    let body = [bytes(&[libc::O_RDWR as u32, libc::S_IFREG | 0o640, 0, 0]), b"/\0".to_vec()].concat();
+    let mut packet = server.fuse.packet(op::TMPFILE, rootfs, &body);
+    packet[24..32].copy_from_slice(&bytes(&[1234, 4321]));
+    server.fuse.send(&packet);
+    let reply = server.fuse.receive().1.unwrap();
+    let (file, handle) = (entry(&reply), u64_at(&reply, 128));
+    assert_eq!((file.attr.mode, file.attr.uid, file.attr.gid), (libc::S_IFREG | 0o640, 1234, 4321));
+    let opened = server.fuse.opendir(rootfs).unwrap();
+    let before = server.fuse.names(rootfs, opened, 4096).unwrap();
+    server.fuse.write(file.node, handle, 0, b"text", 0).unwrap();
+    let link = [&file.node.to_le_bytes()[..], b"named\0"].concat();
+    let linked = entry(&server.fuse.call(op::LINK, rootfs, &link).unwrap());
+    assert_eq!((linked.node, linked.attr.number), (file.node, file.attr.number));
+    assert_eq!(fs::read(server.path("c1/rootfs/named")).unwrap(), b"text");
+    let opened = server.fuse.opendir(rootfs).unwrap();
+    assert_eq!(server.fuse.names(rootfs, opened, 4096).unwrap().len(), before.len() + 1);
+    // Nowhere else, and by no other name.
+    assert_eq!(server.fuse.call(op::TMPFILE, ROOT, &body), Err(libc::EROFS));
+    let named = [&body[..16], b"a\0"].concat();
+    assert_eq!(server.fuse.call(op::TMPFILE, rootfs, &named), Err(libc::EINVAL));
+}
+
+#[test]
 fn a_copy_stays_inside_the_host() {
     let mut server = Server::start();
     let rootfs = server.rootfs();
@@ -527,14 +553,20 @@ fn layers_on_file_systems_of_their_own_may_number_their_files_alike() {
 
     let mut nodes = BTreeSet::new();
     let mut numbers = BTreeSet::new();
+    let mut by_name = BTreeSet::new();
     for index in 0..FILES {
         let old = server.fuse.lookup(rootfs, &format!("old{index}")).unwrap();
         let (new, handle) = server.fuse.create(rootfs, &format!("new{index}"), libc::O_RDWR, 0o600).unwrap();
         server.fuse.write(new.node, handle, 0, format!("new {index}").as_bytes(), 0).unwrap();
         nodes.extend([old.node, new.node]);
         numbers.extend([old.attr.number, new.attr.number]);
+        by_name.extend([(format!("old{index}"), old.attr.number), (format!("new{index}"), new.attr.number)]);
     }
     assert_eq!((nodes.len(), numbers.len()), (2 * FILES, 2 * FILES), "two files as one");
+    let handle = server.fuse.opendir(rootfs).unwrap();
+    let mut listed = server.fuse.entries(rootfs, handle, 4096).unwrap();
+    listed.retain(|(name, _)| !matches!(&name[..], "." | ".."));
+    assert_eq!(BTreeSet::from_iter(listed), by_name, "numbers as they are listed");
     for index in 0..FILES {
         assert_eq!(fs::read(target.join(format!("old{index}"))).unwrap(), format!("old {index}").as_bytes());
         assert_eq!(fs::read(target.join(format!("new{index}"))).unwrap(), format!("new {index}").as_bytes());

@@ -8,6 +8,7 @@ use std::time::Duration;
 use bulkhead_agent_protocol::{AddInterfaceRequest, InterfaceAddress};
 use bulkhead_netlink::{Address, LinkChange, Mac, Neighbour, Route, Socket};
 
+use super::parameters;
 use super::slots::{SlotError, Window, device_below};
 use crate::reaper::Reaper;
 use crate::sys::network::turn_on_feature;
@@ -82,9 +83,10 @@ impl Wanted {
             Ok::<_, InterfaceError>(Neighbour { index: 0, address, mac: mac(&neighbour.mac)? })
         });
         let parameters = request.parameters.iter().map(|parameter| {
-            let is_below = parameter.path.split('/').all(|part| !matches!(part, "" | "." | ".."));
             let pair = (parameter.path.clone(), parameter.value.clone());
-            is_below.then_some(pair).ok_or_else(|| malformed("the path of a parameter"))
+            parameters::is_below(&parameter.path)
+                .then_some(pair)
+                .ok_or_else(|| malformed("the path of a parameter"))
         });
         let mut routes = routes.collect::<Result<Vec<_>, _>>()?;
         // Gateways are looked for on the link, by routes without one.

@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use bulkhead_agent_protocol::{AddDiskRequest, AddDiskResponse, AddInterfaceRequest, ConfigureRequest};
 use tokio::time::timeout;
 
-use super::{disks, filesystems, interfaces, power};
+use super::{clock, disks, filesystems, interfaces, parameters, power};
 use crate::error_chain;
 use crate::reaper::Reaper;
 use crate::service::{ConfigureFailure, Machine};
@@ -66,17 +66,22 @@ impl Machine for GuestMachine {
         }
         // Before anything else draws random numbers for the pod.
         add_entropy(&request.entropy).map_err(failed("add entropy"))?;
-        set_clock(request.realtime_ns).map_err(failed("set the clock"))?;
+        clock::set(request.realtime_ns).map_err(failed("set the clock"))?;
         if !request.hostname.is_empty() {
             nix::unistd::sethostname(&request.hostname)
                 .map_err(|error| failed("set the host name")(error.into()))?;
         }
+        parameters::set(&request.parameters);
         network::bring_loopback_up().map_err(failed("bring the loopback interface up"))?;
         if !request.shared_tag.is_empty() {
             filesystems::mount_shared(&request.shared_tag)
                 .map_err(|error| ConfigureFailure { invalid: false, message: error_chain(&error) })?;
         }
         Ok(())
+    }
+
+    fn set_clock(&self, realtime_ns: i64) -> Result<(), String> {
+        clock::follow(realtime_ns).map_err(|error| format!("can't set the clock: {error}"))
     }
 
     fn started_us(&self) -> u64 {
@@ -140,13 +145,6 @@ fn add_entropy(bytes: &[u8]) -> io::Result<()> {
         check(libc::ioctl(random.as_raw_fd(), RESEED).into())?;
     }
     Ok(())
-}
-
-fn set_clock(realtime_ns: i64) -> io::Result<()> {
-    const SECOND: i64 = 1_000_000_000;
-    let time = libc::timespec { tv_sec: realtime_ns / SECOND, tv_nsec: realtime_ns % SECOND };
-    // SAFETY: the time is valid and outlives the call.
-    check(unsafe { libc::clock_settime(libc::CLOCK_REALTIME, &raw const time) }.into()).map(drop)
 }
 
 /// Monotonic time in microseconds.

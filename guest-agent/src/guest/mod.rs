@@ -1,10 +1,12 @@
 //! The agent as process 1 of the guest.
 
+mod clock;
 mod disks;
 mod filesystems;
 mod interfaces;
 mod layers;
 mod machine;
+mod parameters;
 mod power;
 mod redirect;
 mod slots;

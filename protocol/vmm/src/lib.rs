@@ -24,7 +24,7 @@ pub use config::{
 };
 pub use file_systems::{is_shareable, is_shareable_name};
 pub use message::{Event, ExitReason, FromVmm, Refusal, RefusalKind, Request};
-pub use view::{view_name, view_number};
+pub use view::{view_name, view_number, view_of};
 
 /// The descriptor number at which the VMM finds its end of the control socket.
 pub const CONTROL_FD: i32 = 3;

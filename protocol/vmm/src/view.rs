@@ -9,8 +9,14 @@ const PREFIX: &str = "@";
 /// The name of the view for a file system of the host, by its device number.
 #[must_use]
 pub fn view_name(major: u32, minor: u32) -> String {
-    // As the kernel has them: 12 and 20 bits. No device has the number 0:0.
-    format!("{PREFIX}{}", (major & 0xfff) << 20 | minor & 0xf_ffff)
+    format!("{PREFIX}{}", view_of(major, minor))
+}
+
+/// The number of the view for a file system of the host; no device has 0.
+#[must_use]
+pub fn view_of(major: u32, minor: u32) -> u32 {
+    // As the kernel has them: 12 and 20 bits.
+    (major & 0xfff) << 20 | minor & 0xf_ffff
 }
 
 /// The number of the view with this name; never 0.

@@ -10,6 +10,7 @@ pub mod mounts;
 pub mod netns;
 pub mod opaque;
 pub mod overlay;
+pub mod parameters;
 pub mod pin;
 pub mod process;
 pub mod sharing;

@@ -210,6 +210,13 @@ impl Agent {
         self.call("RemoveDisk", limit, self.client.remove_disk(Context::default(), &request)).await.map(drop)
     }
 
+    /// Tells the guest what the time is.
+    pub async fn set_clock(&self, realtime_ns: i64) -> Result<(), AgentError> {
+        let request = api::SetClockRequest { realtime_ns, ..Default::default() };
+        let answer = self.client.set_clock(Context::default(), &request);
+        self.call("SetClock", QUICK, answer).await.map(drop)
+    }
+
     /// Has the guest take up the network interface in a slot.
     pub async fn add_interface(&self, request: &api::AddInterfaceRequest) -> Result<(), AgentError> {
         let answer = self.client.add_interface(Context::default(), request);

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
-use bulkhead_agent_protocol::AGENT_PORT;
+use bulkhead_agent_protocol::{AGENT_PORT, Parameter};
 use bulkhead_vmm_protocol::{
     BlockConfig, FdIndex, FsConfig, GuestStream, MemorySource, PrepareConfig, Request, RestoreConfig,
     VmConfig, VsockConfig,
@@ -15,6 +15,7 @@ use super::PodError;
 use super::agent::{Agent, AgentError, Greeting};
 use super::machine::{Control, ControlListener, MachineError};
 use crate::error::{Classify, Code};
+use crate::host::parameters;
 use crate::template::{Recipe, Template};
 
 /// The tag of the shared file system.
@@ -30,6 +31,13 @@ const KERNEL_PARAMS: &str =
 
 /// Bytes of the guest's console that are kept.
 pub const CONSOLE_KEPT: usize = 16 * 1024;
+
+/// Parameters of the node's kernel, as the guest is told them.
+pub fn node_parameters() -> Vec<Parameter> {
+    let told =
+        |(path, value): (&str, String)| Parameter { path: path.to_owned(), value, ..Default::default() };
+    parameters::of_node().into_iter().map(told).collect()
+}
 
 /// A file that every guest needs can't be had.
 #[derive(Debug, thiserror::Error)]

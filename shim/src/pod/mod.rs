@@ -7,6 +7,7 @@
 
 pub mod agent;
 pub mod boot;
+pub mod clock;
 pub mod disks;
 mod following;
 pub mod forward;
@@ -295,6 +296,7 @@ impl Pod {
             hostname: hostname.into(),
             entropy: entropy()?,
             shared_tag: FS_TAG.into(),
+            parameters: guest::node_parameters(),
             realtime_ns: now_ns(),
             ..Default::default()
         };

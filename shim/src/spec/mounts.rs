@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use bulkhead_agent_protocol::{SHARED_DIR, SHM_SIZE_OPTION as SIZE_OPTION};
 use bulkhead_vmm_protocol::{is_shareable_name, view_name};
 use nix::sys::statfs::{self, statfs};
+use nix::sys::statvfs::{FsFlags, statvfs};
 use oci_spec::runtime::Mount;
 
 use super::SpecError;
@@ -99,6 +100,7 @@ pub(super) fn translate(list: &mut Vec<Mount>, id: &str) -> Result<Vec<HostMount
             let left = options(&mount).filter(|option| *option != "ro").map(str::to_owned).collect();
             mount.set_options(Some(left));
         }
+        keep_flags(&mut mount, below.is_complete);
         let recursive: Vec<&str> = options(&mount)
             .filter_map(|option| option.strip_prefix('r'))
             .filter(|flag| FLAGS.contains(flag))
@@ -203,6 +205,30 @@ impl BelowMount {
         mount.set_options(Some(std::iter::once("bind".to_owned()).chain(flags).collect()));
         mount
     }
+}
+
+/// Gives a volume's mount in the guest the flags of the host's mount that its source is on, as a bind mount has them on the host.
+fn keep_flags(mount: &mut Mount, is_complete: bool) {
+    // Whoever mounts it will find out what is wrong with it.
+    let Some(found) = mount.source().as_ref().and_then(|source| statvfs(source.as_path()).ok()) else {
+        return;
+    };
+    let flags = found.flags();
+    let kept = [
+        (FsFlags::ST_NOSUID, "nosuid"),
+        (FsFlags::ST_NODEV, "nodev"),
+        (FsFlags::ST_NOEXEC, "noexec"),
+        (FsFlags::ST_NOATIME, "noatime"),
+        (FsFlags::ST_NODIRATIME, "nodiratime"),
+    ];
+    let kept = kept.iter().filter(|(flag, _)| flags.contains(*flag)).map(|(_, name)| *name);
+    // Before the others: `exec` that is asked for counts more.
+    let mut all: Vec<String> = kept.chain(options(mount)).map(str::to_owned).collect();
+    // Mounts that the guest does not know as such would become read-only too. The host's side enforces what is.
+    if flags.contains(FsFlags::ST_RDONLY) && is_complete && !options(mount).any(|option| option == "ro") {
+        all.push("ro".to_owned());
+    }
+    mount.set_options(Some(all));
 }
 
 fn options(mount: &Mount) -> impl Iterator<Item = &str> {

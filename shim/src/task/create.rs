@@ -24,7 +24,7 @@ use crate::options::RuntimeOptions;
 use crate::pod::agent::AgentError;
 use crate::pod::limits::{Claim, PodLimits};
 use crate::pod::timeline::now_us;
-use crate::pod::{DEATH_LIMIT, Pod, PodSpec, forward, state};
+use crate::pod::{DEATH_LIMIT, Pod, PodSpec, clock, forward, state};
 use crate::sizing::Demand;
 use crate::spec::sandbox::Role;
 use crate::spec::{self, GuestSpec, Member, PodNamespaces};
@@ -214,6 +214,7 @@ impl Shim {
             background::start(order);
         }
         tokio::spawn(self.clone().pass_events(pod.clone()));
+        tokio::spawn(clock::follow(pod.agent().clone()));
         forward::start(pod);
     }
 }

@@ -30,7 +30,7 @@ struct attack {
 };
 
 // One table per source file, ended by a null name.
-extern const struct attack modules_attacks[], files_attacks[], machine_attacks[], exhaust_attacks[];
+extern const struct attack modules_attacks[], files_attacks[], machine_attacks[], exhaust_attacks[], probe_attacks[];
 
 // Notes one try: counted, and named in the summary if it worked.
 void note(bool worked, const char *format, ...) __attribute__((format(printf, 2, 3)));

@@ -32,7 +32,7 @@ bool put(const char *path, const char *text) {
 }
 
 int main(int argc, char **argv) {
-    const struct attack *tables[] = {modules_attacks, files_attacks, machine_attacks, exhaust_attacks};
+    const struct attack *tables[] = {modules_attacks, files_attacks, machine_attacks, exhaust_attacks, probe_attacks};
     signal(SIGPIPE, SIG_IGN);
     for (size_t table = 0; argc > 1 && table < COUNT(tables); table++)
         for (const struct attack *attack = tables[table]; attack->name; attack++)

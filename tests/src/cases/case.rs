@@ -107,6 +107,12 @@ impl Case {
         self.bulkhead_only()
     }
 
+    /// The same with more time.
+    pub const fn long(mut self) -> Self {
+        self.limit = 300;
+        self
+    }
+
     /// The same with one of the larger test images.
     pub const fn with_image(mut self, name: &'static str) -> Self {
         self.image = Some(name);
@@ -117,6 +123,12 @@ impl Case {
     pub const fn own_kernel(mut self) -> Self {
         self.own_kernel = true;
         self.with_image("tools")
+    }
+
+    /// The same without any.
+    pub const fn without_image(mut self) -> Self {
+        self.image = None;
+        self
     }
 
     /// The same in pods that boot.

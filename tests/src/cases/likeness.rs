@@ -2,13 +2,16 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
-use super::{Case, Container, Environment, Runtime};
+use super::{Case, Container, Environment, Fixture, Runtime};
 use crate::bundle;
 use crate::failure::{Explain, Outcome};
+use crate::process;
 use crate::shim::{CALL_LIMIT, CreateOptions};
 use crate::stdio::Streams;
 use crate::{ensure, ensure_eq, fail};
@@ -27,6 +30,7 @@ pub const CASES: &[Case] = &[
     Case::new("like-one-file-by-two-mounts", one_file),
     Case::new("like-own-users", own_users),
     Case::new("like-shared-processes", shared_processes),
+    Case::new("like-the-nodes-clock", clock).on(Fixture::Pod),
     Case::new("like-refusals", refusals).bulkhead_only(),
 ];
 
@@ -279,4 +283,60 @@ fn refusals(environment: &mut Environment) -> Outcome<String> {
         ensure!(output.starts_with("1\n"), "the first process of the pod: {output:?}");
     }
     Ok(message)
+}
+
+/// The node's clock, set to another time until this is dropped.
+struct OtherTime {
+    before: Duration,
+    since: Instant,
+}
+
+impl OtherTime {
+    fn set(by: Duration) -> Outcome<Self> {
+        let other = OtherTime { before: node_time(), since: Instant::now() };
+        set_node_time(other.before + by)?;
+        Ok(other)
+    }
+}
+
+impl Drop for OtherTime {
+    fn drop(&mut self) {
+        let _ = set_node_time(self.before + self.since.elapsed());
+    }
+}
+
+fn node_time() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+fn set_node_time(time: Duration) -> Outcome {
+    let time = format!("@{}", time.as_secs());
+    process::run(Command::new("date").args(["-s", &time]), b"", CALL_LIMIT)?.success("date").map(drop)
+}
+
+fn clock(environment: &mut Environment) -> Outcome<String> {
+    const HOUR: Duration = Duration::from_secs(3600);
+    const LIMIT: Duration = Duration::from_secs(10);
+    let (pod, name) = (environment.shared()?, environment.id("clock"));
+    let mut asked = 0;
+    // How far off the container's clock is, once it is right.
+    let mut off = || -> Outcome<u64> {
+        let begin = Instant::now();
+        loop {
+            asked += 1;
+            let text = pod.exec_script(&format!("{name}-{asked}"), "date +%s")?.success()?;
+            let time: u64 = text.trim().parse().explain(|| format!("a time in {text:?}"))?;
+            let off = node_time().as_secs().abs_diff(time);
+            if off <= 2 {
+                return Ok(off);
+            }
+            ensure!(begin.elapsed() < LIMIT, "the container's clock is {off} s off the node's");
+        }
+    };
+    off()?;
+    let later = OtherTime::set(HOUR)?;
+    let after = off().explain(|| "an hour later".into())?;
+    drop(later);
+    let back = off().explain(|| "back again".into())?;
+    Ok(format!("set an hour on and back: {after} s and {back} s off"))
 }

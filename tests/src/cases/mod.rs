@@ -25,6 +25,7 @@ use crate::stdio::{Stdio, Streams};
 
 pub use case::{Case, Fixture, Runtime};
 
+pub mod alike;
 pub mod attack;
 pub mod bad_input;
 mod case;
@@ -89,6 +90,7 @@ pub fn all() -> Vec<Case> {
         rootfs::CASES,
         likeness::CASES,
         software::CASES,
+        alike::CASES,
         kernel::CASES,
         disks::CASES,
         layers::CASES,
