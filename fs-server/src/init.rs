@@ -4,7 +4,7 @@
 
 use bulkhead_vmm_protocol::MAX_FUSE_MESSAGE;
 
-use crate::message::{IN_HEADER, u32_at};
+use bulkhead_fs::message::{IN_HEADER, u32_at};
 use crate::reply;
 
 const MAJOR: u32 = 7;
@@ -80,7 +80,7 @@ pub fn answer(packet: &[u8], unique: u64) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::u64_at;
+    use bulkhead_fs::message::u64_at;
 
     fn init(major: u32, minor: u32, flags: u32) -> Vec<u8> {
         let mut packet = vec![0; IN_HEADER];

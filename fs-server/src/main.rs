@@ -6,7 +6,6 @@
 //! says in one line on standard error.
 
 mod init;
-mod message;
 mod reply;
 mod server;
 mod tree;

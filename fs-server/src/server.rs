@@ -8,7 +8,7 @@ use bulkhead_vmm_protocol::MAX_FUSE_MESSAGE;
 use fuse_backend_rs::api::server;
 use fuse_backend_rs::transport::{self, FuseBuf, FuseDevWriter, Reader};
 
-use crate::message::{self, Header, IN_HEADER, Verdict, check, opcode, u64_at};
+use bulkhead_fs::message::{self, Header, IN_HEADER, Verdict, check, opcode, u64_at};
 use crate::tree::{CopyRange, SharedTree};
 use crate::{init, reply};
 

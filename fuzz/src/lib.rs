@@ -9,6 +9,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed check is a finding")]
 
 pub mod devices;
+pub mod fuse;
 pub mod guest;
 pub mod host;
 pub mod input;
@@ -27,6 +28,7 @@ pub const TARGETS: &[Target] = &[
     ("fs-device", devices::fs::run),
     ("net", devices::net::run),
     ("vsock", devices::vsock::run),
+    ("fuse", fuse::run),
     ("bus", machine::bus),
     ("kernel", machine::kernel),
     ("state", machine::state),
