@@ -4,8 +4,8 @@
 
 use bulkhead_vmm_protocol::MAX_FUSE_MESSAGE;
 
-use bulkhead_fs::message::{IN_HEADER, u32_at};
 use crate::reply;
+use bulkhead_fs::message::{IN_HEADER, u32_at};
 
 const MAJOR: u32 = 7;
 

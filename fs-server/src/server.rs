@@ -8,9 +8,9 @@ use bulkhead_vmm_protocol::MAX_FUSE_MESSAGE;
 use fuse_backend_rs::api::server;
 use fuse_backend_rs::transport::{self, FuseBuf, FuseDevWriter, Reader};
 
-use bulkhead_fs::message::{self, Header, IN_HEADER, Verdict, check, opcode, u64_at};
 use crate::tree::{CopyRange, SharedTree};
 use crate::{init, reply};
+use bulkhead_fs::message::{self, Header, IN_HEADER, Verdict, check, opcode, u64_at};
 
 /// A server for a tree and a socket; any number of workers may share it.
 pub struct Server {

@@ -95,6 +95,10 @@ pub fn run(data: &[u8]) {
     assert!(handled.is_ok() || answered.is_none(), "an answer and an error to opcode {}", header.opcode);
     if let Some(answer) = answered {
         assert!(!is_silent(header.opcode), "an answer to opcode {}", header.opcode);
-        assert_eq!(answer.get(8..16), Some(&header.unique.to_le_bytes()[..]), "the answer of another request");
+        assert_eq!(
+            answer.get(8..16),
+            Some(&header.unique.to_le_bytes()[..]),
+            "the answer of another request"
+        );
     }
 }
