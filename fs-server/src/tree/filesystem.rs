@@ -14,7 +14,7 @@ use rustix::fs::{self, AtFlags, FallocateFlags, FileType, Gid, Mode, OFlags, Ren
 use rustix::io::Errno;
 
 use super::directory::{fitting, list};
-use crate::message::NAMELESS;
+use bulkhead_fs::message::NAMELESS;
 
 use super::host::{ActingAs, Attributes, FdName};
 use super::nodes::Node;
