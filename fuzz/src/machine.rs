@@ -5,6 +5,7 @@ use std::io;
 use bulkhead_vmm::boot;
 use bulkhead_vmm::bus::Bus;
 use bulkhead_vmm::devices::VirtioDevice;
+use bulkhead_vmm::devices::balloon::Balloon;
 use bulkhead_vmm::devices::blk::Block;
 use bulkhead_vmm::devices::console::Console;
 use bulkhead_vmm::devices::fs::FileSystem;
@@ -107,6 +108,7 @@ fn restore(state: &mut DeviceState) {
         2 => Box::new(Block::new(Parts::whole(host::file(&[0; 4096]).into()).unwrap(), false, "fuzz", 512)),
         3 => Box::new(Console::new(None).unwrap()),
         4 => Box::new(Rng),
+        5 => Box::new(Balloon::default()),
         19 => Box::new(Vsock::new(7, vec![(1024, host::stream().0)]).unwrap().0),
         _ => Box::new(FileSystem::new("fuzz", socket).unwrap()),
     };

@@ -6,7 +6,7 @@
 use log::error;
 use serde::{Deserialize, Serialize};
 
-use crate::layout::{FIRST_IRQ, IRQ_PINS};
+use crate::layout::{IRQ_PINS, device_of};
 
 /// Register select, at this offset of the window.
 const IOREGSEL: u64 = 0x00;
@@ -149,7 +149,7 @@ impl IoApic {
             self.publish();
         }
         // An edge that came while the pin was masked is lost; a spurious interrupt costs a driver nothing.
-        if old & MASKED != 0 && new & MASKED == 0 && pin as u32 >= FIRST_IRQ {
+        if old & MASKED != 0 && new & MASKED == 0 && device_of(pin as u32).is_some() {
             self.router.raise(pin as u32);
         }
     }

@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use bulkhead_vmm_protocol::{FdIndex, MemorySource, PrepareConfig, VmConfig};
 
 use crate::devices::VirtioDevice;
+use crate::devices::balloon::Balloon;
 use crate::devices::blk::{Block, SECTOR};
 use crate::devices::console::Console;
 use crate::devices::fs::FileSystem;
@@ -134,6 +135,7 @@ impl Resources {
             })?;
             devices.push(Box::new(Block::new(whole, disk.read_only, &disk.serial, SECTOR as u32)));
         }
+        devices.push(Box::new(Balloon::default()));
         if devices.len() > MAX_DEVICES - DEVICE_SLOTS {
             return Err(ResourceError::TooManyDevices(devices.len()));
         }

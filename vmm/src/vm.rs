@@ -19,7 +19,7 @@ use crate::devices::interrupt::USED_BUFFER;
 use crate::devices::registers::RegisterMemory;
 use crate::devices::slot::{DeviceSlot, Kicks};
 use crate::ioapic::{InterruptRouter, MsiRoute};
-use crate::layout::{FIRST_IRQ, IRQ_PINS, KVM_TSS, MMIO_BASE, irq, mmio_address};
+use crate::layout::{IRQ_PINS, KVM_TSS, MMIO_BASE, device_of, irq, mmio_address};
 use crate::machine::{MachineError, kvm_failed};
 use crate::memory::SharedRam;
 
@@ -37,8 +37,7 @@ impl InterruptRouter for KvmRouter {
     }
 
     fn raise(&self, pin: u32) {
-        let slot = pin.checked_sub(FIRST_IRQ).and_then(|index| self.slots.get(index as usize));
-        if let Some(slot) = slot {
+        if let Some(slot) = device_of(pin).and_then(|index| self.slots.get(index)) {
             let _ = slot.interrupt().line().write(1);
         }
     }

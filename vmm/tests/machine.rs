@@ -187,8 +187,8 @@ fn disks_come_and_go_in_a_running_machine() {
     if !kvm_or_skip("disks_come_and_go_in_a_running_machine") {
         return;
     }
-    // The second slot, behind no other disks.
-    let (slot, disk) = (1, Driver::new(DISK + 1));
+    // The second slot, behind the balloon and no other disks.
+    let (slot, disk) = (1, Driver::new(DISK + 2));
     let (_, available, used) = disk.rings(0);
     // Neither a free slot nor a new disk has been told anything, and the old disk has.
     let new_disk = |code: Code| code.wait32(disk.window + 0x70, 0).wait32(disk.window + 8, 2);
@@ -259,7 +259,7 @@ fn a_slot_takes_a_network_interface_after_a_disk() {
         return;
     }
     const MRG_RXBUF: u32 = 1 << 15;
-    let (slot, net) = (0, Driver::new(DISK));
+    let (slot, net) = (0, Driver::new(DISK + 1));
     let mut code = Code::new().wait32(net.window + 8, 2).wait32(net.window + 8, 1);
     code = net.initialise_with(code, 1, 2, MRG_RXBUF).expect32(net.window + 0x100, 0x3322_1102);
     // A buffer to receive into, and a packet of zeroes to send.

@@ -18,8 +18,8 @@ use common::guest::MMIO;
 use common::process::{Boot, kvm_or_skip};
 use common::program::{BUFFERS, Dice, Program, RAM, random};
 
-/// Console, entropy, vsock, file system, disk, and the first two slots: a network interface and one that stays empty.
-const DEVICES: u64 = 7;
+/// Console, entropy, vsock, file system, disk, balloon, and the first two slots: a network interface and one that stays empty.
+const DEVICES: u64 = 8;
 
 /// Operations of the random part of a program.
 const STEPS: usize = 400;

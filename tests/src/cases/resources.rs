@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount, umount};
 use serde_json::{Value, json};
@@ -25,6 +25,11 @@ pub const CASES: &[Case] = &[
     Case::new("resources-files-in-memory", files_in_memory),
     Case::new("resources-full-guest", full_guest),
     Case::new("resources-update", update),
+    Case::new("resources-memory-comes-back", memory_comes_back).bulkhead_only().own_kernel().without_image(),
+    Case::new("cold-resources-memory-comes-back", memory_comes_back_booted)
+        .cold()
+        .own_kernel()
+        .without_image(),
     Case::new("resources-host-limits", host_limits).bulkhead_only(),
     Case::new("resources-occupied-cgroup", occupied_cgroup).bulkhead_only(),
     Case::new("resources-maxima", maxima).bulkhead_only(),
@@ -103,6 +108,52 @@ fn full_guest(environment: &mut Environment) -> Outcome<String> {
     container.finish()?;
     events?;
     Ok("the process was killed, containerd heard of it, the pod went on".into())
+}
+
+fn memory_comes_back(environment: &mut Environment) -> Outcome<String> {
+    comes_back(environment, json!({}), 150_000_000)
+}
+
+fn memory_comes_back_booted(environment: &mut Environment) -> Outcome<String> {
+    comes_back(environment, json!({ "memory": { "limit": 400 << 20 } }), 200_000_000)
+}
+
+/// Memory that a process has had is the node's again soon after its end.
+fn comes_back(environment: &mut Environment, resources: Value, used: u64) -> Outcome<String> {
+    const LIMIT: Duration = Duration::from_secs(10);
+    const ABOVE: u64 = 20 << 20;
+    let id = environment.id("memory");
+    let container = environment.created(&id, &spec_with(&id, "sleep 1000", resources), Streams::default())?;
+    container.shim.start("")?;
+    container.exec_script("first", "true")?.success()?;
+    let vmm = node::descendants(container.shim.pid()?, "bulkhead-vmm").into_iter().next();
+    let pid = vmm.explain(|| "the shim has no VMM".into())?.pid;
+    let before = memory_of(pid, "RssAnon")?;
+    let script = format!("dd if=/dev/zero of=/dev/null bs={used} count=1 2>/dev/null");
+    container.exec_script("uses", &script)?.success()?;
+    let ended = Instant::now();
+    let most = memory_of(pid, "VmHWM")?;
+    ensure!(most >= before + used, "{most} bytes at most of {used} that were used");
+    loop {
+        let now = memory_of(pid, "RssAnon")?;
+        let (from, to, after) = (before >> 20, now >> 20, ended.elapsed());
+        if now <= before + ABOVE {
+            container.finish()?;
+            let after = after.as_secs_f64();
+            return Ok(format!("{from} MiB before {used} bytes were used, {to} MiB {after:.1} s after"));
+        }
+        ensure!(after < LIMIT, "{from} MiB before {used} bytes were used, {to} MiB {after:?} after");
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// A line of a process's status, bytes.
+fn memory_of(pid: i32, line: &str) -> Outcome<u64> {
+    let path = format!("/proc/{pid}/status");
+    let status = fs::read_to_string(&path).explain(|| format!("read {path}"))?;
+    let value = status.lines().find_map(|found| found.strip_prefix(line)?.strip_prefix(':'));
+    let kib = value.and_then(|value| value.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    kib.map(|kib| kib * 1024).explain(|| format!("no {line} in {path}"))
 }
 
 fn update(environment: &mut Environment) -> Outcome<String> {

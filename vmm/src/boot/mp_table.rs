@@ -104,7 +104,7 @@ mod tests {
         let pointer = floating_pointer(MP_TABLE + 16);
         assert_eq!(pointer.len(), 16);
         assert_eq!(sum(&pointer), 0);
-        let table = configuration(16, 15);
+        let table = configuration(16, 16);
         assert_eq!(sum(&table), 0);
         assert_eq!(usize::from(u16::from_le_bytes([table[4], table[5]])), table.len());
         assert!(pointer.len() + table.len() <= 1024);

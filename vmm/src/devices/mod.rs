@@ -24,6 +24,7 @@
 //! Guest memory can be reached only through [`Virtqueue`]s and the [`Chain`]s they hand out, and these exist only while
 //! a device is activated: a device that isn't can't be used.
 
+pub mod balloon;
 pub mod blk;
 mod chain;
 mod config;
@@ -66,6 +67,8 @@ pub enum DeviceKind {
     Console,
     /// Entropy source (5.4).
     Entropy,
+    /// Memory balloon (5.5).
+    Balloon,
     /// Socket device (5.10).
     Vsock,
     /// File system (5.11).
@@ -80,6 +83,7 @@ impl DeviceKind {
             DeviceKind::Block => 2,
             DeviceKind::Console => 3,
             DeviceKind::Entropy => 4,
+            DeviceKind::Balloon => 5,
             DeviceKind::Vsock => 19,
             DeviceKind::FileSystem => 26,
         }

@@ -141,10 +141,10 @@ impl Dice {
 }
 
 const QUEUES: u64 = 3;
-/// Where each device kind's requests go: console, entropy, vsock, file system, disk, network.
-const REQUEST_QUEUE: [u64; 6] = [1, 0, 1, 1, 0, 1];
+/// Where each device kind's requests go: console, entropy, vsock, file system, disk, balloon, network.
+const REQUEST_QUEUE: [u64; 7] = [1, 0, 1, 1, 0, 2, 1];
 /// And how many queues it has.
-const QUEUES_OF: [u64; 6] = [2, 1, 3, 2, 1, 2];
+const QUEUES_OF: [u64; 7] = [2, 1, 3, 2, 1, 3, 2];
 
 /// Rings of a device's queue, in order: descriptors, available, used.
 fn rings(device: u64, queue: u64) -> [u64; 3] {
@@ -225,6 +225,7 @@ impl Driver<'_> {
                     &[(0, 16, 1), (0x200, 512, 3), (0x800, 1, 2)]
                 }
             }
+            5 => &[(0, 0x2000, 2)],
             _ => {
                 (0..3).for_each(|word| self.program.store32(buffer + 4 * word, 0));
                 &[(0, 72, 0)]
@@ -315,8 +316,11 @@ impl Driver<'_> {
         }
         let features = match self.errs(10) {
             true => self.dice.next() as u32,
-            // Of the network's own the one that our device wants: receive buffers that are merged.
-            false => self.dice.one_of(&[0, 1 << 28, 1 << 29, 3 << 28]) | u32::from(device == 5) << 15,
+            // Of devices' own the ones that ours want: reports, and receive buffers that are merged.
+            false => {
+                let own = [(5, 1 << 5), (6, 1 << 15)].iter().find(|(owner, _)| *owner == device);
+                self.dice.one_of(&[0, 1 << 28, 1 << 29, 3 << 28]) | own.map_or(0, |(_, bit)| *bit)
+            }
         };
         self.program.store32(register(device, 0x24), 0);
         self.program.store32(register(device, 0x20), features);
