@@ -137,6 +137,23 @@ impl Runtime {
         Ok(Self { kind, program, containerd_name, options, settings })
     }
 
+    /// The same with the changes of root file systems on disks, which only ours has.
+    ///
+    /// # Errors
+    /// When its configuration can't be written.
+    pub fn with_changes_on_disk(&self) -> Result<Self, Absent> {
+        let mut changed = self.clone();
+        for (_, path) in changed.settings.iter_mut().filter(|_| self.kind.is_bulkhead()) {
+            let failed = |source| Absent::Write { path: path.clone(), source };
+            let text = fs::read_to_string(&*path).map_err(failed)? + "root_changes = \"disk\"\n";
+            let other = path.with_extension("disk.toml");
+            fs::write(&other, text).map_err(failed)?;
+            changed.options = bulkhead_options(&other)?;
+            *path = other;
+        }
+        Ok(changed)
+    }
+
     /// A handler of the CRI plugin for it, in containerd's configuration.
     pub fn handler(&self) -> String {
         let table =

@@ -1,5 +1,7 @@
 //! The shim's configuration: a TOML file, and annotations for the size of one pod.
 
+mod root_changes;
+
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -8,6 +10,7 @@ use bulkhead_vmm_protocol::{MAX_VCPUS, MIN_MEMORY_MIB};
 use log::LevelFilter;
 use serde::{Deserialize, Serialize};
 
+pub use self::root_changes::RootChanges;
 use crate::error::{Classify, Code};
 use crate::quantity::{self, QuantityError};
 use crate::sizing::{self, Demand, SizeError};
@@ -56,10 +59,19 @@ pub struct Config {
     pub template_limit: u64,
     /// Whether what a pod sends has to come from the addresses that its network interfaces were given.
     pub spoof_check: bool,
-    /// Whether containers that bring no system call filter get our default one.
-    pub default_seccomp: bool,
+    /// What holds for each container.
+    pub containers: Containers,
     /// What is logged.
     pub log_level: LevelFilter,
+}
+
+/// What holds for each container of a pod.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Containers {
+    /// Whether those that bring no system call filter get our default one.
+    pub default_seccomp: bool,
+    /// Where what they change of their root file systems goes.
+    pub root_changes: RootChanges,
 }
 
 /// Whether pods start from templates.
@@ -112,6 +124,7 @@ struct File {
     template_limit: Option<String>,
     spoof_check: Option<bool>,
     default_seccomp: Option<bool>,
+    root_changes: Option<RootChanges>,
     log_level: Option<String>,
 }
 
@@ -298,7 +311,10 @@ impl Config {
             template_limit: quantity::parse_bytes(file.template_limit.as_deref().unwrap_or("8Gi"))
                 .map_err(ConfigError::TemplateLimit)?,
             spoof_check: file.spoof_check.unwrap_or(true),
-            default_seccomp: file.default_seccomp.unwrap_or(false),
+            containers: Containers {
+                default_seccomp: file.default_seccomp.unwrap_or(false),
+                root_changes: file.root_changes.unwrap_or_default(),
+            },
             log_level: match file.log_level.as_deref().unwrap_or("info") {
                 "error" => LevelFilter::Error,
                 "warn" => LevelFilter::Warn,
@@ -425,7 +441,7 @@ mod tests {
         assert_eq!(config.template_dir, Path::new("/var/lib/bulkhead/templates"));
         assert_eq!(config.template_limit, 8 << 30);
         assert!(config.spoof_check);
-        assert!(!config.default_seccomp);
+        assert_eq!(config.containers, Containers::default());
         assert_eq!(config.log_level, LevelFilter::Info);
     }
 
@@ -449,6 +465,7 @@ mod tests {
             template_limit = "1Gi"
             spoof_check = false
             default_seccomp = true
+            root_changes = "auto"
             log_level = "debug"
             "#,
         )
@@ -469,7 +486,7 @@ mod tests {
                 template_dir: "/t".into(),
                 template_limit: 1 << 30,
                 spoof_check: false,
-                default_seccomp: true,
+                containers: Containers { default_seccomp: true, root_changes: RootChanges::Auto },
                 log_level: LevelFilter::Debug,
             }
         );

@@ -15,6 +15,9 @@ pub const ON_DISKS: OtherRoots = OtherRoots { snapshotter: "blockfile", group: "
 /// The one whose layers are.
 pub const ON_LAYERS: OtherRoots = OtherRoots { snapshotter: "erofs", group: "rootfs-erofs" };
 
+/// What the rows begin with whose root file systems' changes are on disks.
+pub const CHANGES: &str = "rootfs-changes";
+
 /// Root file systems of another than the default snapshotter.
 #[derive(Debug, Clone, Copy)]
 pub struct OtherRoots {
@@ -42,9 +45,32 @@ pub async fn measure_on(bench: &mut Bench<'_>, roots: OtherRoots) {
     run_workload(bench, pods, ROOTFS, |row| row.replacen(ROOTFS, group, 1)).await;
 }
 
+/// The same with the changes on disks.
+pub async fn measure_changes(bench: &mut Bench<'_>) {
+    let mut runtimes = Vec::new();
+    for runtime in &bench.runtimes {
+        match runtime.with_changes_on_disk() {
+            Ok(runtime) => runtimes.push(runtime),
+            Err(error) => bench.results.skip(CHANGES, runtime.kind.name(), error.to_string()),
+        }
+    }
+    run_workload_under(bench, runtimes, bench.pods.clone(), ROOTFS, |row| row.replacen(ROOTFS, CHANGES, 1))
+        .await;
+}
+
 async fn run_workload(bench: &mut Bench<'_>, pods: Pods, name: &str, row_of: impl Fn(&str) -> String) {
+    run_workload_under(bench, bench.runtimes.clone(), pods, name, row_of).await;
+}
+
+async fn run_workload_under(
+    bench: &mut Bench<'_>,
+    runtimes: Vec<Runtime>,
+    pods: Pods,
+    name: &str,
+    row_of: impl Fn(&str) -> String,
+) {
     let group = row_of(name);
-    for runtime in bench.runtimes.clone() {
+    for runtime in runtimes {
         if let Err(error) = one(bench, &pods, &runtime, name, &row_of).await {
             bench.fail(&group, runtime.kind.name(), &error);
         }

@@ -22,7 +22,7 @@ use crate::report::{Better, Row, Skipped};
 use crate::runtime::{self, Runtime};
 
 /// Groups of rows, in the order in which they are measured.
-pub const GROUPS: [Group; 15] = [
+pub const GROUPS: [Group; 16] = [
     Group::Start,
     Group::Mounts,
     Group::Pods,
@@ -32,6 +32,7 @@ pub const GROUPS: [Group; 15] = [
     Group::Vmm,
     Group::Syscalls,
     Group::Rootfs,
+    Group::RootfsChanges,
     Group::RootfsBlock,
     Group::RootfsErofs,
     Group::Block,
@@ -61,6 +62,8 @@ pub enum Group {
     Syscalls,
     /// The root file system inside the workload.
     Rootfs,
+    /// The same when what is changed of it is on a disk.
+    RootfsChanges,
     /// The same when it is on a disk.
     RootfsBlock,
     /// The same when its layers are.
@@ -88,6 +91,7 @@ impl Group {
             Self::Vmm => "vmm",
             Self::Syscalls => "syscalls",
             Self::Rootfs => "rootfs",
+            Self::RootfsChanges => inside::CHANGES,
             Self::RootfsBlock => inside::ON_DISKS.group,
             Self::RootfsErofs => inside::ON_LAYERS.group,
             Self::Block => "block",
@@ -113,6 +117,7 @@ impl Group {
             Self::Vmm => "the VMM alone beside QEMU's microvm machine: time to init, memory",
             Self::Syscalls => "getppid, fork and exec, page fault, context switch inside the workload",
             Self::Rootfs => "walk, unpack, small files, sequential read and write inside the workload",
+            Self::RootfsChanges => "the same with what is changed on disks",
             Self::RootfsBlock => "the same with root file systems on disks",
             Self::RootfsErofs => "the same with the layers of root file systems on disks",
             Self::Block => "4 KiB random reads and writes of a block volume inside the workload",
@@ -137,6 +142,7 @@ impl Group {
             Self::Network => network::measure(bench).await,
             Self::Memory => memory::measure(bench).await,
             Self::Syscalls | Self::Rootfs => inside::measure(bench, self.name()).await,
+            Self::RootfsChanges => inside::measure_changes(bench).await,
             Self::RootfsBlock => inside::measure_on(bench, inside::ON_DISKS).await,
             Self::RootfsErofs => inside::measure_on(bench, inside::ON_LAYERS).await,
             Self::Vmm => vmm::measure(bench).await,

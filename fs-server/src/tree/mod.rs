@@ -48,6 +48,9 @@ const ROOTFS: &[u8] = b"rootfs";
 /// The name of what a container changes, if the guest has the rest of its root file system on a disk.
 const CHANGES: &[u8] = b"changes";
 
+/// The name of what lies below a container's changes, if these are on a disk: layers of an image.
+const LOWER: &[u8] = b"lower";
+
 /// The part of the descriptors that may be inodes; the rest may be open files, but for [`SPARE_FDS`].
 const INODE_SHARE: (usize, usize) = (3, 4);
 
@@ -178,6 +181,7 @@ impl SharedTree {
             let sharing = match name.to_bytes() {
                 ROOTFS if parent.place == Place::Container => Sharing::GuestOnly,
                 CHANGES if parent.place == Place::Container => Sharing::Changes,
+                LOWER if parent.place == Place::Container => Sharing::Nobody,
                 _ => Sharing::WithHost,
             };
             self.mounts.get(attributes.device(), is_read_only(&path_fd)?, sharing)?

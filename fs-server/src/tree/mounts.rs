@@ -36,6 +36,9 @@ pub enum Sharing {
     GuestOnly,
     /// Only the guest, whose kernel mounts an overlay with its upper directory here: a container's changes.
     Changes,
+    /// Nobody (layers of an image): the guest may rely on what it was told. Its kernel makes an overlay of it, which takes it badly when it
+    /// has to look again and finds something else, or an error.
+    Nobody,
 }
 
 impl Sharing {
@@ -47,6 +50,7 @@ impl Sharing {
         match self {
             Sharing::WithHost => Duration::from_secs(1),
             Sharing::GuestOnly | Sharing::Changes => Duration::from_secs(60),
+            Sharing::Nobody => Duration::from_secs(10 * 365 * 24 * 60 * 60),
         }
     }
 

@@ -52,11 +52,18 @@ pub async fn add(request: &AddDiskRequest, reaper: &Reaper) -> Result<AddDiskRes
 async fn take_up(request: &AddDiskRequest, reaper: &Reaper) -> Result<AddDiskResponse, DiskError> {
     let slot = request.slot;
     let window = Window::of(slot)?;
-    window.bind("take up the disk in", LIMIT, reaper).await?;
+    let changes = request.overlay.is_some() && request.parts.is_empty();
+    if changes {
+        mount_changes(&window, request, reaper).await?;
+    } else {
+        window.bind("take up the disk in", LIMIT, reaper).await?;
+    }
     let device = block_device(&window.device())
         .map_err(|source| DiskError::System { slot, source })?
         .ok_or(DiskError::NoDevice { slot })?;
-    if request.overlay.is_some() {
+    if changes {
+        // It is mounted.
+    } else if request.overlay.is_some() {
         mount_layers(&device, request, reaper).await?;
     } else if !request.file_system.is_empty() {
         mount_on(&device, request, reaper).await?;
@@ -70,6 +77,7 @@ pub async fn remove(slot: u32, reaper: &Reaper) -> Result<(), DiskError> {
     let layers = layers::directory(slot);
     if target.exists() {
         in_a_process("unmount the disk in", slot, WRITE_BACK_LIMIT, reaper, || {
+            layers::give_up(&layers::changes(slot));
             unmount(&target)?;
             layers::points(&layers).iter().try_for_each(|point| unmount(point))
         })
@@ -105,6 +113,30 @@ async fn mount_on(device: &BlockDevice, request: &AddDiskRequest, reaper: &Reape
     let source = Path::new("/dev").join(&device.name);
     in_a_process("mount the disk in", *slot, LIMIT, reaper, || {
         Ok(mount(Some(&source), &target, Some(file_system.as_str()), flags, Some(data.as_str()))?)
+    })
+    .await?;
+    Ok(())
+}
+
+/// Has the kernel take up the disk with a container's changes, mounts the file system on it, and makes a root of it and of the layer
+/// below it, if one is named. A container waits for this: one process does it all.
+async fn mount_changes(window: &Window, request: &AddDiskRequest, reaper: &Reaper) -> Result<(), DiskError> {
+    let slot = request.slot;
+    let (target, changes) = (mount_point(slot), layers::changes(slot));
+    let prepare = || fs::create_dir_all(&target).and_then(|()| fs::create_dir_all(&changes));
+    prepare().map_err(|source| DiskError::System { slot, source })?;
+    let (flags, data) = flags_and_data(&request.options);
+    in_a_process("mount a container's changes from", slot, LIMIT, reaper, || {
+        window.bind_here()?;
+        let device =
+            block_device(&window.device())?.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+        let source = Path::new("/dev").join(&device.name);
+        mount(Some(&source), &changes, Some(request.file_system.as_str()), flags, Some(data.as_str()))?;
+        if request.overlay.lower.is_empty() {
+            Ok(())
+        } else {
+            layers::cover(&changes, &request.overlay, &target)
+        }
     })
     .await?;
     Ok(())

@@ -1,4 +1,5 @@
-//! Layers of an image: several file systems that follow each other on one disk, and the overlay that is made of them.
+//! Layers of an image: several file systems that follow each other on one disk, and the overlay that is made of them. Or the
+//! other way round: what a container changes, on a disk, and the overlay of that and layers from elsewhere.
 
 use std::fs::{self, File};
 use std::io;
@@ -17,6 +18,10 @@ const ALIGNMENT: u64 = 4096;
 /// The most partitions that the kernel knows on a disk.
 const MAX_PARTS: usize = 255;
 
+/// `_IOR('X', 125, __u32)`, and its argument.
+const EXT4_IOC_SHUTDOWN: libc::c_ulong = 0x8004_587d;
+static WITHOUT_FLUSH: u32 = 2;
+
 const BLKPG: libc::c_ulong = 0x1269;
 const BLKPG_ADD_PARTITION: libc::c_int = 1;
 
@@ -25,9 +30,33 @@ pub fn directory(slot: u32) -> PathBuf {
     Path::new(LAYERS_DIR).join(slot.to_string())
 }
 
+/// Where a file system for a container's changes is mounted, likewise.
+pub fn changes(slot: u32) -> PathBuf {
+    directory(slot).join("changes")
+}
+
 /// The mount points in such a directory.
 pub fn points(directory: &Path) -> Vec<PathBuf> {
     fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+}
+
+/// Has the kernel write nothing more to a file system with changes, if there is one: nobody will read them.
+pub fn give_up(changes: &Path) {
+    // Neither the directory nor the overlay on it is there for other disks.
+    let Ok(directory) = File::open(changes) else { return };
+    // SAFETY: the argument is a valid place for the number that this request reads.
+    let result =
+        unsafe { libc::ioctl(directory.as_raw_fd(), EXT4_IOC_SHUTDOWN as _, &raw const WITHOUT_FLUSH) };
+    if result < 0 {
+        log::debug!("{} is written back: {}", changes.display(), io::Error::last_os_error());
+    }
+}
+
+/// The same with all there are.
+pub fn give_up_all() {
+    for slot in points(Path::new(LAYERS_DIR)) {
+        give_up(&slot.join("changes"));
+    }
 }
 
 /// A part of a disk, in bytes.
@@ -111,14 +140,24 @@ pub fn unite(directory: &Path, count: usize, overlay: &Overlay, target: &Path) -
         return Ok(mount(Some(&layer), target, None::<&str>, MsFlags::MS_BIND, None::<&str>)?);
     }
     chdir(directory)?;
+    let layers: Vec<String> = (0..count).map(|number| number.to_string()).collect();
+    mount_overlay(&layers.join(":"), overlay, target)
+}
+
+/// Mounts the overlay of a directory and the changes on a disk whose file system is mounted on `changes`.
+pub fn cover(changes: &Path, overlay: &Overlay, target: &Path) -> io::Result<()> {
+    chdir(changes)?;
+    mount_overlay(&overlay.lower, overlay, target)
+}
+
+fn mount_overlay(lower: &str, overlay: &Overlay, target: &Path) -> io::Result<()> {
     let flags = if overlay.upper.is_empty() { MsFlags::MS_RDONLY } else { MsFlags::empty() };
-    let data = options(count, overlay);
+    let data = options(lower, overlay);
     Ok(mount(Some("overlay"), target, Some("overlay"), flags, Some(data.as_str()))?)
 }
 
-fn options(count: usize, overlay: &Overlay) -> String {
-    let layers: Vec<String> = (0..count).map(|number| number.to_string()).collect();
-    let mut options = vec![format!("lowerdir={}", layers.join(":"))];
+fn options(lower: &str, overlay: &Overlay) -> String {
+    let mut options = vec![format!("lowerdir={lower}")];
     if !overlay.upper.is_empty() {
         options.push(format!("upperdir={}", overlay.upper));
         options.push(format!("workdir={}", overlay.work));
@@ -151,10 +190,11 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(
-            options(3, &overlay),
+            options("0:1:2", &overlay),
             "lowerdir=0:1:2,upperdir=/run/bulkhead/shared/c/changes/fs,workdir=/run/bulkhead/shared/c/changes/work,index=off"
         );
-        assert!(options(255, &overlay).len() < 4096);
-        assert_eq!(options(2, &Overlay::default()), "lowerdir=0:1");
+        let most = (0..MAX_PARTS).map(|number| number.to_string()).collect::<Vec<_>>().join(":");
+        assert!(options(&most, &overlay).len() < 4096);
+        assert_eq!(options("0:1", &Overlay::default()), "lowerdir=0:1");
     }
 }

@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use bulkhead_agent_protocol::{AddDiskRequest, AddDiskResponse, AddInterfaceRequest, ConfigureRequest};
 use tokio::time::timeout;
 
-use super::{clock, disks, filesystems, interfaces, parameters, power};
+use super::{clock, disks, filesystems, interfaces, layers, parameters, power};
 use crate::error_chain;
 use crate::reaper::Reaper;
 use crate::service::{ConfigureFailure, Machine};
@@ -117,6 +117,7 @@ impl Machine for GuestMachine {
         // SAFETY: the agent runs on one thread.
         match unsafe { clone_process(CloneOptions::default()) } {
             Ok(0) => {
+                layers::give_up_all();
                 // SAFETY: takes nothing.
                 unsafe { libc::sync() };
                 exit_now(0)

@@ -61,6 +61,11 @@ impl Window {
         self.tell_driver("bind", what, limit, reaper).await
     }
 
+    /// The same, on the calling process's own time.
+    pub fn bind_here(&self) -> io::Result<()> {
+        OpenOptions::new().write(true).open(Path::new(DRIVER).join("bind"))?.write_all(self.name.as_bytes())
+    }
+
     /// Has the driver let go of the device.
     pub async fn unbind(
         &self,

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_agent_protocol as api;
+use bulkhead_agent_protocol::SHARED_DIR;
 use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 use serde_json::json;
@@ -17,7 +18,8 @@ use tokio::io::AsyncReadExt;
 
 use super::working_set;
 use crate::config::Config;
-use crate::error::ApiError;
+use crate::error::{ApiError, chain};
+use crate::host::changes::{ChangesDisk, ChangesError};
 use crate::host::mounts::{DetachedTree, MountError, Propagation};
 use crate::pod::agent::AgentError;
 use crate::pod::limits::PodLimits;
@@ -63,6 +65,9 @@ pub enum RehearsalError {
     /// The shared tree.
     #[error(transparent)]
     Tree(#[from] TreeError),
+    /// The disk for changes.
+    #[error("can't make a disk")]
+    Changes(#[from] ChangesError),
     /// The pod.
     #[error(transparent)]
     Pod(#[from] PodError),
@@ -109,14 +114,22 @@ async fn run(config: Config, memory: u64, directory: &Path) -> Result<Vec<u8>, R
         cgroup: None,
         received_us: now_us(),
     };
+    let upper = directory.join("upper");
+    fs::create_dir(&upper).map_err(files(&upper))?;
+    let changes = ChangesDisk::make(&upper)?;
     let pod = Pod::launch(pod_spec).await?;
-    let used = tokio::time::timeout(LIMIT, use_pod(&pod, &rootfs, memory)).await;
+    let used = tokio::time::timeout(LIMIT, use_pod(&pod, &rootfs, &changes, memory)).await;
     pod.stop().await;
     used.unwrap_or(Err(RehearsalError::TimedOut))
 }
 
 /// Runs a container to its end.
-async fn use_pod(pod: &Arc<Pod>, rootfs: &Path, memory: u64) -> Result<Vec<u8>, RehearsalError> {
+async fn use_pod(
+    pod: &Arc<Pod>,
+    rootfs: &Path,
+    changes: &ChangesDisk,
+    memory: u64,
+) -> Result<Vec<u8>, RehearsalError> {
     let tree = DetachedTree::bind(rootfs, false)?;
     tree.restrict(Propagation::Private)?;
     let attach = async {
@@ -125,12 +138,20 @@ async fn use_pod(pod: &Arc<Pod>, rootfs: &Path, memory: u64) -> Result<Vec<u8>, 
     };
     let configure = async { Ok(pod.configure(ID).await?) };
     tokio::try_join!(attach, configure)?;
+    let lower = Path::new(SHARED_DIR).join(ID).join("rootfs").display().to_string();
+    let root = match pod.attach_changes(&changes.disk, Some(&lower), &[]).await {
+        Ok(disk) => Some(disk.mount_point()),
+        Err(error) => {
+            log::warn!("pods from this template can't have changes on disks: {}", chain(&error));
+            None
+        }
+    };
     let (number, mut output) = pod.open_stream().await?;
     let guest = spec::translate(specification()?, ID, &PodNamespaces::default())
         .map_err(|error| RehearsalError::Translate(error.into()))?;
     let request = api::CreateContainerRequest {
         container_id: ID.to_owned(),
-        spec: guest.to_json(&[], None, true).map_err(|error| RehearsalError::Translate(error.into()))?,
+        spec: guest.to_json(&[], root, true).map_err(|error| RehearsalError::Translate(error.into()))?,
         stdio: MessageField::some(api::Stdio { stderr_stream: number, ..Default::default() }),
         ..Default::default()
     };

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bulkhead_agent_protocol as api;
-use bulkhead_agent_protocol::DISKS_DIR;
+use bulkhead_agent_protocol::{DISKS_DIR, LAYERS_DIR};
 use bulkhead_vmm_protocol::{AttachDisk, Request};
 use tokio::time::Instant;
 
@@ -16,6 +16,7 @@ use super::slots::MAX_DISKS;
 use crate::error::{Classify, Code, chain};
 use crate::host::disk::OpenDisk;
 use crate::host::erofs::{EROFS, Layer};
+use crate::host::ext4;
 use crate::spec::DeviceNumber;
 
 /// How long the guest may take to write back what it has for all disks of a container.
@@ -77,6 +78,9 @@ pub struct Overlay {
     pub options: Vec<String>,
 }
 
+/// What a disk for changes is made as.
+const EXT4: &str = "ext4";
+
 /// Logical blocks of a disk that consists of files, in bytes.
 const FILE_BLOCKS: u32 = 512;
 
@@ -95,6 +99,12 @@ impl AttachedDisk {
     pub fn mount_point(&self) -> PathBuf {
         PathBuf::from(format!("{DISKS_DIR}/{}", self.slot))
     }
+
+    /// Where in the guest the upper and the working directory of an overlay are, if that is what it is for.
+    pub fn changes(&self) -> (String, String) {
+        let place = |name: &str| format!("{LAYERS_DIR}/{}/changes/{name}", self.slot);
+        (place(ext4::UPPER_NAME), place(ext4::WORK_NAME))
+    }
 }
 
 /// What is to be put into a pod.
@@ -108,9 +118,9 @@ struct Order<'a> {
 }
 
 impl Pod {
-    /// Whether the layers of one more image may be a disk of the pod's; disks that containers ask for come first.
-    pub fn has_room_for_layers(&self) -> bool {
-        self.slots.have_room_for_layers()
+    /// How many more disks the pod may have for what could be shared as files; those that containers ask for come first.
+    pub fn room_for_roots(&self) -> usize {
+        self.slots.room_for_roots()
     }
 
     /// Gives the guest a disk, and has it mount the file system on it if there is one to be mounted.
@@ -127,6 +137,36 @@ impl Pod {
         let order = Order {
             path: disk.path.clone(),
             read_only: disk.read_only,
+            block_size: disk.block_size,
+            parts: Vec::new(),
+            files: vec![disk.file.as_fd()],
+        };
+        self.attach(order, request).await
+    }
+
+    /// Gives the guest a disk for what a container changes. It makes an overlay of that and `lower`, a directory of its own, or leaves
+    /// that to whoever attaches layers.
+    pub async fn attach_changes(
+        &self,
+        disk: &OpenDisk,
+        lower: Option<&str>,
+        options: &[String],
+    ) -> Result<AttachedDisk, AttachError> {
+        let request = api::AddDiskRequest {
+            file_system: EXT4.to_owned(),
+            options: ext4::MOUNT_OPTIONS.map(str::to_owned).to_vec(),
+            overlay: protobuf::MessageField::some(api::Overlay {
+                lower: lower.unwrap_or_default().to_owned(),
+                upper: ext4::UPPER_NAME.to_owned(),
+                work: ext4::WORK_NAME.to_owned(),
+                options: options.to_vec(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let order = Order {
+            path: disk.path.clone(),
+            read_only: false,
             block_size: disk.block_size,
             parts: Vec::new(),
             files: vec![disk.file.as_fd()],
@@ -189,10 +229,13 @@ impl Pod {
     /// Takes disks away from the guest; what fails is logged, since the pod's end will do it in any case.
     pub async fn detach_disks(&self, disks: &[AttachedDisk]) {
         let deadline = Instant::now() + DETACH_LIMIT;
-        for AttachedDisk { slot, path, .. } in disks {
+        // The other way round: layers lie below changes that have come before.
+        for AttachedDisk { slot, path, .. } in disks.iter().rev() {
             let left = deadline.saturating_duration_since(Instant::now());
             if let Err(error) = self.agent.remove_disk(*slot, left).await {
-                log::warn!("the guest does not let go of {}: {}", path.display(), chain(&error));
+                // What the end of the pod interrupts is no failure.
+                let level = if *self.stopping.borrow() { log::Level::Debug } else { log::Level::Warn };
+                log::log!(level, "the guest does not let go of {}: {}", path.display(), chain(&error));
             }
             self.take_out(*slot).await;
         }
@@ -202,7 +245,10 @@ impl Pod {
     pub(super) async fn take_out(&self, slot: u8) {
         match self.control.request("DetachDevice", &Request::DetachDevice { slot }, &[]).await {
             Ok(()) => self.slots.give_back(slot),
-            Err(error) => log::error!("a device stays in the pod for now: {}", chain(&error)),
+            Err(error) => {
+                let level = if *self.stopping.borrow() { log::Level::Debug } else { log::Level::Error };
+                log::log!(level, "a device stays in the pod for now: {}", chain(&error));
+            }
         }
     }
 }

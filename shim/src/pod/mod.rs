@@ -18,6 +18,7 @@ pub mod machine;
 pub mod names;
 pub mod network;
 pub mod resources;
+pub mod roots;
 pub mod slots;
 pub mod state;
 pub mod stream;
@@ -52,7 +53,7 @@ use self::network::{Network, NetworkError};
 use self::resources::Resources;
 use self::timeline::{Timeline, now_us};
 use self::tree::SharedTree;
-use crate::config::Config;
+use crate::config::{Config, Containers};
 use crate::error::{ApiError, Classify, Code, chain};
 use crate::host::cgroup::PodCgroup;
 use crate::host::process::ProcessId;
@@ -116,7 +117,7 @@ pub struct Pod {
     is_up: AtomicBool,
     /// A template that there should be for the next pod like this.
     wanted: Option<Order>,
-    default_seccomp: bool,
+    containers: Containers,
     next_stream: AtomicU64,
     slots: slots::Slots,
     limits: PodLimits,
@@ -215,7 +216,7 @@ impl Pod {
             timeline,
             is_up: AtomicBool::new(booted.greeting.is_some()),
             wanted: booted.wanted,
-            default_seccomp: spec.config.default_seccomp,
+            containers: spec.config.containers,
             next_stream: AtomicU64::new(1),
             slots: slots::Slots::default(),
             limits: spec.limits,
@@ -431,9 +432,9 @@ impl Pod {
         free.next().unwrap_or_else(|| self.host_pid())
     }
 
-    /// Whether containers without a system call filter get the default one.
-    pub fn default_seccomp(&self) -> bool {
-        self.default_seccomp
+    /// What holds for each of its containers.
+    pub fn containers(&self) -> Containers {
+        self.containers
     }
 
     /// Why the pod is dead, if it is.

@@ -8,8 +8,8 @@ use bulkhead_vmm_protocol::DEVICE_SLOTS;
 /// they may take what no disk has yet.
 pub const MAX_DISKS: u8 = 8;
 
-/// How many of these the layers of images leave to disks that containers ask for: layers can be shared as files instead.
-const LEFT_BY_LAYERS: usize = 2;
+/// How many of these root file systems leave to disks that containers ask for: they can be shared as files instead.
+const LEFT_BY_ROOTS: usize = 2;
 
 /// Which slots are taken.
 #[derive(Debug, Default)]
@@ -26,10 +26,10 @@ impl Slots {
         self.take((0..DEVICE_SLOTS).rev())
     }
 
-    /// Whether the layers of one more image may be a disk.
-    pub fn have_room_for_layers(&self) -> bool {
+    /// How many more disks there may be for what could be shared as files.
+    pub fn room_for_roots(&self) -> usize {
         let free = self.lock()[..usize::from(MAX_DISKS)].iter().filter(|taken| !**taken).count();
-        free > LEFT_BY_LAYERS
+        free.saturating_sub(LEFT_BY_ROOTS)
     }
 
     /// A slot is free again.
@@ -57,10 +57,10 @@ mod tests {
     fn slots_are_bounded_and_used_again() {
         let slots = Slots::default();
         let mut all = Vec::new();
-        while slots.have_room_for_layers() {
+        while slots.room_for_roots() > 0 {
             all.extend(slots.take_for_disk());
         }
-        assert_eq!(all.len(), usize::from(MAX_DISKS) - LEFT_BY_LAYERS);
+        assert_eq!(all.len(), usize::from(MAX_DISKS) - LEFT_BY_ROOTS);
         all.extend((0..MAX_DISKS).map_while(|_| slots.take_for_disk()));
         assert_eq!(all, Vec::from_iter(0..MAX_DISKS));
         assert_eq!(slots.take_for_disk(), None);

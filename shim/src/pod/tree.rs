@@ -22,6 +22,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::task::JoinHandle;
 
 use super::following::Following;
+use super::roots;
 use crate::error::chain;
 use crate::host::mounts::{DetachedTree, MountError, PointKind, Propagation, on_thread, relocate};
 use crate::host::sharing::{Empty, MOUNTINFO, prune};
@@ -29,12 +30,6 @@ use crate::host::{pin::NamespaceError, small_namespace};
 
 /// The tree's place in the pod's namespace.
 pub const TREE: &str = "/shared";
-
-/// The name of a container's root file system in its directory, and that of what it changes if the rest is on a disk: the file
-/// server knows by them what only the guest changes.
-pub const ROOTFS: &str = "rootfs";
-/// See [`ROOTFS`].
-pub const CHANGES: &str = "changes";
 
 /// Where a directory or a file is mounted first in the pod's namespace, unseen by the file server.
 const STAGING: [&str; 2] = ["/staging", "/staging-file"];
@@ -325,7 +320,7 @@ fn mount_points(container: &Path) -> Vec<PathBuf> {
         fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path()).collect::<Vec<_>>()
     };
     let mut points = children(&container.join("mounts"));
-    points.extend([ROOTFS, CHANGES].map(|name| container.join(name)));
+    points.extend(roots::NAMES.map(|name| container.join(name)));
     points
 }
 

@@ -23,6 +23,7 @@ use ttrpc::asynchronous::{Service, TtrpcContext};
 use super::config::PodConfig;
 use super::members::{FIRST_PROCESS, Members};
 use super::{files, spec};
+use crate::config::Config;
 use crate::error::{ApiError, Code};
 use crate::events::timestamp;
 use crate::host::cgroup;
@@ -135,7 +136,7 @@ impl SandboxService {
             role: &Role::Sandbox,
             demand: Demand::of(&spec, &Role::Sandbox)?,
             claim: Claim::new([], None, &Role::Sandbox),
-            options: &self.options,
+            config: Config::load(&self.options.config)?,
             received_us,
         };
         let pod = self.shim.launch(new).await?;

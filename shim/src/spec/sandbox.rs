@@ -19,6 +19,12 @@ pub enum Role {
     Member(String),
 }
 
+/// Whether a container is one that the kubelet has asked for.
+pub fn is_of_cri(spec: &Spec) -> bool {
+    let kind = spec.annotations().as_ref().and_then(|annotations| annotations.get(CONTAINER_TYPE));
+    kind.is_some_and(|kind| kind == "container")
+}
+
 /// Annotations that contradict each other.
 #[derive(Debug, thiserror::Error)]
 pub enum RoleError {

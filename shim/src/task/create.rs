@@ -9,7 +9,7 @@ use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use oci_spec::runtime::Spec;
 
 use super::container::{Container, Process, State};
-use super::disks::{ContainerDisks, GuestRoot, OpenDisks};
+use super::disks::{Allowance, ContainerDisks, GuestRoot, OpenDisks};
 use super::rootfs::{self, Files};
 use super::shim::{Shim, Slot};
 use super::stdio::{HostStdio, ProcessIo, Stdio};
@@ -23,6 +23,7 @@ use crate::id;
 use crate::options::RuntimeOptions;
 use crate::pod::agent::AgentError;
 use crate::pod::limits::{Claim, PodLimits};
+use crate::pod::slots::Slots;
 use crate::pod::timeline::now_us;
 use crate::pod::{DEATH_LIMIT, Pod, PodSpec, clock, forward, state};
 use crate::sizing::Demand;
@@ -97,7 +98,10 @@ impl Shim {
                 role = Role::Member(pod.id().to_owned());
             }
         }
-        let existing = pod_for(slot, &request.id, &role)?;
+        let place = match pod_for(slot, &request.id, &role)? {
+            Some(pod) => Place::In(pod),
+            None => Place::New(Box::new(config(request)?)),
+        };
 
         let mut members = self.members();
         // A sandbox has no first container, whose namespaces would be those of its process id.
@@ -114,17 +118,17 @@ impl Shim {
             terminal: request.terminal,
         };
         let host_stdio = HostStdio::open(&stdio)?;
-        let room_for_layers = existing.as_ref().is_none_or(|pod| pod.has_room_for_layers());
-        let disks = OpenDisks::open(GuestRoot::open(&request.rootfs, room_for_layers)?, &guest.disks)?;
+        let root = GuestRoot::open(&request.rootfs, place.allowance(&spec))?;
+        let disks = OpenDisks::open(root, &guest.disks)?;
         let root = disks.root_files(&request.rootfs);
         let files = Files::prepare(root, &guest.mounts, &spec, &bundle).await?;
 
         let hooks = HostHooks::of(&spec, &request.id, &bundle);
-        let is_new = existing.is_none();
+        let is_new = matches!(place, Place::New(_));
         let demand = Demand::of(&spec, &role)?;
         let claim = claim(&spec, &role, request, &guest);
-        let pod = match existing {
-            Some(pod) => {
+        let pod = match place {
+            Place::In(pod) => {
                 if let Some(words) = demand.beyond(pod.limits().size()) {
                     log::warn!(
                         "the container {} has {words}: it may be ended for want of memory before",
@@ -134,15 +138,11 @@ impl Shim {
                 pod.add_claim(&request.id, claim);
                 pod
             }
-            None => {
-                let options = match request.options.as_ref() {
-                    Some(any) => RuntimeOptions::from_any(any)?,
-                    None => RuntimeOptions::default(),
-                };
+            Place::New(config) => {
+                let config = *config;
                 let id = request.id.clone();
-                let bundle = &bundle;
-                let (spec, role, options) = (&spec, &role, &options);
-                self.launch(NewPod { id, bundle, spec, role, demand, claim, options, received_us }).await?
+                let (bundle, spec, role) = (&bundle, &spec, &role);
+                self.launch(NewPod { id, bundle, spec, role, demand, claim, config, received_us }).await?
             }
         };
         let own_pid_namespace = guest.own_pid_namespace;
@@ -185,7 +185,7 @@ impl Shim {
     /// Starts a pod: the one way in which pods come to be, whichever API asks.
     pub async fn launch(&self, new: NewPod<'_>) -> Result<Arc<Pod>, ApiError> {
         let annotations = new.spec.annotations().clone().unwrap_or_default();
-        let config = Config::load(&new.options.config)?.for_pod(&new.demand, &annotations)?;
+        let config = new.config.for_pod(&new.demand, &annotations)?;
         log::set_max_level(config.log_level.max(self.least_logged));
         let directory = new.bundle.join(state::DIRECTORY);
         let limits = PodLimits::new(config.size, &new.demand, *new.role == Role::Single);
@@ -219,6 +219,31 @@ impl Shim {
     }
 }
 
+/// Where a container is made.
+enum Place {
+    /// In a pod that there is.
+    In(Arc<Pod>),
+    /// In one that is to be made.
+    New(Box<Config>),
+}
+
+impl Place {
+    /// What of the container's root file system may be on disks.
+    fn allowance(&self, spec: &Spec) -> Allowance {
+        let (containers, disks) = match self {
+            Place::In(pod) => (pod.containers(), pod.room_for_roots()),
+            Place::New(config) => (config.containers, Slots::default().room_for_roots()),
+        };
+        Allowance { disks, changes: containers.root_changes.on_disk(spec) }
+    }
+}
+
+/// What the operator wants of the pod that is to be made.
+fn config(request: &CreateTaskRequest) -> Result<Config, ApiError> {
+    let options = request.options.as_ref().map(RuntimeOptions::from_any).transpose()?.unwrap_or_default();
+    Ok(Config::load(&options.config)?)
+}
+
 /// What a pod is made of.
 pub struct NewPod<'a> {
     /// The id of the sandbox, or of the container that is a pod of its own.
@@ -233,8 +258,8 @@ pub struct NewPod<'a> {
     pub demand: Demand,
     /// What the sandbox or container asks of the host.
     pub claim: Claim,
-    /// What the runtime's options ask for.
-    pub options: &'a RuntimeOptions,
+    /// What the operator wants of pods.
+    pub config: Config,
     /// When the request arrived, on the clock of [`now_us`].
     pub received_us: u64,
 }
@@ -278,7 +303,7 @@ impl Order<'_> {
     /// Sets the container up.
     async fn carry_out(
         self,
-        pod: &Pod,
+        pod: &Arc<Pod>,
         files: Files,
         disks: OpenDisks,
         host_stdio: HostStdio,
@@ -308,7 +333,7 @@ impl Order<'_> {
                 if !self.is_new {
                     // The agent may have got further than its answer.
                     let _ = pod.agent().delete(self.id, "").await;
-                    pod.detach_disks(&disks.attached).await;
+                    disks.detach(pod).await;
                 }
                 Err(error)
             }
@@ -324,7 +349,7 @@ impl Order<'_> {
         let (streams, io) = host_stdio.connect(pod, self.guest.console_size).await?;
         let message = api::CreateContainerRequest {
             container_id: self.id.to_owned(),
-            spec: self.guest.to_json(&disks.places, disks.root.clone(), pod.default_seccomp())?,
+            spec: self.guest.to_json(&disks.places, disks.root.clone(), pod.containers().default_seccomp)?,
             stdio: protobuf::MessageField::some(streams),
             ..Default::default()
         };

@@ -1,22 +1,29 @@
 //! A container's disks: block devices that it asks for, and its root file system if that is on a disk.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bulkhead_agent_protocol::SHARED_DIR;
 use containerd_shim_protos::types::mount::Mount;
 
-use super::layers::LayeredRoot;
+use super::changes::{CoveredRoot, forget_in};
+use super::layers::{Changes, LayeredRoot};
 use super::rootfs::RootFiles;
 use crate::error::{ApiError, chain};
+use crate::host::changes::{self, ChangesDisk};
 use crate::host::disk::{DiskError, OpenDisk};
 use crate::host::opaque;
 use crate::pod::Pod;
 use crate::pod::disks::{AttachError, AttachedDisk, FileSystem, Overlay};
-use crate::pod::tree;
+use crate::pod::roots;
 use crate::spec::{DeviceNumber, DiskPlace, HostDisk};
 
 /// File systems on a disk that the guest mounts itself; all others are mounted on the host and shared.
 const GUEST_FILE_SYSTEMS: [&str; 1] = ["ext4"];
+
+/// Why a container's changes are not where they should be.
+const NO_ROOM: &str =
+    "a container's changes are shared as files: the pod has no slot left for a disk with them";
 
 /// A root file system that the guest mounts by itself.
 #[derive(Debug)]
@@ -25,15 +32,45 @@ pub enum GuestRoot {
     Disk(RootDisk),
     /// Layers of an image, and where the container's changes go.
     Layers(LayeredRoot),
+    /// The container's changes, on top of what is shared as files.
+    Covered(CoveredRoot),
+}
+
+/// What may be on disks of the guest that could be shared as files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Allowance {
+    /// How many disks there may be.
+    pub disks: usize,
+    /// Whether what the container changes is to be on one.
+    pub changes: bool,
 }
 
 impl GuestRoot {
-    /// What containerd's mounts are, if they are such a one. `layers` says whether there may be layers on a disk.
-    pub fn open(mounts: &[Mount], layers: bool) -> Result<Option<GuestRoot>, ApiError> {
+    /// What containerd's mounts are, if they are such a one.
+    pub fn open(mounts: &[Mount], allowed: Allowance) -> Result<Option<GuestRoot>, ApiError> {
         if let Some(disk) = RootDisk::open(mounts)? {
             return Ok(Some(GuestRoot::Disk(disk)));
         }
-        Ok(if layers { LayeredRoot::of(mounts)?.map(GuestRoot::Layers) } else { None })
+        // What is shared as files must not show a container what it was.
+        if !allowed.changes {
+            forget_in(mounts);
+        }
+        if allowed.disks > 0 {
+            let both = allowed.disks > 1;
+            if let Some(root) = LayeredRoot::of(mounts, allowed.changes && both)? {
+                if allowed.changes && !both && matches!(root.changes, Changes::Files(_)) {
+                    log::warn!("{NO_ROOM}");
+                    forget_in(mounts);
+                }
+                return Ok(Some(GuestRoot::Layers(root)));
+            }
+        }
+        if allowed.changes && allowed.disks == 0 {
+            log::warn!("{NO_ROOM}");
+            forget_in(mounts);
+        }
+        let covered = if allowed.changes && allowed.disks > 0 { CoveredRoot::of(mounts) } else { None };
+        Ok(covered.map(GuestRoot::Covered))
     }
 }
 
@@ -70,17 +107,36 @@ pub struct OpenDisks {
 /// The disks of a container in its pod.
 #[derive(Debug, Default)]
 pub struct ContainerDisks {
-    /// All of them.
+    /// Those that somebody waits for.
     pub attached: Vec<AttachedDisk>,
+    /// Those of which nothing is left to be written: layers, and a container's changes.
+    pub passing: Vec<AttachedDisk>,
     /// What numbers the block devices of the host have in the guest.
     pub places: Vec<DiskPlace>,
     /// Where the root file system is mounted in the guest, if it is on a disk.
     pub root: Option<PathBuf>,
     /// Where on the host is what the container changes, if the guest makes an overlay of it.
     pub changes: Option<PathBuf>,
+    /// The file that it is in, if it is a disk.
+    pub disk_of_changes: Option<PathBuf>,
 }
 
 impl ContainerDisks {
+    /// Takes them away from the pod, if it still lives. What was on the disk with the container's changes is of no use then, and
+    /// nobody has to wait until the guest has let go of it.
+    pub async fn detach(&self, pod: &Arc<Pod>) {
+        if pod.death().is_none() {
+            if !self.passing.is_empty() {
+                let (pod, passing) = (pod.clone(), self.passing.clone());
+                tokio::spawn(async move { pod.detach_disks(&passing).await });
+            }
+            pod.detach_disks(&self.attached).await;
+        }
+        if let Some(file) = &self.disk_of_changes {
+            changes::remove(file);
+        }
+    }
+
     /// Has the host know what the guest's overlay knows of the container's changes, for whoever makes an image of them.
     pub async fn tell_host_of_changes(&self) {
         let Some(changes) = self.changes.clone() else { return };
@@ -105,20 +161,21 @@ impl OpenDisks {
     pub fn root_files<'a>(&'a self, mounts: &'a [Mount]) -> RootFiles<'a> {
         match &self.root {
             None => RootFiles::Mounts(mounts),
-            Some(GuestRoot::Layers(LayeredRoot { changes: Some(changes), .. })) => {
+            Some(GuestRoot::Layers(LayeredRoot { changes: Changes::Files(changes), .. })) => {
                 RootFiles::Changes(&changes.directory)
             }
+            Some(GuestRoot::Covered(CoveredRoot { lower, .. })) => RootFiles::Lower(lower),
             Some(_) => RootFiles::None,
         }
     }
 
     /// Puts them into the pod, all or none. What is shared of the container's files is in the pod already.
-    pub async fn attach(self, pod: &Pod, container: &str) -> Result<ContainerDisks, ApiError> {
+    pub async fn attach(self, pod: &Arc<Pod>, container: &str) -> Result<ContainerDisks, ApiError> {
         let mut disks = ContainerDisks::default();
         match self.attach_to(pod, container, &mut disks).await {
             Ok(()) => Ok(disks),
             Err(error) => {
-                pod.detach_disks(&disks.attached).await;
+                disks.detach(pod).await;
                 Err(error.into())
             }
         }
@@ -136,18 +193,32 @@ impl OpenDisks {
                     pod.attach_disk(disk, Some(file_system)).await?
                 }
                 GuestRoot::Layers(LayeredRoot { layers, changes, options }) => {
-                    let place = |name: &str| {
-                        let place = Path::new(SHARED_DIR).join(container).join(tree::CHANGES).join(name);
-                        place.display().to_string()
+                    let changes = match changes {
+                        Changes::None => None,
+                        Changes::Files(changes) => {
+                            let place = |name: &str| shared(container, &format!("{}/{name}", roots::CHANGES));
+                            disks.changes = Some(changes.directory.join(&changes.upper));
+                            Some((place(&changes.upper), place(&changes.work)))
+                        }
+                        Changes::Disk(ChangesDisk { disk }) => {
+                            disks.disk_of_changes = Some(disk.path.clone());
+                            let attached = pod.attach_changes(disk, None, &[]).await?;
+                            let places = attached.changes();
+                            disks.passing.push(attached);
+                            Some(places)
+                        }
                     };
-                    disks.changes = changes.as_ref().map(|changes| changes.directory.join(&changes.upper));
-                    let changes =
-                        changes.as_ref().map(|changes| (place(&changes.upper), place(&changes.work)));
                     pod.attach_layers(layers, &Overlay { changes, options: options.clone() }).await?
+                }
+                GuestRoot::Covered(CoveredRoot { disk: ChangesDisk { disk }, options, .. }) => {
+                    disks.disk_of_changes = Some(disk.path.clone());
+                    let lower = shared(container, roots::LOWER);
+                    pod.attach_changes(disk, Some(&lower), options).await?
                 }
             };
             disks.root = Some(attached.mount_point());
-            disks.attached.push(attached);
+            let is_kept = matches!(root, GuestRoot::Disk(_));
+            if is_kept { &mut disks.attached } else { &mut disks.passing }.push(attached);
         }
         for (host, disk) in &self.devices {
             let attached = pod.attach_disk(disk, None).await?;
@@ -156,6 +227,11 @@ impl OpenDisks {
         }
         Ok(())
     }
+}
+
+/// Where in the guest something of a container's is that is shared as files.
+fn shared(container: &str, name: &str) -> String {
+    Path::new(SHARED_DIR).join(container).join(name).display().to_string()
 }
 
 #[cfg(test)]

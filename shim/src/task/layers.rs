@@ -8,6 +8,7 @@ use bulkhead_vmm_protocol::{MAX_PARTS, OPAQUE_NOTE};
 use containerd_shim_protos::types::mount::Mount;
 use nix::errno::Errno;
 
+use crate::host::changes::ChangesDisk;
 use crate::host::erofs::{EROFS, Layer, LayerError};
 use crate::host::mounts::c_string;
 
@@ -20,15 +21,26 @@ const OVERLAY_OPTIONS: [&str; 6] =
 pub struct LayeredRoot {
     /// From the uppermost down, one at least.
     pub layers: Vec<Layer>,
-    /// Where what the container changes goes; none if it can't.
-    pub changes: Option<Changes>,
+    /// Where what the container changes goes.
+    pub changes: Changes,
     /// Further options of the overlay.
     pub options: Vec<String>,
 }
 
+/// Where what a container changes goes.
+#[derive(Debug)]
+pub enum Changes {
+    /// It can't change anything.
+    None,
+    /// Files of the snapshot.
+    Files(ChangedFiles),
+    /// A disk.
+    Disk(ChangesDisk),
+}
+
 /// The part of a snapshot that is written to.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Changes {
+pub struct ChangedFiles {
     /// The directory with the other two, and nothing else.
     pub directory: PathBuf,
     /// The overlay's upper directory, in it.
@@ -39,14 +51,15 @@ pub struct Changes {
 
 impl LayeredRoot {
     /// What containerd's mounts are, if they are such a root: an overlay on the host's mounts of erofs files, or one such file.
-    pub fn of(mounts: &[Mount]) -> Result<Option<LayeredRoot>, LayerError> {
+    /// `on_disk` says whether changes go onto a disk.
+    pub fn of(mounts: &[Mount], on_disk: bool) -> Result<Option<LayeredRoot>, LayerError> {
         let [mount] = mounts else { return Ok(None) };
         if !mount.target.is_empty() {
             return Ok(None);
         }
         match mount.type_.as_str() {
             EROFS => LayeredRoot::single(mount),
-            "overlay" => Ok(LayeredRoot::overlay(&mount.options)),
+            "overlay" => Ok(LayeredRoot::overlay(&mount.options, on_disk)),
             _ => Ok(None),
         }
     }
@@ -57,18 +70,20 @@ impl LayeredRoot {
             return Ok(None);
         }
         let layers = vec![Layer::open(Path::new(&mount.source))?];
-        Ok(Some(LayeredRoot { layers, changes: None, options: Vec::new() }))
+        Ok(Some(LayeredRoot { layers, changes: Changes::None, options: Vec::new() }))
     }
 
-    fn overlay(options: &[String]) -> Option<LayeredRoot> {
+    fn overlay(options: &[String], on_disk: bool) -> Option<LayeredRoot> {
         let Request { lower, upper, options } = Request::parse(options)?;
         if lower.len() > MAX_PARTS || (upper.is_none() && lower.len() < 2) {
             return None;
         }
         let layers = Layer::mounted_at(&lower)?;
-        let changes = match upper {
-            Some((upper, work)) => Some(Changes::of(upper, work)?),
-            None => None,
+        let disk = upper.filter(|_| on_disk).and_then(|(upper, _)| ChangesDisk::or_log(upper));
+        let changes = match (upper, disk) {
+            (None, _) => Changes::None,
+            (Some(_), Some(disk)) => Changes::Disk(disk),
+            (Some((upper, work)), None) => Changes::Files(ChangedFiles::of(upper, work)?),
         };
         Some(LayeredRoot { layers, changes, options })
     }
@@ -76,15 +91,18 @@ impl LayeredRoot {
 
 /// What an overlay is to be made of.
 #[derive(Debug, PartialEq, Eq)]
-struct Request<'a> {
-    lower: Vec<&'a str>,
-    upper: Option<(&'a Path, &'a Path)>,
-    options: Vec<String>,
+pub(super) struct Request<'a> {
+    /// Directories of layers, from the uppermost down.
+    pub lower: Vec<&'a str>,
+    /// The upper and the working directory.
+    pub upper: Option<(&'a Path, &'a Path)>,
+    /// The others.
+    pub options: Vec<String>,
 }
 
 impl Request<'_> {
     /// `None` if there is something that a guest could not do as well.
-    fn parse(options: &[String]) -> Option<Request<'_>> {
+    pub fn parse(options: &[String]) -> Option<Request<'_>> {
         let (mut lower, mut upper, mut work, mut others) = (None, None, None, Vec::new());
         for option in options {
             match option.split_once('=') {
@@ -111,10 +129,10 @@ impl Request<'_> {
     }
 }
 
-impl Changes {
+impl ChangedFiles {
     /// The directory of a snapshot, if there is nothing in it but the two and marks of the snapshotter's, which are empty files:
     /// the guest will be able to write to all of it.
-    fn of(upper: &Path, work: &Path) -> Option<Changes> {
+    fn of(upper: &Path, work: &Path) -> Option<ChangedFiles> {
         let directory =
             upper.parent().filter(|parent| parent.is_absolute() && work.parent() == Some(parent))?;
         let name = |path: &Path| Some(path.file_name()?.to_str()?.to_owned());
@@ -138,7 +156,7 @@ impl Changes {
             );
             return None;
         }
-        Some(Changes { directory: directory.to_owned(), upper, work })
+        Some(ChangedFiles { directory: directory.to_owned(), upper, work })
     }
 }
 
@@ -189,13 +207,13 @@ mod tests {
             fs::create_dir_all(directory.join(name)).unwrap();
         }
         fs::write(directory.join(".erofslayer"), "").unwrap();
-        let changes = || Changes::of(&directory.join("fs"), &directory.join("work"));
+        let changes = || ChangedFiles::of(&directory.join("fs"), &directory.join("work"));
         assert_eq!(
             changes(),
-            Some(Changes { directory: directory.clone(), upper: "fs".into(), work: "work".into() })
+            Some(ChangedFiles { directory: directory.clone(), upper: "fs".into(), work: "work".into() })
         );
-        assert_eq!(Changes::of(&directory.join("fs"), &directory.join("fs/work")), None);
-        assert_eq!(Changes::of(&directory.join("fs"), &directory.join("fs")), None);
+        assert_eq!(ChangedFiles::of(&directory.join("fs"), &directory.join("fs/work")), None);
+        assert_eq!(ChangedFiles::of(&directory.join("fs"), &directory.join("fs")), None);
         fs::write(directory.join("layer.erofs"), "x").unwrap();
         assert_eq!(changes(), None);
         fs::remove_file(directory.join("layer.erofs")).unwrap();
@@ -214,11 +232,11 @@ mod tests {
             options: options(list),
             ..Default::default()
         };
-        let root = LayeredRoot::of(&[mount(&["ro", "loop"])]).unwrap().unwrap();
-        assert_eq!((root.layers.len(), root.changes), (1, None));
-        assert!(LayeredRoot::of(&[mount(&["ro", "device=/x"])]).unwrap().is_none());
-        assert!(LayeredRoot::of(&[mount(&["ro"]), mount(&["ro"])]).unwrap().is_none());
+        let root = LayeredRoot::of(&[mount(&["ro", "loop"])], true).unwrap().unwrap();
+        assert!(root.layers.len() == 1 && matches!(root.changes, Changes::None));
+        assert!(LayeredRoot::of(&[mount(&["ro", "device=/x"])], false).unwrap().is_none());
+        assert!(LayeredRoot::of(&[mount(&["ro"]), mount(&["ro"])], false).unwrap().is_none());
         fs::remove_file(&path).unwrap();
-        assert!(LayeredRoot::of(&[mount(&["ro", "loop"])]).is_err());
+        assert!(LayeredRoot::of(&[mount(&["ro", "loop"])], false).is_err());
     }
 }

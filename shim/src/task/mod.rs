@@ -1,5 +1,6 @@
 //! containerd's Task API, for all containers of one pod.
 
+pub mod changes;
 pub mod container;
 pub mod create;
 pub mod disks;

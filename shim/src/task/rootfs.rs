@@ -10,7 +10,8 @@ use oci_spec::runtime::Spec;
 
 use crate::error::{ApiError, Classify, Code, chain};
 use crate::host::mounts::{DetachedTree, MountError, MountRequest, Propagation, assemble};
-use crate::pod::tree::{self, SharedTree, TreeError};
+use crate::pod::roots;
+use crate::pod::tree::{SharedTree, TreeError};
 use crate::spec::{self, HostMount};
 
 /// Why a container has no files.
@@ -60,6 +61,8 @@ impl Classify for RootfsError {
 pub enum RootFiles<'a> {
     /// All of it, as these mounts (or the bundle's, if there are none).
     Mounts(&'a [Mount]),
+    /// What lies below the container's changes, which the guest has on a disk.
+    Lower(&'a Mount),
     /// The directory of what the container changes; the guest puts it on top of layers that it has on a disk.
     Changes(&'a Path),
     /// Nothing: it is on a disk.
@@ -83,14 +86,15 @@ impl Files {
         bundle: &Path,
     ) -> Result<Files, ApiError> {
         let root = match root {
-            RootFiles::Mounts(mounts) => Some((mount_root(mounts, spec, bundle).await?, tree::ROOTFS)),
+            RootFiles::Mounts(mounts) => Some((mount_root(mounts, spec, bundle).await?, roots::ROOTFS)),
+            RootFiles::Lower(mount) => Some((mount_lower(mount, bundle).await?, roots::LOWER)),
             RootFiles::Changes(directory) => {
                 let changes = DetachedTree::bind(directory, false).map_err(RootfsError::Mount)?;
                 changes
                     .judge()
                     .and_then(|_| changes.restrict(Propagation::Private))
                     .map_err(RootfsError::Mount)?;
-                Some((changes, tree::CHANGES))
+                Some((changes, roots::CHANGES))
             }
             RootFiles::None => None,
         };
@@ -123,13 +127,29 @@ async fn mount_root(mounts: &[Mount], spec: &Spec, bundle: &Path) -> Result<Deta
         tree.judge().map_err(RootfsError::Mount)?;
         tree
     } else {
-        let scratch = bundle.join("rootfs");
-        fs::create_dir_all(&scratch)
-            .map_err(|source| RootfsError::Scratch { path: scratch.clone(), source })?;
-        assemble(mounts.iter().map(request).collect(), scratch).await.map_err(RootfsError::Mount)?
+        assemble(mounts.iter().map(request).collect(), scratch(bundle)?).await.map_err(RootfsError::Mount)?
     };
     rootfs.restrict(Propagation::Private).map_err(RootfsError::Mount)?;
     Ok(rootfs)
+}
+
+/// Mounts layers that are read only.
+async fn mount_lower(lower: &Mount, bundle: &Path) -> Result<DetachedTree, RootfsError> {
+    let tree = assemble(vec![request(lower)], scratch(bundle)?).await;
+    let tree = tree.map_err(RootfsError::Mount)?;
+    tree.restrict(Propagation::Private)
+        .and_then(|()| tree.make_read_only(true))
+        .map_err(RootfsError::Mount)?;
+    Ok(tree)
+}
+
+/// A directory to mount on, where nobody sees it.
+fn scratch(bundle: &Path) -> Result<PathBuf, RootfsError> {
+    let path = bundle.join("rootfs");
+    match fs::create_dir_all(&path) {
+        Ok(()) => Ok(path),
+        Err(source) => Err(RootfsError::Scratch { path, source }),
+    }
 }
 
 /// Detaches a container's files; what fails is logged, since the pod's end will do it in any case.

@@ -418,9 +418,7 @@ async fn delete(shim: &Arc<Shim>, id: &str, exec_id: &str) -> Result<DeleteRespo
         // Held by one caller only: whoever takes it out of the list reports it.
         let removed = shim.containers().remove(id);
         if removed.is_some() {
-            if container.pod.death().is_none() {
-                container.pod.detach_disks(&container.disks.attached).await;
-            }
+            container.disks.detach(&container.pod).await;
             rootfs::remove(container.pod.tree(), id).await;
             if !shim.containers().is_empty() {
                 container.pod.remove_claim(id);

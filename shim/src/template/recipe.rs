@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::Store;
-use crate::config::{Config, Maxima, Size, Templates};
+use crate::config::{Config, Containers, Maxima, Size, Templates};
 
 /// Everything that the saved machine depends on and that can be chosen; the host's CPU and kernel come on top.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,7 +81,7 @@ impl Order {
             template_dir: self.directory.clone(),
             template_limit: self.limit,
             spoof_check: true,
-            default_seccomp: false,
+            containers: Containers::default(),
             log_level: log::LevelFilter::Info,
         }
     }

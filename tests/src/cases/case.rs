@@ -61,6 +61,8 @@ pub struct Case {
     pub bulkhead_only: bool,
     /// Whether its pods boot; else they start from the template of the default size.
     pub cold: bool,
+    /// Whether what its containers change of their root file systems is on a disk.
+    pub changes_on_disk: bool,
     /// Whether its pods come by way of the Sandbox API.
     pub sandboxed: bool,
     /// The larger test image that it asks for.
@@ -81,6 +83,7 @@ impl Case {
             fixture: Fixture::Shim,
             bulkhead_only: false,
             cold: false,
+            changes_on_disk: false,
             sandboxed: false,
             image: None,
             own_kernel: false,
@@ -98,6 +101,12 @@ impl Case {
     /// The same for our runtime only.
     pub const fn bulkhead_only(mut self) -> Self {
         self.bulkhead_only = true;
+        self
+    }
+
+    /// The same with the configuration by which all changes of root file systems go onto a disk.
+    pub const fn with_changes_on_disk(mut self) -> Self {
+        self.changes_on_disk = true;
         self
     }
 

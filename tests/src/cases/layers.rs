@@ -220,6 +220,8 @@ fn one_pod(environment: &mut Environment) -> Outcome<String> {
     const COUNT: usize = 8;
     const ON_DISKS: usize = 5;
     let layers = image(environment)?;
+    let config = environment.host()?.path().join("files.toml");
+    fs::write(&config, "root_changes = \"files\"\n").explain(|| format!("write {}", config.display()))?;
     let annotations = |kind: &str, sandbox: &str| json!({ "io.kubernetes.cri.container-type": kind, "io.kubernetes.cri.sandbox-id": sandbox });
     let create = |id: &str, script: &str, annotations: serde_json::Value| -> Outcome<Container> {
         let mut spec = bundle::spec(id, bundle::shell(script));
@@ -229,7 +231,7 @@ fn one_pod(environment: &mut Environment) -> Outcome<String> {
         put_on(&layers, &mut bundle)?;
         let shim = host.start(&bundle)?;
         let stdio = shim.stdio("init", Streams::default())?;
-        shim.create(&stdio, CreateOptions::default())?;
+        shim.create(&stdio, CreateOptions { config: Some(&config), ..CreateOptions::default() })?;
         shim.start("")?;
         Ok(Container { bundle, shim, stdio })
     };

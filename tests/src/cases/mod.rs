@@ -29,6 +29,7 @@ pub mod alike;
 pub mod attack;
 pub mod bad_input;
 mod case;
+pub mod changes;
 pub mod chaos;
 pub mod control;
 pub mod cri;
@@ -73,6 +74,9 @@ const DEFAULT_STORE: &str = "/var/lib/bulkhead/templates";
 /// The configuration of pods that boot, in the shim host's directory.
 const COLD_CONFIG: &str = "cold.toml";
 
+/// The same for pods whose containers' changes are on a disk.
+const DISK_CONFIG: &str = "disk.toml";
+
 /// How long making the template of the default size may take.
 const TEMPLATE_LIMIT: Duration = Duration::from_secs(60);
 
@@ -94,6 +98,7 @@ pub fn all() -> Vec<Case> {
         kernel::CASES,
         disks::CASES,
         layers::CASES,
+        changes::CASES,
         network::CASES,
         control::CASES,
         ctr::CASES,
@@ -125,6 +130,8 @@ pub struct Environment {
     template: Option<PathBuf>,
     /// Whether pods boot.
     cold: bool,
+    /// Whether containers' changes are on a disk.
+    changes_on_disk: bool,
     arena: Option<Arena>,
     node: Option<Node>,
     pods: BTreeMap<Handler, Known>,
@@ -145,6 +152,7 @@ impl Environment {
             host: None,
             template: None,
             cold: false,
+            changes_on_disk: false,
             arena: None,
             node: None,
             pods: BTreeMap::new(),
@@ -202,10 +210,15 @@ impl Environment {
         let fixture = case.fixture;
         self.prepare_template()?;
         self.cold = false;
+        self.changes_on_disk = false;
         if self.host.is_none() {
             let host = ShimHost::new(&self.layout, self.runtime.program())?;
-            let file = host.path().join(COLD_CONFIG);
-            fs::write(&file, "templates = \"off\"\n").explain(|| format!("write {}", file.display()))?;
+            for (name, text) in
+                [(COLD_CONFIG, "templates = \"off\"\n"), (DISK_CONFIG, "root_changes = \"disk\"\n")]
+            {
+                let file = host.path().join(name);
+                fs::write(&file, text).explain(|| format!("write {}", file.display()))?;
+            }
             self.host = Some(host);
         }
         if fixture == Fixture::Pod && self.shared.is_none() {
@@ -238,6 +251,7 @@ impl Environment {
         }
         // Not before: the shared container is for all.
         self.cold = case.cold;
+        self.changes_on_disk = case.changes_on_disk;
         let bundles = self.host()?.path().join("bundles");
         let state = self.containerd.as_ref().map(|containerd| containerd.path().join("state"));
         // Processes of the shared container have their FIFOs in its bundle.
@@ -290,7 +304,12 @@ impl Environment {
     /// # Errors
     /// When there is no shim host.
     pub fn config(&self) -> Outcome<Option<PathBuf>> {
-        Ok(if self.cold { Some(self.host()?.path().join(COLD_CONFIG)) } else { None })
+        let file = match (self.cold, self.changes_on_disk) {
+            (true, _) => COLD_CONFIG,
+            (_, true) => DISK_CONFIG,
+            _ => return Ok(None),
+        };
+        Ok(Some(self.host()?.path().join(file)))
     }
 
     /// The shim host.

@@ -49,7 +49,7 @@ fn writes_land(environment: &mut Environment) -> Outcome<String> {
     Ok("new, changed and removed files, owners, modes and links".into())
 }
 
-fn file_operations(environment: &mut Environment) -> Outcome<String> {
+pub(super) fn file_operations(environment: &mut Environment) -> Outcome<String> {
     let script = "set -e; mkdir /w; cd /w; dd if=/dev/urandom of=a bs=64k count=16 2>/dev/null; cp a b; cmp a b; \
                   ln a c; [ $(stat -c %h a) = 2 ]; mv b e; [ ! -e b ]; truncate -s 100 e; [ $(stat -c %s e) = 100 ]; \
                   for i in $(seq 1 200); do echo $i >f$i; done; [ $(ls | wc -l) = 203 ]; rm f*; \

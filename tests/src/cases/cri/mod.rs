@@ -4,6 +4,7 @@
 
 use super::{Case, Fixture};
 
+mod changes;
 mod conformance;
 mod ends;
 mod features;
@@ -22,6 +23,7 @@ pub const CASES: &[Case] = &[
     Case::new("cri-sandbox-pod", lifecycle::pod).on(Fixture::Cri).sandboxed(),
     Case::new("cri-restart-of-containerd", lifecycle::restart).on(Fixture::Cri),
     Case::new("cri-resources-and-statistics", lifecycle::resources).on(Fixture::Cri),
+    Case { limit: 90, ..Case::new("cri-changes-are-counted", changes::counted).on(Fixture::Cri) },
     Case::new("cri-sysctls", pod_settings::sysctls).on(Fixture::Cri),
     Case::new("cri-shared-processes", pod_settings::shared_processes).on(Fixture::Cri),
     Case::new("cri-sandbox-shared-processes", pod_settings::shared_processes).on(Fixture::Cri).sandboxed(),
