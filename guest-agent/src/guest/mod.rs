@@ -9,6 +9,7 @@ mod machine;
 mod parameters;
 mod power;
 mod redirect;
+mod room;
 mod slots;
 mod vsock;
 
@@ -85,6 +86,9 @@ async fn serve_host() -> Result<Infallible, GuestError> {
     let streams = Arc::new(Streams::default());
     let listener = vsock::listen(STDIO_PORT).map_err(system("listen for streams"))?;
     let pod = Pod::new(reaper.clone(), streams.clone(), Path::new(filesystems::CGROUPS))?;
+    if let Err(error) = room::for_each_cpu(Path::new(filesystems::CGROUPS)) {
+        log::warn!("each pod makes room for what its CPUs have of their own: {error}");
+    }
     let connection = dialing.finish(DIAL_LIMIT).await.map_err(system("connect to the host"))?;
     let machine = Arc::new(GuestMachine::new(reaper.clone(), started_us));
 
