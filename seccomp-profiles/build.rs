@@ -7,6 +7,7 @@ use std::error::Error;
 use std::path::Path;
 use std::{env, fs};
 
+use bulkhead_base::chain;
 use bulkhead_seccomp_compiler::compile;
 
 /// File name without `.json`; the one key inside each file is the same name.
@@ -19,7 +20,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     for name in PROFILES {
         let file = format!("{name}.json");
         println!("cargo::rerun-if-changed={file}");
-        let bytes = program(&file, name).map_err(|error| format!("{file}: {}", in_full(&*error)))?;
+        let bytes = program(&file, name).map_err(|error| format!("{file}: {}", chain(&*error)))?;
         fs::write(Path::new(&out).join(format!("{name}.bpf")), bytes)?;
     }
     Ok(())
@@ -37,15 +38,4 @@ fn program(file: &str, name: &str) -> Result<Vec<u8>, Box<dyn Error>> {
         [code0, code1, insn.jt, insn.jf, k0, k1, k2, k3]
     });
     Ok(bytes.collect())
-}
-
-/// The message and those of what caused it: where in the file it is says the last one.
-fn in_full(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text += &format!(": {error}");
-        source = error.source();
-    }
-    text
 }

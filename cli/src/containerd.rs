@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use bulkhead_base::parts;
 use toml::{Table, Value};
 
 /// Where containerd looks unless it is told otherwise.
@@ -198,7 +199,7 @@ pub fn drop_in(version: Version, prefix: &Path, main: Option<&Table>) -> String 
     let mut runtime = Table::new();
     runtime.insert("runtime_type".into(), RUNTIME_TYPE.into());
     if !is_searched(prefix) {
-        let path = prefix.join("bin/containerd-shim-bulkhead-v1").display().to_string();
+        let path = prefix.join(parts::SHIM).display().to_string();
         runtime.insert("runtime_path".into(), path.into());
     }
     // What a privileged pod gets is its guest's devices.

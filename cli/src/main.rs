@@ -33,13 +33,13 @@ enum CliError {
     Arguments(#[from] arguments::ArgumentsError),
     #[error("{0}")]
     Check(#[from] check::CheckError),
-    #[error("{}", bulkhead_shim::error::chain(.0))]
+    #[error("{}", bulkhead_base::chain(.0))]
     Template(#[from] template::TemplateError),
-    #[error("{}", bulkhead_shim::error::chain(.0))]
+    #[error("{}", bulkhead_base::chain(.0))]
     Install(#[from] install::InstallError),
-    #[error("{}", bulkhead_shim::error::chain(.0))]
+    #[error("{}", bulkhead_base::chain(.0))]
     Uninstall(#[from] install::UninstallError),
-    #[error("{}", bulkhead_shim::error::chain(.0))]
+    #[error("{}", bulkhead_base::chain(.0))]
     Pods(#[from] pods::PodsError),
     #[error("cannot write to standard output: {0}")]
     Output(#[from] io::Error),

@@ -3,9 +3,10 @@
 //! Answered here because the library's own answer promises messages of a mebibyte.
 
 use bulkhead_vmm_protocol::MAX_FUSE_MESSAGE;
+use bulkhead_vmm_protocol::fuse::IN_HEADER;
 
 use crate::reply;
-use bulkhead_fs::message::{IN_HEADER, u32_at};
+use bulkhead_fs::message::u32_at;
 
 const MAJOR: u32 = 7;
 

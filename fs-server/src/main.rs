@@ -10,12 +10,12 @@ mod reply;
 mod server;
 mod tree;
 
-use std::error::Error;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Barrier};
 use std::{io, thread};
 
+use bulkhead_base::chain;
 use bulkhead_jail::{JailError, Limits, enter_file_server};
 use bulkhead_seccomp::{Filter, FilterError};
 use bulkhead_vmm_protocol::FUSE_FD;
@@ -148,13 +148,7 @@ fn watch((server, all): &(Server, Barrier), mount_table: &OwnedFd) -> Result<(),
 }
 
 fn report(error: &FatalError) {
-    let mut line = format!("bulkhead-fs: {error}");
-    let mut source = error.source();
-    while let Some(error) = source {
-        line += &format!(": {error}");
-        source = error.source();
-    }
-    eprintln!("{line}");
+    eprintln!("bulkhead-fs: {}", chain(error));
 }
 
 #[cfg(test)]

@@ -1,7 +1,6 @@
 //! FUSE replies that are not the library's.
 
-/// Bytes of `struct fuse_out_header`.
-const OUT_HEADER: usize = 16;
+use bulkhead_vmm_protocol::fuse::OUT_HEADER;
 
 /// A reply that says what went wrong, by a positive errno.
 pub fn error(unique: u64, errno: i32) -> Vec<u8> {

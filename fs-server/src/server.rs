@@ -5,12 +5,13 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram;
 
 use bulkhead_vmm_protocol::MAX_FUSE_MESSAGE;
+use bulkhead_vmm_protocol::fuse::{IN_HEADER, is_silent, opcode};
 use fuse_backend_rs::api::server;
 use fuse_backend_rs::transport::{self, FuseBuf, FuseDevWriter, Reader};
 
 use crate::tree::{CopyRange, SharedTree};
 use crate::{init, reply};
-use bulkhead_fs::message::{self, Header, IN_HEADER, Verdict, check, opcode, u64_at};
+use bulkhead_fs::message::{Header, Verdict, check, u64_at};
 
 /// A server for a tree and a socket; any number of workers may share it.
 pub struct Server {
@@ -99,7 +100,7 @@ impl Server {
             FuseDevWriter::<()>::new(self.socket.as_raw_fd(), reply).map_err(ServerError::Buffers)?;
         match self.library.handle_message(reader, writer.into(), None, None) {
             Ok(_) => Ok(true),
-            Err(_) if message::is_silent(header.opcode) => Ok(true),
+            Err(_) if is_silent(header.opcode) => Ok(true),
             // A checked request is not refused by the library's decoding, so it is the reply that could not be sent:
             // the other end is gone, which this finds out; or else the guest's process must not wait for ever.
             Err(_) => self.send(&reply::error(header.unique, libc::EIO)),

@@ -4,7 +4,8 @@ use std::ffi::CStr;
 use std::io;
 use std::os::fd::AsRawFd;
 
-use bulkhead_fs::message::{Verdict, check, is_silent, opcode};
+use bulkhead_fs::message::{Verdict, check};
+use bulkhead_vmm_protocol::fuse::{is_silent, opcode};
 use fuse_backend_rs::abi::fuse_abi::CreateIn;
 use fuse_backend_rs::api::filesystem::{Context, Entry, FileSystem, OpenOptions};
 use fuse_backend_rs::api::server::Server;

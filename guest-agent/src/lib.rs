@@ -18,14 +18,4 @@ pub mod service;
 pub mod stdio;
 pub mod sys;
 
-/// An error and its causes in one line.
-pub fn error_chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
-}
+pub use bulkhead_base::chain as error_chain;

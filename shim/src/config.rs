@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use bulkhead_base::parts;
 use bulkhead_vmm_protocol::{MAX_VCPUS, MIN_MEMORY_MIB};
 use log::LevelFilter;
 use serde::{Deserialize, Serialize};
@@ -25,7 +26,7 @@ pub const VCPUS_ANNOTATION: &str = "io.bulkhead.vcpus";
 pub const MEMORY_ANNOTATION: &str = "io.bulkhead.memory";
 
 /// What the names of all our annotations begin with.
-const ANNOTATIONS: &str = "io.bulkhead.";
+pub const ANNOTATIONS: &str = "io.bulkhead.";
 
 /// A configuration file is never near this size, in bytes.
 const MAX_FILE: usize = 64 * 1024;
@@ -293,10 +294,10 @@ impl Config {
             return Err(ConfigError::KernelParams);
         }
         Ok(Config {
-            vmm: path("vmm", file.vmm, prefix.join("libexec/bulkhead/bulkhead-vmm"))?,
-            fs_server: path("fs_server", file.fs_server, prefix.join("libexec/bulkhead/bulkhead-fs"))?,
-            kernel: path("kernel", file.kernel, prefix.join("share/bulkhead/vmlinux"))?,
-            image: path("image", file.image, prefix.join("share/bulkhead/guest.erofs"))?,
+            vmm: path("vmm", file.vmm, prefix.join(parts::VMM))?,
+            fs_server: path("fs_server", file.fs_server, prefix.join(parts::FS_SERVER))?,
+            kernel: path("kernel", file.kernel, prefix.join(parts::KERNEL))?,
+            image: path("image", file.image, prefix.join(parts::IMAGE))?,
             kvm: path("kvm", file.kvm, PathBuf::from("/dev/kvm"))?,
             size,
             maxima,

@@ -2,6 +2,7 @@
 
 use std::error::Error;
 
+pub use bulkhead_base::chain;
 pub use ttrpc::Code;
 
 /// An error as containerd sees it.
@@ -57,18 +58,6 @@ impl std::fmt::Display for ApiError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.message)
     }
-}
-
-/// An error and its sources in one line, outermost first.
-pub fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
 }
 
 /// Makes text from the guest fit for a message or a log line: one line, no control characters, at most `limit` bytes.

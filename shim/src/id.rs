@@ -1,7 +1,6 @@
 //! Names of containers and processes: they become path components and reach the guest, so they are checked first.
 
-/// The longest id, in bytes; containerd's own limit.
-pub const MAX_ID: usize = 76;
+use bulkhead_base::id::{MAX_ID, is_sound};
 
 /// An id that can't be used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -14,10 +13,7 @@ pub struct IdError {
 
 /// Checks a container's or process's id.
 pub fn check(id: &str) -> Result<(), IdError> {
-    let sound = (1..=MAX_ID).contains(&id.len())
-        && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-'))
-        && id.as_bytes()[0].is_ascii_alphanumeric();
-    if sound { Ok(()) } else { Err(IdError { id: id.chars().take(MAX_ID).collect() }) }
+    if is_sound(id) { Ok(()) } else { Err(IdError { id: id.chars().take(MAX_ID).collect() }) }
 }
 
 #[cfg(test)]

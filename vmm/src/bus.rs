@@ -2,13 +2,14 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bulkhead_base::guest::POWER_OFF;
+
 use crate::devices::mmio::MmioTransport;
 use crate::devices::registers::RegisterMemory;
 use crate::devices::{BackendState, DeviceState};
 use crate::ioapic::{IoApic, IoApicState};
 use crate::layout::{
-    I8042_COMMAND, I8042_DATA, I8042_RESET, IOAPIC_BASE, IOAPIC_SIZE, MMIO_BASE, MMIO_STRIDE, POWER_OFF,
-    POWER_PORT,
+    I8042_COMMAND, I8042_DATA, I8042_RESET, IOAPIC_BASE, IOAPIC_SIZE, MMIO_BASE, MMIO_STRIDE, POWER_PORT,
 };
 
 /// What a guest asks of its machine through a port.

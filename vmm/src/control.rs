@@ -5,12 +5,12 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
+use bulkhead_base::chain;
 use bulkhead_vmm_protocol::{
     Channel, ChannelError, Event, ExitReason, FromVmm, Packet, Refusal, RefusalKind, Request,
 };
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use crate::devices::worker::chain_of;
 use crate::machine::{Machine, MachineError, Prepared, RunningMachine, SlotError};
 use crate::resources::{Handles, ResourceError};
 
@@ -224,7 +224,7 @@ fn refusal(error: &MachineError) -> Refusal {
 }
 
 fn refusal_of(kind: RefusalKind, error: &dyn std::error::Error) -> Refusal {
-    let mut message = chain_of(error);
+    let mut message = chain(error);
     crate::logger::truncate(&mut message, REFUSAL_MAX);
     Refusal { kind, message }
 }

@@ -59,10 +59,8 @@ const SPARE_IRQ: u32 = 5;
 /// The most devices, those in slots included.
 pub const MAX_DEVICES: usize = (IRQ_PINS - FIRST_IRQ) as usize + 1;
 
-/// The port that the agent writes [`POWER_OFF`] to.
+/// The port that the agent writes [`POWER_OFF`](bulkhead_base::guest::POWER_OFF) to.
 pub const POWER_PORT: u16 = 0x604;
-/// See [`POWER_PORT`].
-pub const POWER_OFF: u8 = 0x34;
 /// Data port of the keyboard controller.
 pub const I8042_DATA: u16 = 0x60;
 /// Command and status port of the keyboard controller.

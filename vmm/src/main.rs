@@ -6,6 +6,7 @@
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::ExitCode;
 
+use bulkhead_base::chain;
 use bulkhead_jail::{Jail, JailError, Limits, Root};
 use bulkhead_vmm::control::{self, ControlError};
 use bulkhead_vmm::logger;
@@ -36,13 +37,7 @@ fn main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let mut text = error.to_string();
-            let mut source = std::error::Error::source(&error);
-            while let Some(cause) = source {
-                text = format!("{text}: {cause}");
-                source = cause.source();
-            }
-            eprintln!("bulkhead-vmm: {text}");
+            eprintln!("bulkhead-vmm: {}", chain(&error));
             ExitCode::FAILURE
         }
     }

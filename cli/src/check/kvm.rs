@@ -72,8 +72,8 @@ pub fn kind(device: &Path) -> Kind {
     // On a thread of its own, since a KVM that is broken enough never comes back from the guest; it ends with the process.
     let spawned = thread::Builder::new().spawn(move || {
         // Nobody listens any more when the time was over.
-        let _ = sender
-            .send(calibrate::instruction_rate(&device).map_err(|error| bulkhead_shim::error::chain(&error)));
+        let _ =
+            sender.send(calibrate::instruction_rate(&device).map_err(|error| bulkhead_base::chain(&error)));
     });
     let result = match spawned {
         Ok(_) => receiver.recv_timeout(TIME_LIMIT).unwrap_or_else(|_| {

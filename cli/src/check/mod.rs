@@ -160,7 +160,7 @@ pub fn run(options: &Options, out: &mut impl Write) -> Result<bool, CheckError> 
     match configured {
         Ok(config) => findings.extend(parts::check(&prefix, &config)),
         Err(error) => findings.push(
-            Finding::fail("configuration", bulkhead_shim::error::chain(&error))
+            Finding::fail("configuration", bulkhead_base::chain(&error))
                 .because("every pod is refused with this error"),
         ),
     }

@@ -4,14 +4,13 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 
+use bulkhead_base::{chain, parts};
 use bulkhead_shim::config::Config;
 use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access};
 
 use super::Finding;
 use crate::install;
-
-const SHIM: &str = "bin/containerd-shim-bulkhead-v1";
 
 /// A magic number: where it is in the file, and its bytes.
 type Magic = (u64, &'static [u8]);
@@ -23,7 +22,7 @@ const EROFS: Magic = (1024, &0xe0f5_e1e2_u32.to_le_bytes());
 /// Looks at what is installed under `prefix`, and at what the configuration names.
 pub fn check(prefix: &Path, config: &Config) -> Vec<Finding> {
     vec![
-        program("shim", &prefix.join(SHIM)),
+        program("shim", &prefix.join(parts::SHIM)),
         program("VMM", &config.vmm),
         program("file server", &config.fs_server),
         data("guest kernel", &config.kernel, &[ELF, BZIMAGE], "an ELF vmlinux or a bzImage"),
@@ -45,8 +44,9 @@ pub fn unaltered(root: &Path, prefix: &Path) -> Finding {
                 .because("pods run with programs, a kernel or an image that nobody has installed here, or not at all")
                 .mended_by("find out who changed them; then bulkhead install --from DIR")
         }
-        Err(error) => Finding::warn(WHAT, bulkhead_shim::error::chain(&error))
-            .because("it can't be told whether they are what was installed"),
+        Err(error) => {
+            Finding::warn(WHAT, chain(&error)).because("it can't be told whether they are what was installed")
+        }
     }
 }
 
@@ -97,9 +97,9 @@ mod tests {
     use crate::check::Verdict;
     use crate::testing::Directory;
 
-    const PROGRAMS: [&str; 3] = [SHIM, "libexec/bulkhead/bulkhead-vmm", "libexec/bulkhead/bulkhead-fs"];
-    const KERNEL: &str = "share/bulkhead/vmlinux";
-    const IMAGE: &str = "share/bulkhead/guest.erofs";
+    use bulkhead_base::parts::{FS_SERVER, IMAGE, KERNEL, SHIM, VMM};
+
+    const PROGRAMS: [&str; 3] = [SHIM, VMM, FS_SERVER];
 
     fn checked(prefix: &Directory, configuration: &str) -> Vec<Finding> {
         let config = Config::load_for(&Source::Inline(configuration.into()), prefix.path()).unwrap();

@@ -5,18 +5,19 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use bulkhead_base::parts;
 use sha2::{Digest, Sha256};
 
 use super::Options;
 
 /// What is installed under a prefix, and the mode it has there.
 const PARTS: [(&str, u32); 6] = [
-    ("bin/containerd-shim-bulkhead-v1", 0o755),
-    ("bin/bulkhead", 0o755),
-    ("libexec/bulkhead/bulkhead-vmm", 0o755),
-    ("libexec/bulkhead/bulkhead-fs", 0o755),
-    ("share/bulkhead/vmlinux", 0o644),
-    ("share/bulkhead/guest.erofs", 0o644),
+    (parts::SHIM, 0o755),
+    (parts::COMMAND, 0o755),
+    (parts::VMM, 0o755),
+    (parts::FS_SERVER, 0o755),
+    (parts::KERNEL, 0o644),
+    (parts::IMAGE, 0o644),
 ];
 
 /// A file that can't be read or put where it belongs.

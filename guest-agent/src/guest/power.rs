@@ -4,13 +4,9 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use bulkhead_base::guest::{POWER_OFF, POWER_PORT_PARAMETER};
+
 use crate::sys::process::exit_now;
-
-/// The byte that the VMM takes for power-off.
-const POWER_OFF: u8 = 0x34;
-
-/// Names the port on the kernel's command line.
-const PARAMETER: &str = "bulkhead.power_port=";
 
 /// Powers the guest off. If that does not work, a reset ends it too.
 pub fn off() -> ! {
@@ -25,12 +21,12 @@ pub fn off() -> ! {
 
 fn write_port() -> io::Result<()> {
     let port = power_port(&fs::read_to_string("/proc/cmdline")?)
-        .ok_or_else(|| io::Error::other(format!("no {PARAMETER} on the kernel's command line")))?;
+        .ok_or_else(|| io::Error::other(format!("no {POWER_PORT_PARAMETER} on the kernel's command line")))?;
     File::options().write(true).open("/dev/port")?.write_all_at(&[POWER_OFF], port.into())
 }
 
 fn power_port(command_line: &str) -> Option<u16> {
-    let value = command_line.split_whitespace().find_map(|word| word.strip_prefix(PARAMETER))?;
+    let value = command_line.split_whitespace().find_map(|word| word.strip_prefix(POWER_PORT_PARAMETER))?;
     match value.strip_prefix("0x") {
         Some(digits) => u16::from_str_radix(digits, 16).ok(),
         None => value.parse().ok(),

@@ -9,13 +9,11 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bulkhead_base::guest::DEVICE_SLOTS_PARAMETER;
 use tokio::time::timeout;
 
 use crate::reaper::Reaper;
 use crate::sys::process::{CloneOptions, clone_process, exit_now};
-
-/// Names the first slot's window, counted from 0, on the kernel's command line.
-const PARAMETER: &str = "bulkhead.device_slots=";
 
 const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
 const DEVICES: &str = "/sys/bus/platform/devices";
@@ -24,7 +22,7 @@ const DEVICES: &str = "/sys/bus/platform/devices";
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum SlotError {
-    #[error("there are no slots for devices: no {PARAMETER} on the kernel's command line")]
+    #[error("there are no slots for devices: no {DEVICE_SLOTS_PARAMETER} on the kernel's command line")]
     NoSlots,
     #[error("can't ask the kernel about slot {slot}")]
     System { slot: u32, source: io::Error },
@@ -92,7 +90,7 @@ impl Window {
 }
 
 fn name_on(command_line: &str, slot: u32) -> Option<String> {
-    let value = command_line.split_whitespace().find_map(|word| word.strip_prefix(PARAMETER))?;
+    let value = command_line.split_whitespace().find_map(|word| word.strip_prefix(DEVICE_SLOTS_PARAMETER))?;
     let first: u32 = value.parse().ok()?;
     Some(format!("virtio-mmio.{}", first.checked_add(slot)?))
 }

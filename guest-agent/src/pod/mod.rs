@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_agent_protocol::{POD_PID_NAMESPACE, Stdio};
+use bulkhead_base::id::{MAX_ID, is_sound};
 
 use crate::container::cgroup::Hierarchy;
 use crate::container::cgroup::events::OomWatcher;
@@ -24,9 +25,6 @@ pub use container::Container;
 pub use error::{ErrorClass, PodError};
 pub use events::EventQueue;
 pub use process::{Ended, Process};
-
-/// Longest container or exec id, as containerd has it.
-const MAX_ID: usize = 76;
 
 /// Everything there is of the pod inside the guest.
 #[derive(Debug)]
@@ -215,8 +213,7 @@ impl Pod {
 }
 
 fn check_id(what: &'static str, id: &str) -> Result<(), PodError> {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
-    if id.is_empty() || id.len() > MAX_ID || !id.bytes().all(plain) || matches!(id, "." | "..") {
+    if !is_sound(id) {
         return Err(PodError::Id { what, id: id.chars().take(2 * MAX_ID).collect() });
     }
     Ok(())

@@ -11,6 +11,7 @@ mod attach;
 mod channel;
 mod config;
 mod file_systems;
+pub mod fuse;
 mod message;
 mod view;
 

@@ -6,11 +6,9 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Spec};
 
 use super::config::PodConfig;
+use crate::config::ANNOTATIONS;
 use crate::error::ApiError;
 use crate::spec::{self, SpecError};
-
-/// Annotations of the pod's author that mean something to us; the others are nobody's business here.
-const OURS: &str = "io.bulkhead.";
 
 /// Prefix of what containerd's CRI plugin says of a sandbox.
 const CRI: &str = "io.kubernetes.cri.";
@@ -41,7 +39,8 @@ pub fn build(
         spec.set_hostname(Some(config.hostname.clone()));
     }
     let mut all = spec.annotations().clone().unwrap_or_default();
-    all.extend(config.annotations.iter().filter(|(key, _)| key.starts_with(OURS)).map(clone_pair));
+    // The others are nobody's business here.
+    all.extend(config.annotations.iter().filter(|(key, _)| key.starts_with(ANNOTATIONS)).map(clone_pair));
     all.extend(annotations.iter().map(clone_pair));
     all.extend(cri_annotations(id, config));
     spec.set_annotations(Some(all));

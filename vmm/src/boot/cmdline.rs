@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use bulkhead_base::guest::{DEVICE_SLOTS_PARAMETER, POWER_PORT_PARAMETER};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{BootError, write_failed};
@@ -34,7 +35,7 @@ pub fn command_line(devices: usize, slots: usize, parameters: &str) -> Result<St
     if let Some(position) = parameters.bytes().position(|byte| !(b' '..=b'~').contains(&byte)) {
         return Err(CommandLineError::Character(position));
     }
-    let mut line = format!("{BASE} bulkhead.power_port={POWER_PORT:#x} bulkhead.device_slots={devices}");
+    let mut line = format!("{BASE} {POWER_PORT_PARAMETER}{POWER_PORT:#x} {DEVICE_SLOTS_PARAMETER}{devices}");
     for index in 0..devices + slots {
         // Writing to a string can't fail.
         let _ = write!(line, " virtio_mmio.device={MMIO_STRIDE}@{:#x}:{}", mmio_address(index), irq(index));

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use bulkhead_base::chain;
 use log::error;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
@@ -22,7 +23,6 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use super::interrupt::USED_BUFFER;
 use super::queue::{QueueFault, QueueRegisters, Virtqueue};
 use super::slot::{DeviceSlot, SlotState};
-use super::worker::chain_of;
 use super::{Activated, BackendState, DeviceInfo, DeviceState, StateFault};
 use crate::memory::SharedRam;
 
@@ -307,7 +307,7 @@ impl MmioTransport {
         match self.check_queues(features) {
             Ok(queues) => self.slot.activate(Activated { queues, features }),
             Err(fault) => {
-                error!("{:?} device can't be activated: {}", self.info.kind, chain_of(&fault));
+                error!("{:?} device can't be activated: {}", self.info.kind, chain(&fault));
                 self.slot.interrupt.signal_needs_reset();
             }
         }

@@ -3,6 +3,7 @@
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
+use bulkhead_base::chain;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use log::{debug, error};
 use vmm_sys_util::eventfd::EventFd;
@@ -140,7 +141,7 @@ impl DeviceWorker {
 
     /// Marks the device as needing a reset: it stays dead until the driver resets it.
     fn fail(&mut self, fault: &DeviceFault, state: &mut SlotState, events: &mut DeviceEvents<'_, '_>) {
-        error!("{:?} device stopped until the driver resets it: {}", self.kind, chain_of(fault));
+        error!("{:?} device stopped until the driver resets it: {}", self.kind, chain(fault));
         state.active = None;
         state.fresh = false;
         self.device.reset(events);
@@ -176,18 +177,6 @@ impl MutEventSubscriber for DeviceWorker {
             self.fail(&fault, &mut state, &mut events);
         }
     }
-}
-
-/// An error with all of its causes, on one line.
-pub(crate) fn chain_of(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

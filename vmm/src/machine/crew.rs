@@ -9,6 +9,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Barrier};
 use std::thread::{self, JoinHandle};
 
+use bulkhead_base::chain;
 use bulkhead_seccomp::Filter;
 use bulkhead_vmm_protocol::ExitReason;
 use kvm_ioctls::VcpuFd;
@@ -16,7 +17,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{MachineError, host_failed};
 use crate::device_loop::{DeviceLoop, THREAD_STACK};
-use crate::devices::worker::{DeviceWorker, chain_of};
+use crate::devices::worker::DeviceWorker;
 use crate::vcpu::{self, Vcpu};
 
 /// Where threads report that the machine has ended; the first report counts.
@@ -70,7 +71,7 @@ impl Crew {
 
         let device_reporter = reporter.clone();
         let devices = DeviceLoop::start(
-            || Filter::VmmDevice.install().map_err(|error| chain_of(&error)),
+            || Filter::VmmDevice.install().map_err(|error| chain(&error)),
             move |detail| device_reporter.report(ExitReason::Internal { detail }),
         )?;
         let gate = Arc::new(Barrier::new(usize::from(vcpus) + 1));
@@ -133,7 +134,7 @@ fn start_vcpu(reporter: ExitReporter, gate: Arc<Barrier>) -> Result<VcpuThread, 
                 }
             },
             Err(error) => {
-                reporter.report(ExitReason::Internal { detail: chain_of(&error) });
+                reporter.report(ExitReason::Internal { detail: chain(&error) });
                 None
             }
         }

@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 use std::thread::{self, JoinHandle};
 
+use bulkhead_base::chain;
 use bulkhead_seccomp::Filter;
 use bulkhead_vmm_protocol::{AttachDisk, AttachNet, ExitReason, PrepareConfig, VmConfig};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -35,7 +36,7 @@ use crate::devices::VirtioDevice;
 use crate::devices::mmio::MmioTransport;
 use crate::devices::registers::RegisterMemory;
 use crate::devices::slot::DeviceSlot;
-use crate::devices::worker::{DeviceWorker, chain_of};
+use crate::devices::worker::DeviceWorker;
 use crate::ioapic::IoApic;
 use crate::layout::DEVICE_SLOTS;
 use crate::memory::{GuestRam, Memory, SharedRam, map_ram};
@@ -97,7 +98,7 @@ fn create_vm_and_populate(kvm: &Kvm, ram: &GuestRam, working_set: &mut File) -> 
             .map_err(host_failed("a thread to create the machine"))?;
         // Only how fast the guest starts depends on it.
         if let Err(error) = working_set::populate(ram, working_set) {
-            warn!("the template's working set is of no use, make it again: {}", chain_of(&error));
+            warn!("the template's working set is of no use, make it again: {}", chain(&error));
         }
         creating.join().map_err(|_| MachineError::NoKvm("the thread that creates the machine died"))?
     })

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::{Duration, Instant};
 
+use bulkhead_base::parts;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::Bench;
@@ -156,7 +157,7 @@ fn installed(place: &str) -> Result<PathBuf, VmmError> {
 }
 
 fn kernel() -> Result<PathBuf, VmmError> {
-    installed("share/bulkhead/vmlinux")
+    installed(parts::KERNEL)
 }
 
 fn image() -> Result<PathBuf, VmmError> {

@@ -6,6 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use bulkhead_base::parts;
 use bulkhead_vmm_protocol::{
     BlockConfig, CONTROL_FD, Channel, FdIndex, FromVmm, MemorySource, PrepareConfig, Request, VmConfig,
     VsockConfig,
@@ -28,7 +29,7 @@ pub struct Parts {
 impl Parts {
     /// Finds the installed parts.
     pub fn find() -> Result<Self, VmmError> {
-        Ok(Self { vmm: installed("libexec/bulkhead/bulkhead-vmm")?, kernel: kernel()?, image: image()? })
+        Ok(Self { vmm: installed(parts::VMM)?, kernel: kernel()?, image: image()? })
     }
 
     /// Starts the VMM and boots the guest.

@@ -20,6 +20,7 @@ use crate::container::plan::ContainerPlan;
 use crate::container::rootfs::{self, BuiltRoot, OpenedRoot, RootError};
 use crate::container::sysctl::{self, SysctlError};
 use crate::container::user::{self, UserError};
+use crate::error_chain;
 use crate::sys::process::{
     CloneOptions, clone_process, exit_now, join_namespaces, prctl, reset_signals, unshare,
 };
@@ -57,17 +58,6 @@ impl ChildError {
             Self::Root(error) if error.is_specification() => FailureKind::Specification,
             _ => FailureKind::Internal,
         }
-    }
-
-    /// The error and its causes in one line.
-    fn text(&self) -> String {
-        let mut text = self.to_string();
-        let mut source = std::error::Error::source(self);
-        while let Some(error) = source {
-            text.push_str(&format!(": {error}"));
-            source = error.source();
-        }
-        text
     }
 }
 
@@ -124,7 +114,7 @@ pub fn run(setup: Setup<'_>, socket: OwnedFd, two_steps: bool) -> ! {
         Err(error) => error,
     };
     // Without an agent there is no one left to tell.
-    let _ = agent.tell(&Message::Failed { kind: error.kind(), message: error.text() });
+    let _ = agent.tell(&Message::Failed { kind: error.kind(), message: error_chain(&error) });
     exit_now(1)
 }
 

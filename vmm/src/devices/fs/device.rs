@@ -4,10 +4,11 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
+use bulkhead_vmm_protocol::fuse::{IN_HEADER, OUT_HEADER};
 use event_manager::EventSet;
 use log::{debug, error};
 
-use super::message::{IN_HEADER, OUT_HEADER, ReplyHeader, RequestHeader};
+use super::message::{ReplyHeader, RequestHeader};
 use super::server::{Received, Sent, Server};
 use crate::devices::{
     Activated, BackendState, Chain, ConfigSpace, DeviceEvents, DeviceFault, DeviceInfo, DeviceKind, Progress,

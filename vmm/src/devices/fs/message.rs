@@ -1,20 +1,10 @@
 //! Headers of FUSE messages (the kernel's `include/uapi/linux/fuse.h`).
 
 use bulkhead_vmm_protocol::MAX_FUSE_MESSAGE;
-
-/// Bytes of `struct fuse_in_header`.
-pub const IN_HEADER: usize = 40;
-
-/// Bytes of `struct fuse_out_header`.
-pub const OUT_HEADER: usize = 16;
+use bulkhead_vmm_protocol::fuse::{self, IN_HEADER, OUT_HEADER};
 
 /// Errors in replies are greater than this (`fuse_dev_do_write`).
 const ERROR_LIMIT: i32 = -512;
-
-const FORGET: u32 = 2;
-const INTERRUPT: u32 = 36;
-const NOTIFY_REPLY: u32 = 41;
-const BATCH_FORGET: u32 = 42;
 
 /// The header of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +32,7 @@ impl RequestHeader {
 
     /// Whether there is no reply to such a request.
     pub fn is_silent(&self) -> bool {
-        matches!(self.u32_at(4), FORGET | BATCH_FORGET | INTERRUPT | NOTIFY_REPLY)
+        fuse::is_silent(self.u32_at(4))
     }
 
     fn u32_at(&self, at: usize) -> u32 {

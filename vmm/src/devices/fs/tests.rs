@@ -4,18 +4,17 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 
 use bulkhead_vmm_protocol::MAX_FUSE_MESSAGE;
+use bulkhead_vmm_protocol::fuse::opcode::{FORGET, LOOKUP};
+use bulkhead_vmm_protocol::fuse::{IN_HEADER, OUT_HEADER};
 
 use super::FileSystem;
-use super::message::{IN_HEADER, OUT_HEADER, ReplyHeader};
+use super::message::ReplyHeader;
 use crate::devices::testing::{BUFFERS, Buffer, Nonsense, TestDriver, readable, writable};
 
 const FORGETS: usize = 0;
 const REQUESTS: usize = 1;
 /// Where replies go.
 const REPLIES: u64 = BUFFERS + 0x10_0000;
-
-const LOOKUP: u32 = 1;
-const FORGET: u32 = 2;
 
 /// A connected pair of packet sockets.
 fn packet_sockets() -> (OwnedFd, UnixDatagram) {
