@@ -9,18 +9,11 @@ use crate::socket::Socket;
 const HEADER: [u8; 16] = [0; 16];
 const IFLA_IFNAME: u16 = 3;
 const IFLA_LINK: u16 = 5;
-const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_NET_NS_FD: u16 = 28;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
 const VETH_INFO_PEER: u16 = 1;
-
-fn change(index: u32) -> Message {
-    let mut header = HEADER;
-    header[4..8].copy_from_slice(&index.to_ne_bytes());
-    Message::new(libc::RTM_NEWLINK, 0, &header)
-}
 
 impl Socket {
     /// Makes a link of a kind that needs nothing else, or another link below it (`macvlan`).
@@ -57,26 +50,6 @@ impl Socket {
                 });
             });
         });
-        self.request(message)
-    }
-
-    /// Makes a link a port of a bridge.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn set_master(&mut self, index: u32, bridge: u32) -> io::Result<()> {
-        let mut message = change(index);
-        message.put_u32(IFLA_MASTER, bridge);
-        self.request(message)
-    }
-
-    /// Moves a link into a namespace.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn move_link(&mut self, index: u32, namespace: BorrowedFd<'_>) -> io::Result<()> {
-        let mut message = change(index);
-        message.put_u32(IFLA_NET_NS_FD, namespace.as_raw_fd().cast_unsigned());
         self.request(message)
     }
 }

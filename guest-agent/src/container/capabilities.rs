@@ -1,6 +1,5 @@
 //! The five capability sets of a process (capabilities(7)).
 
-use std::fs;
 use std::io;
 
 use super::spec::{self, items};
@@ -175,22 +174,6 @@ fn set(effective: u64, permitted: u64, inheritable: u64) -> io::Result<()> {
     ];
     // SAFETY: header and data have the layout of version 3 (a version and a pid; two times three words).
     check(unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), data.as_ptr()) }).map(drop)
-}
-
-/// The capability sets of the calling process as `/proc` shows them; for tests.
-pub fn read_own() -> io::Result<CapabilitySets> {
-    let status = fs::read_to_string("/proc/self/status")?;
-    let field = |name: &str| {
-        let line = status.lines().find_map(|line| line.strip_prefix(name));
-        line.and_then(|value| u64::from_str_radix(value.trim(), 16).ok()).unwrap_or_default()
-    };
-    Ok(CapabilitySets {
-        bounding: field("CapBnd:"),
-        effective: field("CapEff:"),
-        inheritable: field("CapInh:"),
-        permitted: field("CapPrm:"),
-        ambient: field("CapAmb:"),
-    })
 }
 
 #[cfg(test)]

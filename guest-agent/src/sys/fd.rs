@@ -48,14 +48,6 @@ pub fn duplicate_to(fd: BorrowedFd<'_>, number: RawFd) -> io::Result<()> {
     check(unsafe { libc::dup2(fd.as_raw_fd(), number) }.into()).map(drop)
 }
 
-/// A copy of `fd` above the standard three, closed on exec.
-pub fn duplicate_above_standard(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    // SAFETY: F_DUPFD_CLOEXEC takes a number and returns a new descriptor.
-    let copy = check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 3) }.into())?;
-    // SAFETY: the call returned a new descriptor that nothing else owns.
-    Ok(unsafe { OwnedFd::from_raw_fd(copy as RawFd) })
-}
-
 /// Puts a descriptor into the runtime's care, as non-blocking. Has to be called inside the runtime.
 pub fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: F_GETFL and F_SETFL take numbers.

@@ -4,11 +4,11 @@
 
 pub(crate) mod bpf;
 pub mod fd;
-pub mod mount;
-pub mod network;
-pub mod path;
+pub(crate) mod mount;
+pub(crate) mod network;
+pub(crate) mod path;
 pub mod process;
-pub mod terminal;
+pub(crate) mod terminal;
 
 use std::ffi::CString;
 use std::io;

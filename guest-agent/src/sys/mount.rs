@@ -6,42 +6,36 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
-use super::{c_path, c_string, check};
+use libc::{
+    FSCONFIG_CMD_CREATE, FSCONFIG_CMD_RECONFIGURE, FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, FSMOUNT_CLOEXEC,
+    FSOPEN_CLOEXEC, FSPICK_CLOEXEC, MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH, OPEN_TREE_CLOEXEC,
+    OPEN_TREE_CLONE,
+};
 
-const OPEN_TREE_CLONE: u32 = 1;
-const OPEN_TREE_CLOEXEC: u32 = libc::O_CLOEXEC as u32;
-const MOVE_MOUNT_F_EMPTY_PATH: u32 = 0x04;
-const MOVE_MOUNT_T_EMPTY_PATH: u32 = 0x40;
-const FSOPEN_CLOEXEC: u32 = 1;
-const FSMOUNT_CLOEXEC: u32 = 1;
-const FSCONFIG_SET_FLAG: u32 = 0;
-const FSCONFIG_SET_STRING: u32 = 1;
-const FSCONFIG_CMD_CREATE: u32 = 6;
-const FSCONFIG_CMD_RECONFIGURE: u32 = 7;
-const FSPICK_CLOEXEC: u32 = 1;
+use super::{c_path, c_string, check};
 
 /// Attributes of a mount, from `linux/mount.h`.
 pub mod attr {
     /// Read-only.
-    pub const RDONLY: u64 = 0x1;
+    pub const RDONLY: u64 = libc::MOUNT_ATTR_RDONLY;
     /// No set-user-id programs.
-    pub const NOSUID: u64 = 0x2;
+    pub const NOSUID: u64 = libc::MOUNT_ATTR_NOSUID;
     /// No device nodes.
-    pub const NODEV: u64 = 0x4;
+    pub const NODEV: u64 = libc::MOUNT_ATTR_NODEV;
     /// No programs.
-    pub const NOEXEC: u64 = 0x8;
+    pub const NOEXEC: u64 = libc::MOUNT_ATTR_NOEXEC;
     /// The bits of the access time policy.
-    pub const ATIME_MASK: u64 = 0x70;
+    pub const ATIME_MASK: u64 = libc::MOUNT_ATTR__ATIME;
     /// Access times follow changes.
-    pub const RELATIME: u64 = 0;
+    pub const RELATIME: u64 = libc::MOUNT_ATTR_RELATIME;
     /// No access times.
-    pub const NOATIME: u64 = 0x10;
+    pub const NOATIME: u64 = libc::MOUNT_ATTR_NOATIME;
     /// Every access sets the access time.
-    pub const STRICTATIME: u64 = 0x20;
+    pub const STRICTATIME: u64 = libc::MOUNT_ATTR_STRICTATIME;
     /// No access times of directories.
-    pub const NODIRATIME: u64 = 0x80;
+    pub const NODIRATIME: u64 = libc::MOUNT_ATTR_NODIRATIME;
     /// Symbolic links are not followed.
-    pub const NOSYMFOLLOW: u64 = 0x20_0000;
+    pub const NOSYMFOLLOW: u64 = libc::MOUNT_ATTR_NOSYMFOLLOW;
 }
 
 /// Changes of a mount's attributes, as `mount_setattr` takes them.

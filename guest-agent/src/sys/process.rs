@@ -3,6 +3,8 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use bulkhead_base::clone::{CLONE_INTO_CGROUP, CloneArgs};
+
 use super::check;
 
 /// What a clone of the calling process is to be.
@@ -12,22 +14,6 @@ pub struct CloneOptions<'a> {
     pub flags: u64,
     /// Directory of the cgroup v2 group to start in; `None` means the caller's.
     pub cgroup: Option<BorrowedFd<'a>>,
-}
-
-#[derive(Default)]
-#[repr(C)]
-struct CloneArgs {
-    flags: u64,
-    pidfd: u64,
-    child_tid: u64,
-    parent_tid: u64,
-    exit_signal: u64,
-    stack: u64,
-    stack_size: u64,
-    tls: u64,
-    set_tid: u64,
-    set_tid_size: u64,
-    cgroup: u64,
 }
 
 /// Clones the process, as `fork` does. `Ok(0)` is the child.
@@ -49,8 +35,6 @@ pub unsafe fn clone_process(options: CloneOptions<'_>) -> io::Result<libc::pid_t
     let pid = check(unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) })?;
     Ok(pid as libc::pid_t)
 }
-
-const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 /// Moves the calling process into the namespaces that `fd` refers to: one namespace, or those of `kinds` of a process.
 pub fn join_namespaces(fd: BorrowedFd<'_>, kinds: libc::c_int) -> io::Result<()> {

@@ -1,9 +1,9 @@
 //! Making templates: a guest is booted in a jailed VMM of its own, without a pod, up to the agent's first answer, saved,
 //! and published in the store. Then a first pod starts from it.
 
-pub mod background;
-pub mod confine;
-pub mod rehearsal;
+pub(crate) mod background;
+pub(crate) mod confine;
+pub(crate) mod rehearsal;
 mod working_set;
 
 use std::io;

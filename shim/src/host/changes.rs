@@ -97,11 +97,6 @@ impl ChangesDisk {
         }
         Ok(ChangesDisk { disk: OpenDisk::open_path(path, false)? })
     }
-
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.disk.path
-    }
 }
 
 /// Removes what an earlier task has left there.
@@ -141,7 +136,7 @@ mod tests {
         let second = ChangesDisk::make(&upper).unwrap();
         assert_ne!(second.disk.file.metadata().unwrap().ino(), metadata.ino(), "it is made anew");
         forget(&upper);
-        assert!(!second.path().exists());
+        assert!(!second.disk.path.exists());
         fs::write(upper.join("etc"), "").unwrap();
         assert!(matches!(ChangesDisk::make(&upper), Err(ChangesError::NotEmpty(_))));
         fs::remove_dir_all(&upper).unwrap();

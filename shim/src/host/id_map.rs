@@ -137,13 +137,10 @@ fn clone_into_new_users(wait: BorrowedFd<'_>, go: BorrowedFd<'_>) -> io::Result<
     }
 }
 
-/// `mount_setattr(2)`.
-const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
-
 /// Has a detached tree of mounts show its files with owners of a namespace; of all mounts in it, or the topmost one.
 pub fn apply(tree: BorrowedFd<'_>, namespace: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
     let attributes = libc::mount_attr {
-        attr_set: MOUNT_ATTR_IDMAP,
+        attr_set: libc::MOUNT_ATTR_IDMAP,
         attr_clr: 0,
         propagation: 0,
         userns_fd: namespace.as_raw_fd() as u64,

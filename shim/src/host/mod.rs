@@ -1,20 +1,20 @@
 //! What the shim asks of the host's kernel: processes, cgroups, mounts, disks.
 
-pub mod cgroup;
-pub mod changes;
-pub mod disk;
-pub mod empty_network;
-pub mod erofs;
-pub mod ext4;
-pub mod id_map;
-pub mod mount_table;
-pub mod mounts;
-pub mod netns;
-pub mod opaque;
-pub mod overlay;
-pub mod parameters;
+pub(crate) mod cgroup;
+pub(crate) mod changes;
+pub(crate) mod disk;
+pub(crate) mod empty_network;
+pub(crate) mod erofs;
+pub(crate) mod ext4;
+pub(crate) mod id_map;
+pub(crate) mod mount_table;
+pub(crate) mod mounts;
+pub(crate) mod netns;
+pub(crate) mod opaque;
+pub(crate) mod overlay;
+pub(crate) mod parameters;
 pub mod pin;
 pub mod process;
-pub mod sharing;
-pub mod small_namespace;
-pub mod spawn;
+pub(crate) mod sharing;
+pub(crate) mod small_namespace;
+pub(crate) mod spawn;

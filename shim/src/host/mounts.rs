@@ -9,6 +9,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use bulkhead_vmm_protocol::is_shareable;
+use libc::{
+    MOUNT_ATTR_NODEV, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY, MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH,
+    OPEN_TREE_CLOEXEC, OPEN_TREE_CLONE,
+};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -18,21 +22,6 @@ use nix::sys::statfs::fstatfs;
 use super::id_map::{self, IdMap, IdMapError};
 use super::overlay::Overlay;
 use super::sharing;
-
-/// `open_tree(2)`: a copy of the tree, not the tree itself.
-const OPEN_TREE_CLONE: c_uint = 1;
-/// `open_tree(2)`: `O_CLOEXEC`.
-const OPEN_TREE_CLOEXEC: c_uint = libc::O_CLOEXEC as c_uint;
-/// `move_mount(2)`: the source is the descriptor itself.
-const MOVE_MOUNT_F_EMPTY_PATH: c_uint = 4;
-/// `move_mount(2)`: the target is the descriptor itself.
-const MOVE_MOUNT_T_EMPTY_PATH: c_uint = 0x40;
-/// `mount_setattr(2)`.
-const MOUNT_ATTR_RDONLY: u64 = 1;
-/// `mount_setattr(2)`.
-const MOUNT_ATTR_NOSUID: u64 = 2;
-/// `mount_setattr(2)`.
-const MOUNT_ATTR_NODEV: u64 = 4;
 
 /// A page: what the kernel takes as options of one mount (mount(2)).
 pub(super) const MAX_OPTIONS: usize = 4096 - 1;

@@ -12,6 +12,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bulkhead_base::clone::{CLONE_CLEAR_SIGHAND, CLONE_INTO_CGROUP, CloneArgs};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -109,12 +110,6 @@ pub enum SpawnError {
     },
 }
 
-/// Reset all signals with handlers to their default action (clone(2)).
-const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
-
-/// Be born in the cgroup that `cgroup` names (clone(2)).
-const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
-
 /// Steps in the child, in order; their numbers travel over the report pipe.
 const STEPS: [&str; 7] = [
     "join the network namespace",
@@ -125,23 +120,6 @@ const STEPS: [&str; 7] = [
     "reset signals",
     "exec",
 ];
-
-/// The kernel's `struct clone_args` (clone3(2)).
-#[repr(C)]
-#[derive(Default)]
-struct CloneArgs {
-    flags: u64,
-    pidfd: u64,
-    child_tid: u64,
-    parent_tid: u64,
-    exit_signal: u64,
-    stack: u64,
-    stack_size: u64,
-    tls: u64,
-    set_tid: u64,
-    set_tid_size: u64,
-    cgroup: u64,
-}
 
 /// Everything the child needs, made before the fork: afterwards it must not allocate.
 struct Plan {

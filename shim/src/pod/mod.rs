@@ -5,26 +5,26 @@
 //! ends, the pod is dead, with a reason, and releases everything in reverse order. Releasing is idempotent. Nothing that
 //! ends a pod depends on the guest: [`Pod::condemn`] asks nobody, and a guest that is silent is condemned ([`heartbeat`]).
 
-pub mod agent;
-pub mod boot;
-pub mod clock;
-pub mod disks;
+pub(crate) mod agent;
+pub(crate) mod boot;
+pub(crate) mod clock;
+pub(crate) mod disks;
 mod following;
-pub mod forward;
-pub mod guest;
-pub mod heartbeat;
-pub mod limits;
-pub mod machine;
-pub mod names;
-pub mod network;
-pub mod resources;
-pub mod roots;
-pub mod slots;
+pub(crate) mod forward;
+pub(crate) mod guest;
+pub(crate) mod heartbeat;
+pub(crate) mod limits;
+pub(crate) mod machine;
+pub(crate) mod names;
+pub(crate) mod network;
+pub(crate) mod resources;
+pub(crate) mod roots;
+pub(crate) mod slots;
 pub mod state;
-pub mod stream;
-pub mod tail;
-pub mod timeline;
-pub mod tree;
+pub(crate) mod stream;
+pub(crate) mod tail;
+pub(crate) mod timeline;
+pub(crate) mod tree;
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};

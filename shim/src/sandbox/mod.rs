@@ -7,10 +7,10 @@
 //! [`members`]. Containers are created through the Task API of the same shim.
 
 pub mod config;
-pub mod files;
-pub mod members;
-pub mod service;
-pub mod spec;
+pub(crate) mod files;
+pub(crate) mod members;
+pub(crate) mod service;
+pub(crate) mod spec;
 
 pub use members::FIRST_PROCESS;
 

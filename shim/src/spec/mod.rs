@@ -8,7 +8,7 @@ mod devices;
 mod labels;
 mod mounts;
 mod namespaces;
-pub mod rlimits;
+pub(crate) mod rlimits;
 pub mod sandbox;
 mod seccomp;
 

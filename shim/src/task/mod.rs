@@ -1,16 +1,16 @@
 //! containerd's Task API, for all containers of one pod.
 
-pub mod changes;
-pub mod container;
-pub mod create;
-pub mod disks;
-pub mod kill;
-pub mod layers;
-pub mod rootfs;
-pub mod service;
-pub mod shim;
-pub mod stats;
-pub mod stdio;
+pub(crate) mod changes;
+pub(crate) mod container;
+pub(crate) mod create;
+pub(crate) mod disks;
+pub(crate) mod kill;
+pub(crate) mod layers;
+pub(crate) mod rootfs;
+pub(crate) mod service;
+pub(crate) mod shim;
+pub(crate) mod stats;
+pub(crate) mod stdio;
 
 #[cfg(test)]
 pub(crate) mod tests;

@@ -5,8 +5,8 @@
 
 mod content;
 mod digests;
-pub mod key;
-pub mod recipe;
+pub(crate) mod key;
+pub(crate) mod recipe;
 pub mod store;
 
 pub use key::Key;

@@ -1,8 +1,8 @@
 //! Control groups, version 2: one group a container, directly below the hierarchy's root.
 
-pub mod device_filter;
-pub mod events;
-pub mod resources;
+pub(crate) mod device_filter;
+pub(crate) mod events;
+pub(crate) mod resources;
 
 use std::collections::BTreeSet;
 use std::fs;

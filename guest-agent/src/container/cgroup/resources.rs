@@ -3,7 +3,6 @@
 use bulkhead_agent_protocol::weight_of_shares;
 
 use super::super::spec::{self, Resources, items};
-use bulkhead_agent_protocol::cgroup::flat_value;
 
 use super::{Cgroup, CgroupError, Hierarchy, read};
 
@@ -206,11 +205,6 @@ pub enum ApplyError {
     Resource(#[from] ResourceError),
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
-}
-
-/// A value of the group's memory events, for tests of the limits.
-pub fn memory_event(cgroup: &Cgroup, key: &str) -> Result<u64, CgroupError> {
-    Ok(flat_value(&read(&cgroup.file("memory.events"))?, key))
 }
 
 #[cfg(test)]
