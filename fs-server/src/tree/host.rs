@@ -69,16 +69,17 @@ pub fn may_enter(path_fd: impl AsFd) -> Result<bool> {
 pub struct Attributes(Statx);
 
 impl Attributes {
+    const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::MNT_ID);
+
     /// Asks for them.
     pub fn of(file: impl AsFd) -> Result<Self> {
-        let wanted = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
-        statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW, wanted).map(Attributes)
+        statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW, Self::WANTED).map(Attributes)
     }
 
     /// The same of a directory's entry.
     pub fn of_entry(directory: impl AsFd, name: &CStr) -> Result<Self> {
-        let wanted = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
-        statx(directory, name, AtFlags::NO_AUTOMOUNT | AtFlags::SYMLINK_NOFOLLOW, wanted).map(Attributes)
+        statx(directory, name, AtFlags::NO_AUTOMOUNT | AtFlags::SYMLINK_NOFOLLOW, Self::WANTED)
+            .map(Attributes)
     }
 
     /// Its number on its file system.

@@ -27,7 +27,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-use bulkhead_vmm_protocol::view_number;
+use bulkhead_vmm_protocol::{roots, view_number};
 use fuse_backend_rs::api::filesystem::{Entry, OpenOptions};
 use rustix::fs::{FileType, OFlags, copy_file_range};
 use rustix::io::{Errno, Result};
@@ -41,15 +41,6 @@ use nodes::Node;
 
 /// `FUSE_ATTR_SUBMOUNT`: the guest's kernel mounts it, by itself, as a file system of its own.
 const ATTR_SUBMOUNT: u32 = 1 << 0;
-
-/// The name of a container's root file system in its directory; its mount belongs to the guest alone.
-const ROOTFS: &[u8] = b"rootfs";
-
-/// The name of what a container changes, if the guest has the rest of its root file system on a disk.
-const CHANGES: &[u8] = b"changes";
-
-/// The name of what lies below a container's changes, if these are on a disk: layers of an image.
-const LOWER: &[u8] = b"lower";
 
 /// The part of the descriptors that may be inodes; the rest may be open files, but for [`SPARE_FDS`].
 const INODE_SHARE: (usize, usize) = (3, 4);
@@ -178,10 +169,10 @@ impl SharedTree {
         };
         let entered = if crossed {
             self.crossings.note(attributes.mount_id(), directory, name);
-            let sharing = match name.to_bytes() {
-                ROOTFS if parent.place == Place::Container => Sharing::GuestOnly,
-                CHANGES if parent.place == Place::Container => Sharing::Changes,
-                LOWER if parent.place == Place::Container => Sharing::Nobody,
+            let sharing = match name.to_str() {
+                Ok(roots::ROOTFS) if parent.place == Place::Container => Sharing::GuestOnly,
+                Ok(roots::CHANGES) if parent.place == Place::Container => Sharing::Changes,
+                Ok(roots::LOWER) if parent.place == Place::Container => Sharing::Nobody,
                 _ => Sharing::WithHost,
             };
             self.mounts.get(attributes.device(), is_read_only(&path_fd)?, sharing)?

@@ -13,6 +13,7 @@ mod config;
 mod file_systems;
 pub mod fuse;
 mod message;
+pub mod roots;
 mod view;
 
 pub use attach::{

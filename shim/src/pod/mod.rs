@@ -18,7 +18,6 @@ pub(crate) mod machine;
 pub(crate) mod names;
 pub(crate) mod network;
 pub(crate) mod resources;
-pub(crate) mod roots;
 pub(crate) mod slots;
 pub mod state;
 pub(crate) mod stream;

@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bulkhead_vmm_protocol::roots;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -22,7 +23,6 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::task::JoinHandle;
 
 use super::following::Following;
-use super::roots;
 use crate::error::chain;
 use crate::host::mounts::{DetachedTree, MountError, PointKind, Propagation, on_thread, relocate};
 use crate::host::sharing::{Empty, MOUNTINFO, prune};

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bulkhead_agent_protocol::SHARED_DIR;
+use bulkhead_vmm_protocol::roots;
 use containerd_shim_protos::types::mount::Mount;
 
 use super::changes::{CoveredRoot, forget_in};
@@ -15,7 +16,6 @@ use crate::host::disk::{DiskError, OpenDisk};
 use crate::host::opaque;
 use crate::pod::Pod;
 use crate::pod::disks::{AttachError, AttachedDisk, FileSystem, Overlay};
-use crate::pod::roots;
 use crate::spec::{DeviceNumber, DiskPlace, HostDisk};
 
 /// File systems on a disk that the guest mounts itself; all others are mounted on the host and shared.
@@ -55,21 +55,22 @@ impl GuestRoot {
         if !allowed.changes {
             forget_in(mounts);
         }
-        if allowed.disks > 0 {
-            let both = allowed.disks > 1;
-            if let Some(root) = LayeredRoot::of(mounts, allowed.changes && both)? {
-                if allowed.changes && !both && matches!(root.changes, Changes::Files(_)) {
-                    log::warn!("{NO_ROOM}");
-                    forget_in(mounts);
-                }
-                return Ok(Some(GuestRoot::Layers(root)));
+        if allowed.disks == 0 {
+            if allowed.changes {
+                log::warn!("{NO_ROOM}");
+                forget_in(mounts);
             }
+            return Ok(None);
         }
-        if allowed.changes && allowed.disks == 0 {
-            log::warn!("{NO_ROOM}");
-            forget_in(mounts);
+        let both = allowed.disks > 1;
+        if let Some(root) = LayeredRoot::of(mounts, allowed.changes && both)? {
+            if allowed.changes && !both && matches!(root.changes, Changes::Files(_)) {
+                log::warn!("{NO_ROOM}");
+                forget_in(mounts);
+            }
+            return Ok(Some(GuestRoot::Layers(root)));
         }
-        let covered = if allowed.changes && allowed.disks > 0 { CoveredRoot::of(mounts) } else { None };
+        let covered = if allowed.changes { CoveredRoot::of(mounts) } else { None };
         Ok(covered.map(GuestRoot::Covered))
     }
 }

@@ -5,12 +5,12 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use bulkhead_vmm_protocol::roots;
 use containerd_shim_protos::types::mount::Mount;
 use oci_spec::runtime::Spec;
 
 use crate::error::{ApiError, Classify, Code, chain};
 use crate::host::mounts::{DetachedTree, MountError, MountRequest, Propagation, assemble};
-use crate::pod::roots;
 use crate::pod::tree::{SharedTree, TreeError};
 use crate::spec::{self, HostMount};
 

@@ -116,9 +116,9 @@ impl Case {
         self.bulkhead_only()
     }
 
-    /// The same with more time.
-    pub const fn long(mut self) -> Self {
-        self.limit = 300;
+    /// The same with so many seconds.
+    pub const fn within(mut self, seconds: u64) -> Self {
+        self.limit = seconds;
         self
     }
 
@@ -128,15 +128,9 @@ impl Case {
         self
     }
 
-    /// The same, with the image of tools, about what only Bulkhead's own guest kernel has.
+    /// The same about what only Bulkhead's own guest kernel has.
     pub const fn own_kernel(mut self) -> Self {
         self.own_kernel = true;
-        self.with_image("tools")
-    }
-
-    /// The same without any.
-    pub const fn without_image(mut self) -> Self {
-        self.image = None;
         self
     }
 

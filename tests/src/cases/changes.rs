@@ -96,7 +96,7 @@ fn of_layers(environment: &mut Environment) -> Outcome<String> {
     let mut spec = bundle::spec(&bundle.id, bundle::shell(script));
     spec["linux"]["resources"]["devices"] = json!([{ "allow": true, "access": "rwm" }]);
     fs::write(&config, spec.to_string()).explain(|| "write a specification".into())?;
-    let ended = environment.run_bundle(bundle)?;
+    let ended = environment.run_bundle(bundle, CALL_LIMIT)?;
     fs::remove_dir_all(&layer).explain(|| "remove a layer".into())?;
     let expected = "1\n2\none file\n0\nnew\n3\na\nb\n5:6 6751\nls: /etc/passwd: No such file or directory\nagain\n4755\n\
                     2\nfifo\n1:3\n1777\n/renamed\n301\nold\nsparse\n1000000\nend\n";
@@ -179,7 +179,7 @@ fn fill(environment: &Environment, place: &Path) -> Outcome<String> {
             _ => {}
         }
     }
-    let ended = environment.run_bundle(bundle)?;
+    let ended = environment.run_bundle(bundle, CALL_LIMIT)?;
     ensure_eq!(ended.stdout, "failed\nfits\n", "on a full file system; {:?}", ended.stderr);
     for directory in [upper, work] {
         fs::remove_dir_all(&directory).explain(|| format!("remove {}", directory.display()))?;
@@ -193,7 +193,7 @@ fn anew(environment: &mut Environment) -> Outcome<String> {
     let bundle = environment.host()?.bundle(&id, &spec)?;
     // As it is when a shim was killed.
     fs::write(bundle.upper.join(FILE), "no file system").explain(|| "write a file".into())?;
-    ensure_eq!(environment.run_bundle(bundle)?.stdout, "x\n", "what the second task saw");
+    ensure_eq!(environment.run_bundle(bundle, CALL_LIMIT)?.stdout, "x\n", "what the second task saw");
     Ok("a second task of the container begins with its image".into())
 }
 
@@ -220,7 +220,7 @@ fn on_erofs(environment: &mut Environment) -> Outcome<String> {
     let mut bundle = environment.host()?.bundle(&id, &bundle::spec(&id, bundle::shell(script)))?;
     let work = bundle.upper.with_file_name("work");
     bundle.rootfs = layers.mounts(&bundle.upper, &work);
-    let ended = environment.run_bundle(bundle)?;
+    let ended = environment.run_bundle(bundle, CALL_LIMIT)?;
     let expected = "1\nls: /etc/group: No such file or directory\nkept\n/etc/moved\n";
     ensure_eq!(ended.stdout, expected, "changes on top of a layer of erofs; {:?}", ended.stderr);
     Ok("changes on a disk, on top of layers on another".into())

@@ -166,7 +166,7 @@ fn root_file_system(environment: &mut Environment) -> Outcome<String> {
         let host = environment.host()?;
         let mut bundle = host.bundle(&id, &spec)?;
         bundle.rootfs = image_mounts(&image, options);
-        let ended = environment.run_bundle(bundle)?;
+        let ended = environment.run_bundle(bundle, CALL_LIMIT)?;
         ended.success()
     };
     let script = format!(

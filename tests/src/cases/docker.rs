@@ -21,9 +21,7 @@ pub const CASES: &[Case] = &[
 ];
 
 const fn case(name: &'static str, run: fn(&mut Environment) -> Outcome<String>) -> Case {
-    let mut case = Case::new(name, run).on(Fixture::Docker).bulkhead_only();
-    case.limit = 90;
-    case
+    Case::new(name, run).on(Fixture::Docker).bulkhead_only().within(90)
 }
 
 const BOTH: [Runtime; 2] = [Runtime::Runc, Runtime::Bulkhead];

@@ -8,27 +8,24 @@ use serde_json::{Value, json};
 use super::{Case, Ended, Environment};
 use crate::bundle::{self, Bundle};
 use crate::failure::{Explain, Outcome};
-use crate::stdio::Streams;
 use crate::{ensure, ensure_eq};
 
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
     Case::new("kernel-user-namespaces", user_namespaces).with_image("tools"),
     Case::new("kernel-message-queues", message_queues).with_image("tools"),
-    Case::new("kernel-real-time", real_time).own_kernel(),
-    Case::new("kernel-interfaces", interfaces).own_kernel(),
-    Case::new("kernel-mesh-iptables-legacy", |environment| mesh(environment, "legacy")).own_kernel(),
-    Case::new("kernel-mesh-iptables-nft", |environment| mesh(environment, "nft")).own_kernel(),
-    Case::new("kernel-services-nft", services).own_kernel(),
-    Case::new("kernel-wireguard", wireguard).own_kernel(),
-    docker_case(),
+    Case::new("kernel-real-time", real_time).with_image("tools").own_kernel(),
+    Case::new("kernel-interfaces", interfaces).with_image("tools").own_kernel(),
+    Case::new("kernel-mesh-iptables-legacy", |environment| mesh(environment, "legacy"))
+        .with_image("tools")
+        .own_kernel(),
+    Case::new("kernel-mesh-iptables-nft", |environment| mesh(environment, "nft"))
+        .with_image("tools")
+        .own_kernel(),
+    Case::new("kernel-services-nft", services).with_image("tools").own_kernel(),
+    Case::new("kernel-wireguard", wireguard).with_image("tools").own_kernel(),
+    Case::new("kernel-docker", docker).with_image("tools").own_kernel().cold().within(90),
 ];
-
-const fn docker_case() -> Case {
-    let mut case = Case::new("kernel-docker", docker).own_kernel().cold();
-    case.limit = 90;
-    case
-}
 
 /// How long one container may take: a daemon has to start in the largest.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -53,12 +50,7 @@ fn able(id: &str, script: &str) -> Value {
 /// Runs a container with the tools to its end.
 fn run(environment: &Environment, id: &str, spec: &Value) -> Outcome<Ended> {
     let bundle = Bundle::new(environment.host()?.path(), id, &environment.layout.rootfs("tools"), spec)?;
-    let container = environment.created_from(bundle, Streams::default())?;
-    container.shim.start("")?;
-    let exit = container.shim.wait("", LIMIT)?;
-    let (stdout, stderr) = (container.stdio.stdout.to_end(LIMIT)?, container.stdio.stderr.to_end(LIMIT)?);
-    container.finish()?;
-    Ok(Ended { exit_status: exit.exit_status, stdout, stderr })
+    environment.run_bundle(bundle, LIMIT)
 }
 
 /// Runs a script in a container of its own that may change its network, and expects its success.

@@ -192,7 +192,11 @@ fn read_only(environment: &mut Environment) -> Outcome<String> {
     let mut bundle = environment.host()?.bundle(&id, &spec)?;
     put_on(&layers, &mut bundle)?;
     let expected = "touch: /x: Read-only file system\nstill here\n";
-    ensure_eq!(environment.run_bundle(bundle)?.stdout, expected, "a root that is to be read-only");
+    ensure_eq!(
+        environment.run_bundle(bundle, CALL_LIMIT)?.stdout,
+        expected,
+        "a root that is to be read-only"
+    );
     // As the snapshotter has a view of one layer.
     let id = environment.id("view");
     let mut spec = bundle::spec(&id, bundle::shell(script));
@@ -202,7 +206,7 @@ fn read_only(environment: &mut Environment) -> Outcome<String> {
     }
     let mut bundle = environment.host()?.bundle(&id, &spec)?;
     bundle.rootfs = vec![view(&layers.blob(0))];
-    ensure_eq!(environment.run_bundle(bundle)?.stdout, expected, "a view of one layer");
+    ensure_eq!(environment.run_bundle(bundle, CALL_LIMIT)?.stdout, expected, "a view of one layer");
     Ok("nothing could be written".into())
 }
 

@@ -431,19 +431,18 @@ impl Environment {
     /// # Errors
     /// What the shim refuses, and an end later than [`CALL_LIMIT`].
     pub fn run_to_end(&self, id: &str, spec: &Value) -> Outcome<Ended> {
-        self.run_bundle(self.host()?.bundle(id, spec)?)
+        self.run_bundle(self.host()?.bundle(id, spec)?, CALL_LIMIT)
     }
 
     /// Runs the container of a bundle to its end and releases it.
     ///
     /// # Errors
-    /// As [`run_to_end`](Self::run_to_end).
-    pub fn run_bundle(&self, bundle: Bundle) -> Outcome<Ended> {
+    /// What the shim refuses, and an end later than `limit`.
+    pub fn run_bundle(&self, bundle: Bundle, limit: Duration) -> Outcome<Ended> {
         let container = self.created_from(bundle, Streams::default())?;
         container.shim.start("")?;
-        let exit = container.shim.wait("", CALL_LIMIT)?;
-        let (stdout, stderr) =
-            (container.stdio.stdout.to_end(CALL_LIMIT)?, container.stdio.stderr.to_end(CALL_LIMIT)?);
+        let exit = container.shim.wait("", limit)?;
+        let (stdout, stderr) = (container.stdio.stdout.to_end(limit)?, container.stdio.stderr.to_end(limit)?);
         container.finish()?;
         Ok(Ended { exit_status: exit.exit_status, stdout, stderr })
     }

@@ -25,11 +25,8 @@ pub const CASES: &[Case] = &[
     Case::new("resources-files-in-memory", files_in_memory),
     Case::new("resources-full-guest", full_guest),
     Case::new("resources-update", update),
-    Case::new("resources-memory-comes-back", memory_comes_back).bulkhead_only().own_kernel().without_image(),
-    Case::new("cold-resources-memory-comes-back", memory_comes_back_booted)
-        .cold()
-        .own_kernel()
-        .without_image(),
+    Case::new("resources-memory-comes-back", memory_comes_back).bulkhead_only().own_kernel(),
+    Case::new("cold-resources-memory-comes-back", memory_comes_back_booted).cold().own_kernel(),
     Case::new("resources-host-limits", host_limits).bulkhead_only(),
     Case::new("resources-occupied-cgroup", occupied_cgroup).bulkhead_only(),
     Case::new("resources-maxima", maxima).bulkhead_only(),

@@ -9,17 +9,15 @@ use super::{Case, Environment};
 use crate::bundle::{self, Bundle};
 use crate::ensure_eq;
 use crate::failure::{Explain, Outcome};
-use crate::stdio::Streams;
 
 /// A case that runs the script of its name and expects what it says; `volume`: in a directory of the host.
 macro_rules! software {
     ($case:expr, $name:literal, $volume:literal, $said:expr) => {{
-        let mut case = Case::new($case, |environment| {
+        Case::new($case, |environment| {
             run(environment, $case, include_str!(concat!("software/", $name, ".sh")), $volume, $said)
         })
-        .with_image("software");
-        case.limit = 120;
-        case
+        .with_image("software")
+        .within(120)
     }};
     ($name:literal, $said:expr) => {
         software!(concat!("software-", $name), $name, false, $said)
@@ -74,16 +72,12 @@ fn run(environment: &mut Environment, name: &str, script: &str, volume: bool, sa
         }
     }
     let bundle = Bundle::new(environment.host()?.path(), &id, &environment.layout.rootfs("software"), &spec)?;
-    let container = environment.created_from(bundle, Streams::default())?;
     let since = Instant::now();
-    container.shim.start("")?;
-    let exit = container.shim.wait("", LIMIT)?;
+    let ended = environment.run_bundle(bundle, LIMIT)?;
     let took = since.elapsed();
-    let stdout = container.stdio.stdout.to_end(LIMIT)?;
-    container.finish()?;
     if volume {
         fs::remove_dir_all(&directory).explain(|| format!("remove {}", directory.display()))?;
     }
-    ensure_eq!((exit.exit_status, stdout.as_str()), (0, said), "exit code and output");
+    ensure_eq!((ended.exit_status, ended.stdout.as_str()), (0, said), "exit code and output");
     Ok(format!("{:.2} s", took.as_secs_f64()))
 }

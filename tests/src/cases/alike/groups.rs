@@ -113,5 +113,5 @@ fn add_cgroups(spec: &mut Value, options: &[&str]) {
 
 /// What differs depends on what the guest's kernel has.
 const fn case(name: &'static str, run: fn(&mut Environment) -> Outcome<String>) -> Case {
-    Case::new(name, run).bulkhead_only().own_kernel().without_image().long()
+    Case::new(name, run).bulkhead_only().own_kernel().within(300)
 }

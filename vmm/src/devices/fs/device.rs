@@ -277,8 +277,6 @@ struct Pending {
 #[derive(Default)]
 struct InFlight {
     slots: Vec<Option<(u64, Pending)>>,
-    /// How many of the slots are taken.
-    count: usize,
     counter: u64,
 }
 
@@ -299,23 +297,19 @@ impl InFlight {
         }
         if let Some(free) = self.slots.get_mut(slot) {
             *free = Some((tag, pending));
-            self.count += 1;
         }
     }
 
     fn take(&mut self, tag: u64) -> Option<Pending> {
         let slot = self.slots.get_mut(slot_of(tag))?;
-        let (_, pending) = slot.take_if(|(awaited, _)| *awaited == tag)?;
-        self.count -= 1;
-        Some(pending)
+        slot.take_if(|(awaited, _)| *awaited == tag).map(|(_, pending)| pending)
     }
 
     fn is_empty(&self) -> bool {
-        self.count == 0
+        self.slots.iter().all(Option::is_none)
     }
 
     fn take_all(&mut self) -> impl Iterator<Item = Pending> + use<> {
-        self.count = 0;
         std::mem::take(&mut self.slots).into_iter().flatten().map(|(_, pending)| pending)
     }
 }
