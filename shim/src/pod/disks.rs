@@ -118,9 +118,10 @@ struct Order<'a> {
 }
 
 impl Pod {
-    /// How many more disks the pod may have for what could be shared as files; those that containers ask for come first.
-    pub fn room_for_roots(&self) -> usize {
-        self.slots.room_for_roots()
+    /// How many more disks the pod may have for what of a container could be shared as files; the `others` that it asks for come
+    /// first.
+    pub fn room_for_roots(&self, others: usize) -> usize {
+        self.slots.room_for_roots(others)
     }
 
     /// Gives the guest a disk, and has it mount the file system on it if there is one to be mounted.

@@ -26,10 +26,10 @@ impl Slots {
         self.take((0..DEVICE_SLOTS).rev())
     }
 
-    /// How many more disks there may be for what could be shared as files.
-    pub fn room_for_roots(&self) -> usize {
+    /// How many more disks there may be for what of a container could be shared as files, if it asks for so many `others`.
+    pub fn room_for_roots(&self, others: usize) -> usize {
         let free = self.lock()[..usize::from(MAX_DISKS)].iter().filter(|taken| !**taken).count();
-        free.saturating_sub(LEFT_BY_ROOTS)
+        free.saturating_sub(LEFT_BY_ROOTS.max(others))
     }
 
     /// A slot is free again.
@@ -57,7 +57,10 @@ mod tests {
     fn slots_are_bounded_and_used_again() {
         let slots = Slots::default();
         let mut all = Vec::new();
-        while slots.room_for_roots() > 0 {
+        assert_eq!(slots.room_for_roots(0), slots.room_for_roots(LEFT_BY_ROOTS));
+        assert_eq!(slots.room_for_roots(usize::from(MAX_DISKS) - 1), 1);
+        assert_eq!(slots.room_for_roots(usize::from(MAX_DISKS)), 0, "a container's own disks come first");
+        while slots.room_for_roots(0) > 0 {
             all.extend(slots.take_for_disk());
         }
         assert_eq!(all.len(), usize::from(MAX_DISKS) - LEFT_BY_ROOTS);

@@ -118,7 +118,7 @@ impl Shim {
             terminal: request.terminal,
         };
         let host_stdio = HostStdio::open(&stdio)?;
-        let root = GuestRoot::open(&request.rootfs, place.allowance(&spec))?;
+        let root = GuestRoot::open(&request.rootfs, place.allowance(&spec, guest.disks.len()))?;
         let disks = OpenDisks::open(root, &guest.disks)?;
         let root = disks.root_files(&request.rootfs);
         let files = Files::prepare(root, &guest.mounts, &spec, &bundle).await?;
@@ -228,11 +228,11 @@ enum Place {
 }
 
 impl Place {
-    /// What of the container's root file system may be on disks.
-    fn allowance(&self, spec: &Spec) -> Allowance {
+    /// What of the container's root file system may be on disks, beside so many that it asks for.
+    fn allowance(&self, spec: &Spec, others: usize) -> Allowance {
         let (containers, disks) = match self {
-            Place::In(pod) => (pod.containers(), pod.room_for_roots()),
-            Place::New(config) => (config.containers, Slots::default().room_for_roots()),
+            Place::In(pod) => (pod.containers(), pod.room_for_roots(others)),
+            Place::New(config) => (config.containers, Slots::default().room_for_roots(others)),
         };
         Allowance { disks, changes: containers.root_changes.on_disk(spec) }
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MntFlags, umount2};
 use serde_json::json;
 
-use super::{Case, Container, Environment, Runtime, rootfs};
+use super::{Case, Container, Environment, Runtime, disks, rootfs};
 use crate::bundle::{self, Bundle};
 use crate::failure::{Explain, Outcome};
 use crate::layers::{Layers, mount_ext4};
@@ -27,6 +27,7 @@ pub const CASES: &[Case] = &[
     Case::new("changes-read-only", read_only).with_changes_on_disk(),
     Case::new("changes-on-layers-of-erofs", on_erofs).with_changes_on_disk(),
     Case::new("changes-beside-files", beside_files).with_changes_on_disk(),
+    Case::new("changes-leave-disks-to-volumes", disks::come_and_go).with_changes_on_disk().bulkhead_only(),
 ];
 
 /// The only file in the upper directory of a snapshot.

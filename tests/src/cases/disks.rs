@@ -207,12 +207,15 @@ fn damaged_root(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// A pod as the CRI plugin makes it, whose containers come one after the other.
-fn come_and_go(environment: &mut Environment) -> Outcome<String> {
+/// A pod whose container asks for all disks that there are, and for one more.
+pub(super) fn come_and_go(environment: &mut Environment) -> Outcome<String> {
     const SLOTS: usize = 8;
     let annotations = |kind: &str, sandbox: &str| json!({ "io.kubernetes.cri.container-type": kind, "io.kubernetes.cri.sandbox-id": sandbox });
     let sandbox = environment.id("pod");
     let mut spec = bundle::spec(&sandbox, bundle::process(&["sleep", "100000"]));
     spec["annotations"] = annotations("sandbox", &sandbox);
+    // As the CRI's is, so that nothing of it needs a disk.
+    spec["root"]["readonly"] = json!(true);
     let pod = environment.created(&sandbox, &spec, Streams::default())?;
     pod.shim.start("")?;
 
