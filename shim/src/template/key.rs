@@ -1,6 +1,8 @@
 //! The name of a template: a digest of everything that the saved machine depends on.
 
 use std::fmt;
+use std::fs;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -76,7 +78,7 @@ pub struct Inputs {
     pub kernel_params: String,
     /// The host's CPU: what CPUID says of its model and features.
     pub cpu: String,
-    /// The host's kernel, and with it KVM.
+    /// The host's kernel, and with it KVM, and how KVM's modules are set.
     pub host: String,
 }
 
@@ -166,11 +168,27 @@ fn cpu() -> String {
 }
 
 fn host() -> String {
+    let settings = settings(Path::new("/sys/module"));
     match nix::sys::utsname::uname() {
-        Ok(name) => format!("{} {}", name.release().display(), name.version().display()),
+        Ok(name) => format!("{} {}{settings}", name.release().display(), name.version().display()),
         // It does not fail; a key that fits nothing else would do no harm.
         Err(errno) => errno.to_string(),
     }
+}
+
+/// Parameters of KVM's modules without which guests have other features (pages of 1 GiB, PCID) or other state.
+const SETTINGS: [(&str, &str); 3] =
+    [("kvm_amd", "npt"), ("kvm_intel", "ept"), ("kvm_intel", "unrestricted_guest")];
+
+/// Those that there are, with their values.
+fn settings(modules: &Path) -> String {
+    let mut text = String::new();
+    for (module, name) in SETTINGS {
+        if let Ok(value) = fs::read_to_string(modules.join(module).join("parameters").join(name)) {
+            text.push_str(&format!(" {module}.{name}={}", value.trim()));
+        }
+    }
+    text
 }
 
 #[cfg(test)]
@@ -222,6 +240,19 @@ mod tests {
     #[test]
     fn the_cpu_is_described_by_more_than_its_vendor() {
         assert!(cpu().matches('.').count() > 4, "{}", cpu());
+    }
+
+    #[test]
+    fn how_kvm_is_set_is_part_of_the_host() {
+        let modules = std::env::temp_dir().join(format!("bulkhead-modules-{}", std::process::id()));
+        assert_eq!(settings(&modules), "");
+        let parameters = modules.join("kvm_intel/parameters");
+        fs::create_dir_all(&parameters).unwrap();
+        for (ept, expected) in [("Y\n", " kvm_intel.ept=Y"), ("N\n", " kvm_intel.ept=N")] {
+            fs::write(parameters.join("ept"), ept).unwrap();
+            assert_eq!(settings(&modules), expected);
+        }
+        fs::remove_dir_all(&modules).unwrap();
     }
 
     #[test]
