@@ -87,7 +87,10 @@ impl VcpuState {
         let xsave = kvm_xsave { region: self.xsave.0, ..kvm_xsave::default() };
         // SAFETY: KVM reads no more than the 4096 bytes of the structure, as no larger features were asked for.
         unsafe { vcpu.set_xsave(&xsave) }.map_err(kvm_failed("set the floating-point state"))?;
-        vcpu.set_xcrs(&self.xcrs.0).map_err(kvm_failed("set the extended control registers"))?;
+        // A host without XSAVE has none, and refuses to be given as many.
+        if self.xcrs.0.nr_xcrs > 0 {
+            vcpu.set_xcrs(&self.xcrs.0).map_err(kvm_failed("set the extended control registers"))?;
+        }
         vcpu.set_debug_regs(&self.debug_regs.0).map_err(kvm_failed("set the debug registers"))?;
         // After the system registers, which hold the base address of the local APIC.
         vcpu.set_lapic(&self.lapic.0).map_err(kvm_failed("set the local APIC"))?;
