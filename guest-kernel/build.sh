@@ -71,7 +71,7 @@ cp "$out/.config" "$cache/$key.$$/config"
 "${make[@]}" -s kernelrelease >"$cache/$key.$$/version"
 rm -rf "$kept"
 mv "$cache/$key.$$" "$kept"
-# Two gigabytes that no later build of anything reads: another kernel begins with its source.
+# Nearly a gigabyte that no later build of this kernel reads; another one begins with its source.
 rm -rf "$work/source.sha256" "$tree" "$out"
 echo "kernel: built in $((elapsed / 60)) min $((elapsed % 60)) s"
 report
