@@ -206,8 +206,7 @@ fn damaged_root(environment: &mut Environment) -> Outcome<String> {
     Ok(error)
 }
 
-/// A pod as the CRI plugin makes it, whose containers come one after the other.
-/// A pod whose container asks for all disks that there are, and for one more.
+/// A pod as the CRI plugin makes it, whose containers come one after the other: one asks for all disks that there are, one for more.
 pub(super) fn come_and_go(environment: &mut Environment) -> Outcome<String> {
     const SLOTS: usize = 8;
     let annotations = |kind: &str, sandbox: &str| json!({ "io.kubernetes.cri.container-type": kind, "io.kubernetes.cri.sandbox-id": sandbox });

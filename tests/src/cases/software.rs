@@ -12,13 +12,13 @@ use crate::failure::{Explain, Outcome};
 
 /// A case that runs the script of its name and expects what it says; `volume`: in a directory of the host.
 macro_rules! software {
-    ($case:expr, $name:literal, $volume:literal, $said:expr) => {{
+    ($case:expr, $name:literal, $volume:literal, $said:expr) => {
         Case::new($case, |environment| {
             run(environment, $case, include_str!(concat!("software/", $name, ".sh")), $volume, $said)
         })
         .with_image("software")
         .within(120)
-    }};
+    };
     ($name:literal, $said:expr) => {
         software!(concat!("software-", $name), $name, false, $said)
     };
@@ -72,6 +72,7 @@ fn run(environment: &mut Environment, name: &str, script: &str, volume: bool, sa
         }
     }
     let bundle = Bundle::new(environment.host()?.path(), &id, &environment.layout.rootfs("software"), &spec)?;
+    // With what it takes to make the container and to remove it.
     let since = Instant::now();
     let ended = environment.run_bundle(bundle, LIMIT)?;
     let took = since.elapsed();
