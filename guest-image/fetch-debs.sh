@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# fetch-debs.sh SUITE DIR [--with-dependencies] PACKAGE...: download PACKAGEs of a Debian suite (for instance sid) into DIR,
-# or them and all that they depend on.
+# fetch-debs.sh SUITE DIR [--with-dependencies | --source] PACKAGE...: download PACKAGEs of a Debian suite (for instance sid) into
+# DIR, or them and all that they depend on, or the archives of their source as its authors published it.
 #
 # The suite is read from this machine's own Debian mirror through a private apt configuration under target/apt/:
 # the system's sources, lists and cache are neither used nor changed, and signatures are checked as always.
@@ -13,16 +13,19 @@ if (($# < 3)); then
 fi
 suite=$1 dir=$2
 shift 2
-whole=
-[[ $1 != --with-dependencies ]] || { whole=yes && shift; }
+whole='' type=deb pattern='_*.deb'
+case $1 in
+--with-dependencies) whole=yes && shift ;;
+--source) type=deb-src pattern='_*.orig.tar.*' && shift ;;
+esac
 root=$(cd "$(dirname "$0")/.." && pwd)
-apt=$root/target/apt/$suite
+apt=$root/target/apt/$suite${type#deb}
 mkdir -p "$apt"/{lists/partial,cache/archives/partial} "$dir"
 dir=$(cd "$dir" && pwd)
 
 missing=()
 for package in "$@"; do
-    compgen -G "$dir/${package}_*.deb" >/dev/null || missing+=("$package")
+    compgen -G "$dir/$package$pattern" >/dev/null || missing+=("$package")
 done
 ((${#missing[@]})) || exit 0
 [[ -z $whole ]] || missing=("$@")
@@ -39,7 +42,7 @@ if [[ ! -r $keyring ]]; then
     echo "fetch-debs: $keyring is missing; apt-get install debian-archive-keyring" >&2
     exit 1
 fi
-echo "deb [signed-by=$keyring arch=amd64] $mirror $suite main" >"$apt/sources.list"
+echo "$type [signed-by=$keyring arch=amd64] $mirror $suite main" >"$apt/sources.list"
 
 # An empty dpkg status: what is installed here must not influence what is chosen.
 : >"$apt/status"
@@ -61,14 +64,29 @@ chosen() {
     [[ -n $whole ]] || { printf '%s\n' "${missing[@]}" && return; }
     apt-get "${options[@]}" --simulate --no-install-recommends install "${missing[@]}" | awk '$1 == "Inst" { print $2 }'
 }
-if ! { apt-get "${options[@]}" update && cd "$dir" && chosen >"$apt/chosen" && xargs apt-get "${options[@]}" download <"$apt/chosen"; } >"$log" 2>&1; then
+# Without what Debian changes, which nobody here builds with.
+download_source() {
+    local package uri name size sum
+    for package in "${missing[@]}"; do
+        read -r uri name size sum < <(apt-get "${options[@]}" --print-uris source "$package" | tr -d "'" | grep '\.orig\.tar\.[^.]* ') &&
+            /usr/lib/apt/apt-helper "${options[@]}" download-file "$uri" "$name" "$sum" || return
+    done
+}
+download() {
+    if [[ $type == deb-src ]]; then
+        download_source
+    else
+        chosen >"$apt/chosen" && xargs apt-get "${options[@]}" download <"$apt/chosen"
+    fi
+}
+if ! { apt-get "${options[@]}" update && cd "$dir" && download; } >"$log" 2>&1; then
     echo "fetch-debs: cannot fetch ${missing[*]} of suite $suite; the end of $log:" >&2
     tail -n 5 "$log" >&2
     exit 1
 fi
 for package in "${missing[@]}"; do
-    compgen -G "$dir/${package}_*.deb" >/dev/null || {
-        echo "fetch-debs: apt reported success but $dir has no ${package}_*.deb" >&2
+    compgen -G "$dir/$package$pattern" >/dev/null || {
+        echo "fetch-debs: apt reported success but $dir has no $package$pattern" >&2
         exit 1
     }
 done

@@ -2,8 +2,8 @@
 # run.sh demo | e2e | attack | chaos | bench [ARG...]: run the demo, the end-to-end suite, the attack suite, the fault campaign or the
 # benchmark where there is a KVM for it.
 #
-# On hardware KVM they run on this machine, as root; else in the nested KVM host (tests/nested), the suites in two of them
-# side by side. Both get the same payload: our release binaries, guest kernel and image, and the test images, as hard links in a
+# On hardware KVM they run on this machine, as root; else, or when NESTED_CPU says whose virtualisation extensions it is to have
+# (amd, intel), in the nested KVM host (tests/nested), the suites in two of them side by side. Both get the same payload: our release binaries, guest kernel and image, and the test images, as hard links in a
 # directory of their own. ARGs go to the suite: `run.sh e2e exec stdin` runs the cases whose names contain one of these; the
 # same for `attack`; or to the benchmark: `run.sh bench --rounds 3 start memory` measures these groups of rows.
 set -euo pipefail
@@ -26,14 +26,19 @@ for file in "$release"/{containerd-shim-bulkhead-v1,bulkhead,bulkhead-vmm,bulkhe
     [[ -f $file ]] || fail "$file is missing; run make build guest"
 done
 
-kind=$("$release/bulkhead" check --kvm-kind) || true
+if [[ -n ${NESTED_CPU:-} ]]; then kind=software; else kind=$("$release/bulkhead" check --kvm-kind) || true; fi
 case $kind in
 hardware) echo "$what: hardware KVM here, so it runs directly on this machine" ;;
 software | none)
-    command -v qemu-system-x86_64 >/dev/null ||
+    [[ ${NESTED_CPU:-amd} != amd ]] || command -v qemu-system-x86_64 >/dev/null ||
         fail "there is no hardware KVM (kind: $kind) and no QEMU: enable virtualisation, or install qemu-system-x86"
-    if [[ $kind == none ]]; then why="there is no usable /dev/kvm"; else why="this machine's /dev/kvm only emulates"; fi
-    echo "$what: $why, so it runs in the nested KVM host (QEMU); times are virtual: instructions"
+    case ${NESTED_CPU:-}$kind in
+    none) why="there is no usable /dev/kvm" ;;
+    software) why="this machine's /dev/kvm only emulates" ;;
+    *) why="NESTED_CPU is $NESTED_CPU" ;;
+    esac
+    if [[ ${NESTED_CPU:-} == intel ]]; then emulator=Bochs; else emulator=QEMU; fi
+    echo "$what: $why, so it runs in the nested KVM host ($emulator); times are virtual: instructions"
     ;;
 *) fail "bulkhead check --kvm-kind says '$kind'" ;;
 esac

@@ -2,9 +2,7 @@
 # build.sh: make the nested KVM host under target/nested/ (or another directory, see machine.sh), once.
 #
 # A Debian kernel and a small root disk (containerd, ctr and CNI plugins of Debian sid, runc, crun and iptables of 13, busybox)
-# boot in QEMU's software CPU, which emulates AMD's SVM, up to "ready": modules loaded, /dev/kvm there, everything in the page
-# cache. That state is saved (memory: ram.img, the rest: state) and run.sh starts from it. Rebuilt only when something that
-# goes in has changed.
+# for an emulator whose CPU has virtualisation extensions (machine.sh). Rebuilt only when something that goes in has changed.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -12,9 +10,8 @@ root=$(cd "$here/../.." && pwd)
 . "$here/machine.sh"
 cache=$root/target/$nested_directory
 debs=$root/target/debs
-boot_limit=900 # seconds of wall time; a loaded machine needs about 90
 
-modules=(irqbypass kvm kvm-amd tun fuse overlay erofs loop veth bridge virtio_console
+modules=(irqbypass kvm "${host_modules[@]}" tun fuse overlay erofs loop veth bridge
     sch_ingress cls_bpf act_mirred vsock unix_diag af_packet_diag)
 # Loaded by the kernel itself when something asks for them, as on any node: connection tracking costs each packet.
 modules_at_hand=(macvlan ipvlan dummy ip{,6}table_nat ip{,6}table_filter xt_nat xt_MASQUERADE xt_addrtype xt_comment xt_conntrack xt_mark
@@ -23,7 +20,6 @@ modules_at_hand=(macvlan ipvlan dummy ip{,6}table_nat ip{,6}table_filter xt_nat 
     ip{,6}table_{mangle,raw} ip{,6}t_REJECT xt_{CT,REDIRECT,TPROXY,connmark,limit,owner,recent,set,socket,state,statistic} nf_tables
     nft_{chain_nat,compat,ct,fib_inet,limit,log,masq,nat,numgen,redir,reject_inet} nf_log_syslog nf_conntrack_netlink br_netfilter
     8021q vxlan wireguard)
-boot_modules=(virtio_pci virtio_blk)
 bookworm=(busybox-static)
 trixie=(runc crun libc6 libseccomp2 libcap2 libyajl2 libsystemd0 # bookworm's crun refuses containerd 2.1's specs
     iptables libxtables12 libip4tc2 libip6tc2)
@@ -36,13 +32,16 @@ fail() {
     echo "nested: $*" >&2
     exit 1
 }
-for tool in qemu-system-x86_64 cpio depmod modprobe mke2fs strip readelf; do
+for tool in "${host_tools[@]}" cpio depmod modprobe mke2fs strip readelf; do
     command -v "$tool" >/dev/null || PATH=$PATH:/usr/sbin:/sbin command -v "$tool" >/dev/null ||
         fail "$tool is missing; run tests/install-packages.sh"
 done
 PATH=$PATH:/usr/sbin:/sbin
 
-digest=$({ cat "$here"/{build.sh,fix-qemu.sh,init.sh,initramfs-init.sh,machine.sh}; qemu-system-x86_64 --version; } | sha256sum | cut -d' ' -f1)
+digest=$({
+    (cd "$here" && cat build.sh machine.sh init.sh initramfs-init.sh "$nested_host.sh" "$nested_host-node.sh" "${host_files[@]}")
+    host_version
+} | sha256sum | cut -d' ' -f1)
 up_to_date() { [[ $(cat "$cache/stamp" 2>/dev/null) == "$digest" ]]; }
 up_to_date && exit 0
 mkdir -p "$cache"
@@ -52,29 +51,23 @@ up_to_date && exit 0 # another build just made it
 
 start=$SECONDS
 echo "nested: building the nested KVM host (once; some minutes)"
-rm -f "$cache"/{stamp,ram.img,state,root.img,initrd.img,vmlinuz}
+rm -f "$cache"/{stamp,root.img,initrd.img,vmlinuz}
 work=$(mktemp -d "$cache/build.XXXXXX")
-qemu_pid=
 cleanup() {
-    [[ -z $qemu_pid ]] || kill -KILL "$qemu_pid" 2>/dev/null || true
+    host_stop
     rm -rf "$work"
 }
 trap cleanup EXIT
 trap 'exit 130' INT TERM
 
-# QEMU looks for its firmware and modules beside itself.
-mkdir -p "$cache/bin"
-ln -sfn /usr/share "$cache/share"
-ln -sfn /usr/lib "$cache/lib"
-"$here/fix-qemu.sh" "$cache/bin/qemu-system-x86_64"
-
 fetch() { "$root/guest-image/fetch-debs.sh" "$@"; }
+deb() { compgen -G "$debs/$1/$2_*.deb" | sort -V | tail -n1; }
+host_emulator
 fetch bookworm "$debs/bookworm" "${bookworm[@]}"
 fetch trixie "$debs/trixie" "${trixie[@]}"
 fetch sid "$debs/sid" "${sid[@]}"
-deb() { compgen -G "$debs/$1/$2_*.deb" | sort -V | tail -n1; }
-fetch "$nested_kernel" "$debs/$nested_kernel" linux-image-cloud-amd64
-image=$(dpkg-deb -f "$(deb "$nested_kernel" linux-image-cloud-amd64)" Depends | sed 's/ .*//')
+fetch "$nested_kernel" "$debs/$nested_kernel" "$host_kernel"
+image=$(dpkg-deb -f "$(deb "$nested_kernel" "$host_kernel")" Depends | sed 's/ .*//')
 fetch "$nested_kernel" "$debs/$nested_kernel" "$image"
 kernel=${image#linux-image-}
 
@@ -129,6 +122,7 @@ printf '127.0.0.1 localhost nested-host\n' >"$r/etc/hosts"
 printf 'nameserver 192.0.2.53\nsearch bulkhead.test\n' >"$r/etc/resolv.conf" # pods get a copy; nobody answers there
 printf 'ID=debian\nVERSION_ID=12\nPRETTY_NAME="Nested KVM host (Debian 12 parts)"\n' >"$r/etc/os-release"
 install -m 755 "$here/init.sh" "$r/usr/sbin/nested-init"
+install -m 644 "$here/$nested_host-node.sh" "$r/etc/nested-host"
 size=$(du -sm "$r" | cut -f1)
 mke2fs -q -t ext4 -O ^has_journal,^resize_inode -m 0 -E root_owner=0:0 -d "$r" "$cache/root.img" "$((size * 11 / 10 + 8))M" >/dev/null ||
     fail "mke2fs could not make the root disk"
@@ -136,35 +130,13 @@ mke2fs -q -t ext4 -O ^has_journal,^resize_inode -m 0 -E root_owner=0:0 -d "$r" "
 i=$work/initramfs
 mkdir -p "$i"/{bin,dev,proc,root}
 cp "$work/unpacked/bin/busybox" "$i/bin/"
-for applet in sh mount umount insmod cat echo switch_root poweroff; do ln -s busybox "$i/bin/$applet"; done
+for applet in sh mount umount insmod cat echo switch_root poweroff sleep; do ln -s busybox "$i/bin/$applet"; done
 install -m 755 "$here/initramfs-init.sh" "$i/init"
-module_files "${boot_modules[@]}" | while read -r file; do cp "$file" "$i/" && basename "$file"; done >"$i/modules"
+install -m 644 "$here/$nested_host-node.sh" "$i/nested-host"
+module_files "${host_boot_modules[@]}" | while read -r file; do cp "$file" "$i/" && basename "$file"; done >"$i/modules"
 find "$i" -name '*.ko' -exec strip --strip-debug {} +
 (cd "$i" && find . | cpio -o -H newc --quiet) >"$cache/initrd.img"
 
-truncate -s "$nested_payload_bytes" "$work/payload.img"
-truncate -s "$nested_results_bytes" "$work/results.img"
-truncate -s "$nested_memory" "$cache/ram.img"
-nested_machine on "$work" "$cache"
-mkfifo "$work/monitor"
-echo "nested: first boot (limit $boot_limit s; console: target/$nested_directory/build.log)"
-"${machine[@]}" -chardev "file,id=go,path=$work/go" -chardev "file,id=out,path=$work/out" \
-    -chardev "file,id=status,path=$work/status" <"$work/monitor" >"$work/monitor.log" 2>&1 8>&- &
-qemu_pid=$!
-exec 7>"$work/monitor"
-limit=$((SECONDS + boot_limit))
-until grep -qs '^ready$' "$work/status"; do
-    kill -0 "$qemu_pid" 2>/dev/null && ((SECONDS < limit)) || {
-        cp "$work/console.log" "$cache/build.log" 2>/dev/null || true
-        tail -n 15 "$work/monitor.log" "$work/console.log" >&2 || true
-        fail "the nested host did not get ready ($(cat "$work/status" 2>/dev/null || echo no status)); see above"
-    }
-    sleep 0.2
-done
-printf 'migrate_set_capability x-ignore-shared on\nmigrate "exec:cat > %s"\ninfo migrate\nquit\n' "$cache/state" >&7
-wait "$qemu_pid" || fail "QEMU could not save the nested host: $(tail -n 3 "$work/monitor.log")"
-qemu_pid=
-cp "$work/console.log" "$cache/build.log"
-grep -q 'Migration status: completed' "$work/monitor.log" || fail "saving the nested host failed: $(tail -n 3 "$work/monitor.log")"
+host_finish "$work"
 echo "$digest" >"$cache/stamp"
-echo "nested: ready in $((SECONDS - start)) s: $kernel, $(dpkg-deb -f "$(deb sid containerd)" Version | sed 's/^/containerd /'), memory $(du -sm "$cache/ram.img" | cut -f1) MiB, root disk $size MiB"
+echo "nested: ready in $((SECONDS - start)) s: $kernel, $(dpkg-deb -f "$(deb sid containerd)" Version | sed 's/^/containerd /'), $host_size, root disk $size MiB"

@@ -26,24 +26,14 @@ ip link set lo up
 echo 1 >/proc/sys/net/ipv4/ip_forward
 ulimit -n 1048576
 
-# The ports' numbers as the kernel gave them, looked up by name.
-port() { for p in /sys/class/virtio-ports/*; do [ "$(cat "$p/name")" = "$1" ] && echo "/dev/${p##*/}"; done; }
-go=$(port go) out=$(port out) status=$(port status)
-
-# Everything on the root disk into the page cache: a wait for the disk makes virtual time jump to the next timer.
-find /usr /lib /etc -xdev -type f -exec cat {} + >/dev/null
-sync
-
+. /etc/nested-host
+node_devices
 if [ ! -c /dev/kvm ]; then
     echo "no /dev/kvm" >"$status"
-    poweroff -f
+    reboot -f
 fi
-echo ready >"$status"
-read -r arguments <"$go"
-
-# ---- from here on in each run, out of the restored state ----
-blockdev --flushbufs /dev/vdb
-if mount -t ext4 -o ro,noatime /dev/vdb /payload && find /payload -type f -exec cat {} + >/dev/null; then
+node_arguments
+if mount -t ext4 -o ro,noatime "$payload_disk" /payload && node_payload; then
     eval "$arguments" # sets virtual_limit and the positional parameters
     cd /payload
     started=$(cut -d' ' -f1 /proc/uptime)
@@ -55,7 +45,7 @@ else
     code=125 started=0 ended=0
 fi
 dmesg >/results/nested-dmesg.txt
-tar c -C /results . | dd of=/dev/vdc bs=1M iflag=fullblock 2>/dev/null
+tar c -C /results . | dd of="$results_disk" bs=1M iflag=fullblock 2>/dev/null
 sync
 echo "exit $code $started $ended" >"$status"
 reboot -f

@@ -37,11 +37,8 @@ PATH=$PATH:/usr/sbin:/sbin
 
 begun=$EPOCHREALTIME
 work=$(mktemp -d "$cache/run.XXXXXX")
-qemu_pid='' reader_pid=
 cleanup() {
-    # TERM: timeout passes it on to QEMU, and kills QEMU if that does not help.
-    [[ -z $qemu_pid ]] || { kill -TERM "$qemu_pid" 2>/dev/null && wait "$qemu_pid"; } || true
-    [[ -z $reader_pid ]] || kill -KILL "$reader_pid" 2>/dev/null || true
+    host_stop
     rm -rf "$work"
 }
 trap cleanup EXIT
@@ -51,42 +48,23 @@ trap 'exit 143' TERM
 mke2fs -q -t ext4 -b 4096 -O ^has_journal,^resize_inode -m 0 -E root_owner=0:0,nodiscard,assume_storage_prezeroed=1 \
     -d "$payload" "$work/payload.img" "$((nested_payload_bytes / 4096))" >"$work/mke2fs.log" 2>&1 ||
     fail "$payload does not fit the payload disk of $nested_payload_bytes bytes: $(tail -n1 "$work/mke2fs.log")"
-truncate -s "$nested_results_bytes" "$work/results.img"
-arguments=
-(($# == 0)) || printf -v arguments '%q ' "$@"
-mkfifo "$work/out" "$work/go"
-exec 6<>"$work/go" # keeps the line in the pipe until QEMU reads it
-printf '%s\n' "virtual_limit=$virtual_limit; set -- $arguments" >&6
-# State and memory file are only ever read: share=off makes the memory a private copy-on-write mapping.
-printf 'migrate_set_capability x-ignore-shared on\nmigrate_incoming "exec:cat %s"\n' "$cache/state" >"$work/monitor.in"
-
-cat "$work/out" &
-reader_pid=$!
-nested_machine off "$work" "$cache"
-timeout --foreground -k 5 "$wall_limit" "${machine[@]}" -incoming defer -chardev "pipe,id=go,path=$work/go" \
-    -chardev "file,id=out,path=$work/out" -chardev "file,id=status,path=$work/status" \
-    <"$work/monitor.in" >"$work/monitor.log" 2>&1 6>&- &
-qemu_pid=$!
-qemu_code=0
-wait "$qemu_pid" || qemu_code=$?
-qemu_pid=
-# QEMU that died before it opened the pipe leaves its reader waiting: open and close it ourselves.
-: 1<>"$work/out"
-wait "$reader_pid" || true
-reader_pid=
+nested_arguments=
+(($# == 0)) || printf -v nested_arguments '%q ' "$@"
+nested_arguments="virtual_limit=$virtual_limit; set -- $nested_arguments"
+host_run "$work"
 
 read -r word code started ended < <(cat "$work/status" 2>/dev/null) || true
 if [[ $word != exit ]]; then
-    # Without QEMU's warnings about the software CPU and the monitor's line editing.
-    { grep -av -e "TCG doesn't support" -e $'\033' "$work/monitor.log" && tail -n 40 "$work/console.log"; } 2>/dev/null | tr -d '\r' >&2 || true
-    if ((qemu_code == 124 || SECONDS >= wall_limit)); then
+    cat "$work/emulator.log" >&2 2>/dev/null || true
+    tail -n 40 "$work/console.log" 2>/dev/null | tr -d '\r' >&2 || true
+    if ((host_code == 124 || SECONDS >= wall_limit)); then
         echo "nested: ended after $wall_limit s of wall time" >&2
         exit 124
     fi
-    fail "the nested host ended early (QEMU's exit code $qemu_code); its last words are above"
+    fail "the nested host ended early (the emulator's exit code $host_code); its last words are above"
 fi
 mkdir "$work/results"
-tar -x -m -f "$work/results.img" -C "$work/results" --no-same-owner || fail "the nested host's results disk holds no archive"
+tar -x -m -f "$work/results.tar" -C "$work/results" --no-same-owner || fail "the nested host's results disk holds no archive"
 if [[ -n $results ]]; then
     mkdir -p "$results"
     cp -R "$work/results/." "$results/"
