@@ -3,7 +3,6 @@
 //! The server may listen on a loopback address only, so this is where the connection has to come from.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use bulkhead_agent_protocol::forward::{CONNECTED, LoopbackPort};
@@ -21,7 +20,7 @@ pub(super) async fn serve(host: Connection, port: LoopbackPort) {
     let server = match connect(port).await {
         Ok(server) => server,
         Err(error) => {
-            log::debug!("port {}: {error}", port.port);
+            log::debug!("{}: {error}", port.address());
             return;
         }
     };
@@ -30,22 +29,12 @@ pub(super) async fn serve(host: Connection, port: LoopbackPort) {
         copy_both_ways(&host, &server).await
     };
     if let Err(error) = carried.await {
-        log::debug!("a connection to port {} was cut off: {error}", port.port);
+        log::debug!("a connection to {} was cut off: {error}", port.address());
     }
 }
 
-/// Tries both loopback addresses, as a client does for which both are `localhost`.
-async fn connect(LoopbackPort { port, ipv6_first }: LoopbackPort) -> io::Result<Connection> {
-    let (v4, v6) = (IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST));
-    let (first, second) = if ipv6_first { (v6, v4) } else { (v4, v6) };
-    match connect_to(first, port).await {
-        Ok(server) => Ok(server),
-        Err(error) => connect_to(second, port).await.map_err(|_| error),
-    }
-}
-
-async fn connect_to(address: IpAddr, port: u16) -> io::Result<Connection> {
-    let stream = timeout(CONNECT_LIMIT, TcpStream::connect((address, port))).await??;
+async fn connect(port: LoopbackPort) -> io::Result<Connection> {
+    let stream = timeout(CONNECT_LIMIT, TcpStream::connect(port.address())).await??;
     // What comes in pieces has been waited for already.
     stream.set_nodelay(true)?;
     Connection::new(stream.into_std()?.into())
@@ -68,7 +57,7 @@ mod tests {
     #[tokio::test(flavor = "current_thread")]
     async fn each_direction_has_an_end_of_its_own() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
+        let port = LoopbackPort::new(listener.local_addr().unwrap()).unwrap();
         let server = std::thread::spawn(move || {
             let (mut client, _) = listener.accept().unwrap();
             let mut asked = Vec::new();
@@ -84,8 +73,7 @@ mod tests {
             theirs.read_to_end(&mut answer).unwrap();
             answer
         });
-        // Nobody listens on the address that is tried first.
-        serve(ours, LoopbackPort { port, ipv6_first: true }).await;
+        serve(ours, port).await;
         let answer = client.join().unwrap();
         assert_eq!(answer.first(), Some(&CONNECTED));
         assert!(answer[1..] == *b"question".repeat(20_000), "{} bytes", answer.len());
@@ -94,9 +82,12 @@ mod tests {
 
     #[tokio::test(flavor = "current_thread")]
     async fn a_port_without_a_server_ends_the_stream() {
-        let unused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut address = listener.local_addr().unwrap();
+        // The right port of another address.
+        address.set_ip("127.0.0.2".parse().unwrap());
         let (ours, mut theirs) = host();
-        serve(ours, LoopbackPort { port: unused, ipv6_first: false }).await;
+        serve(ours, LoopbackPort::new(address).unwrap()).await;
         let mut answer = Vec::new();
         theirs.read_to_end(&mut answer).unwrap();
         assert_eq!(answer, b"");

@@ -11,6 +11,8 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
 use super::super::{Pod, PodError};
+use super::knock::Knock;
+use super::visitors::Arrived;
 
 /// Bytes copied at a time, in each direction.
 pub(super) const BUFFER: usize = 16 * 1024;
@@ -27,46 +29,45 @@ const CLIENT_LIMIT: Duration = Duration::from_secs(30);
 /// Why a connection did not come about, or ended early.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CarryError {
-    #[error("it came from {0}, which is no loopback address")]
-    Stranger(SocketAddr),
-    #[error("its socket failed")]
-    Client(#[source] io::Error),
+    #[error("it is between {0} and {1}, which are not both loopback addresses")]
+    Stranger(SocketAddr, SocketAddr),
     #[error(transparent)]
     Pod(#[from] PodError),
-    #[error("nobody in the pod listens on port {0}")]
-    Refused(u16),
-    #[error("the guest did not connect it to port {port} within {} s", CONNECT_LIMIT.as_secs())]
-    TimedOut { port: u16 },
+    #[error("nobody in the pod listens there")]
+    Refused,
+    #[error("the guest did not connect within {} s", CONNECT_LIMIT.as_secs())]
+    TimedOut,
+    #[error("the client's socket failed")]
+    Client(#[source] io::Error),
+    #[error("the client did not wait for it")]
+    Left,
     #[error("it was cut off")]
     Copy(#[source] io::Error),
 }
 
-/// Carries a connection to its end. A client whose connection fails sees it reset, never just ended.
-pub(super) async fn carry(pod: &Pod, mut client: TcpStream, peer: SocketAddr) -> Result<(), CarryError> {
-    let carried = try_carry(pod, &mut client, peer).await;
-    if carried.is_err() {
-        // If even that fails it just ends.
-        let _ = client.set_zero_linger();
+/// Has the guest connect to what a client wants.
+pub(super) async fn reach(pod: &Pod, knock: &Knock) -> Result<UnixStream, CarryError> {
+    let stranger = || CarryError::Stranger(knock.client, knock.wanted);
+    let port =
+        LoopbackPort::new(knock.wanted).filter(|_| knock.client.ip().is_loopback()).ok_or_else(stranger)?;
+    let mut guest = pod.open_port(port).await?;
+    match timeout(CONNECT_LIMIT, guest.read_u8()).await {
+        Ok(Ok(CONNECTED)) => Ok(guest),
+        Ok(_) => Err(CarryError::Refused),
+        Err(_) => Err(CarryError::TimedOut),
     }
-    carried
 }
 
-async fn try_carry(pod: &Pod, client: &mut TcpStream, peer: SocketAddr) -> Result<(), CarryError> {
-    if !peer.ip().is_loopback() {
-        return Err(CarryError::Stranger(peer));
-    }
-    let wanted = client.local_addr().map_err(CarryError::Client)?;
+/// Carries a connection to its end. A client whose connection fails sees it reset, never just ended.
+pub(super) async fn carry(mut visitor: Arrived, mut guest: UnixStream) -> Result<(), CarryError> {
     // What comes in pieces has been waited for already.
-    client.set_nodelay(true).map_err(CarryError::Client)?;
-    let port = LoopbackPort { port: wanted.port(), ipv6_first: wanted.is_ipv6() };
-    let mut guest = pod.open_port(port).await?;
-    let refused = || CarryError::Refused(wanted.port());
-    match timeout(CONNECT_LIMIT, guest.read_u8()).await {
-        Ok(Ok(CONNECTED)) => {}
-        Ok(_) => return Err(refused()),
-        Err(_) => return Err(CarryError::TimedOut { port: wanted.port() }),
+    visitor.client.set_nodelay(true).map_err(CarryError::Client)?;
+    let carried = copy_both_ways(&mut visitor.client, &mut guest).await;
+    if carried.is_err() {
+        // If even that fails it just ends.
+        let _ = visitor.client.set_zero_linger();
     }
-    copy_both_ways(client, &mut guest).await.map_err(CarryError::Copy)
+    carried.map_err(CarryError::Copy)
 }
 
 /// Each direction to its own end.

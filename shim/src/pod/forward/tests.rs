@@ -4,8 +4,9 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream as StdTcpStream};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::mpsc;
+use std::sync::{Barrier, mpsc};
 use std::thread;
+use std::time::Instant;
 
 use bulkhead_agent_protocol::forward::{CONNECTED, LoopbackPort};
 use bulkhead_vmm_protocol::{Channel, Event, ExitReason, FromVmm, Packet, Request};
@@ -19,6 +20,8 @@ use crate::pod::heartbeat::Heartbeat;
 const ECHO: u16 = 80;
 /// On this one it says a word and cuts the connection off.
 const RUDE: u16 = 81;
+/// Whether somebody listens on this one the guest never says.
+const SILENT: u16 = 82;
 
 /// A new network namespace, which is there as long as its thread is.
 fn namespace() -> (PathBuf, mpsc::Sender<()>) {
@@ -42,16 +45,18 @@ fn guest(mut stream: StdUnixStream, open: &AtomicUsize) {
     stream.read_exact(&mut number).unwrap();
     let port = LoopbackPort::from_number(u64::from_le_bytes(number)).unwrap();
     open.fetch_add(1, Relaxed);
-    match port.port {
+    match port.address().port() {
         ECHO => {
             stream.write_all(&[CONNECTED]).unwrap();
-            let family = if port.ipv6_first { "v6 " } else { "v4 " };
-            stream.write_all(family.as_bytes()).unwrap();
+            stream.write_all(format!("{} ", port.address().ip()).as_bytes()).unwrap();
             // It says nothing before it has been told everything.
             let mut all = Vec::new();
             if stream.read_to_end(&mut all).is_ok() {
                 let _ = stream.write_all(&all);
             }
+        }
+        SILENT => {
+            let _ = stream.read(&mut number);
         }
         RUDE => stream.write_all(&[CONNECTED, b'x']).unwrap(),
         _ => {}
@@ -98,7 +103,7 @@ impl Stage {
         start_in(self.pod.clone(), self.namespace.clone());
         for _ in 0..100 {
             tokio::time::sleep(Duration::from_millis(20)).await;
-            if self.client(|| StdTcpStream::connect(("127.0.0.1", 9))).await.is_ok() {
+            if self.client(|| StdTcpStream::connect(("127.0.0.1", ECHO))).await.is_ok() {
                 return;
             }
         }
@@ -127,21 +132,27 @@ async fn connections_reach_the_guest_and_each_direction_has_an_end_of_its_own() 
     let stage = Stage::set("carry").await;
     stage.forwarded().await;
     let question = b"0123456789".repeat(50_000);
-    for (address, family) in [("127.0.0.1", "v4 "), ("127.9.8.7", "v4 "), ("::1", "v6 ")] {
+    for address in ["127.0.0.1", "127.9.8.7", "::1"] {
         let asked = question.clone();
         let answer = stage.client(move || ask(address, ECHO, &asked)).await.unwrap();
-        assert!(answer == [family.as_bytes(), &question].concat(), "{address}: {} bytes", answer.len());
+        let expected = [address.as_bytes(), b" ", &question].concat();
+        assert!(answer == expected, "{address}: {} bytes", answer.len());
     }
     stage.end().await;
 }
 
 #[tokio::test]
-async fn a_port_without_a_server_is_a_reset_and_other_addresses_are_left_alone() {
+async fn a_port_without_a_server_is_refused_and_other_addresses_are_left_alone() {
     let stage = Stage::set("refuse").await;
     stage.forwarded().await;
-    let error = stage.client(|| ask("127.0.0.1", 9, b"")).await.unwrap_err();
-    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
-    // The connection itself is taken; what a server has sent before it cuts it off arrives.
+    for address in ["127.0.0.1", "127.9.8.7", "::1"] {
+        let since = Instant::now();
+        let error = stage.client(move || StdTcpStream::connect((address, 9))).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{address}");
+        // At once, not when the client has asked again.
+        assert!(since.elapsed() < Duration::from_millis(900), "{address}: {:?}", since.elapsed());
+    }
+    // What a server has sent before it cuts the connection off arrives.
     let answer = stage.client(|| ask("127.0.0.1", RUDE, b"")).await.unwrap();
     assert_eq!(answer, b"x");
     // An address of the namespace that is no loopback address.
@@ -159,39 +170,59 @@ async fn a_port_without_a_server_is_a_reset_and_other_addresses_are_left_alone()
 }
 
 #[tokio::test]
+async fn a_guest_that_does_not_say_keeps_its_client_waiting() {
+    let stage = Stage::set("silent").await;
+    stage.forwarded().await;
+    let connect = || {
+        let address = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), SILENT);
+        StdTcpStream::connect_timeout(&address, Duration::from_millis(1500))
+    };
+    let error = stage.client(connect).await.unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    // Its client asked twice, and is one.
+    assert_eq!(stage.open.load(Relaxed), 1);
+    stage.end().await;
+}
+
+#[tokio::test]
 async fn there_are_only_so_many_at_a_time_and_the_others_wait() {
     let stage = Stage::set("many").await;
     stage.forwarded().await;
     let count = MAX_CONNECTIONS + 10;
-    let connect =
-        move || (0..count).map(|_| StdTcpStream::connect(("127.0.0.1", ECHO)).unwrap()).collect::<Vec<_>>();
-    let clients = stage.client(connect).await;
-    let settled = async {
-        while stage.open.load(Relaxed) < MAX_CONNECTIONS {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+    let (go, answers) = (Arc::new(Barrier::new(MAX_CONNECTIONS + 1)), Arc::new(AtomicUsize::new(0)));
+    for _ in 0..count {
+        let (go, answers) = (go.clone(), answers.clone());
+        let namespace = NetworkNamespace::open(&stage.namespace).unwrap();
+        let visit = move || {
+            let mut client = StdTcpStream::connect(("127.0.0.1", ECHO)).unwrap();
+            // The first ones in stay until there are as many as there can be.
+            if answers.load(Relaxed) == 0 {
+                go.wait();
+            }
+            client.write_all(b"a").unwrap();
+            client.shutdown(Shutdown::Write).unwrap();
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).unwrap();
+            assert_eq!(answer, "127.0.0.1 a");
+            answers.fetch_add(1, Relaxed);
+        };
+        tokio::spawn(async move { namespace.within(visit).await.unwrap() });
+    }
+    let reached = async |counter: &AtomicUsize, wanted| {
+        let settled = async {
+            while counter.load(Relaxed) < wanted {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), settled).await.unwrap();
     };
-    tokio::time::timeout(Duration::from_secs(10), settled).await.unwrap();
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    reached(&stage.open, MAX_CONNECTIONS).await;
+    tokio::time::sleep(Duration::from_millis(1200)).await;
     assert_eq!(stage.open.load(Relaxed), MAX_CONNECTIONS);
     // When the first end the others get their turn.
-    let answers = thread::spawn(move || {
-        clients
-            .into_iter()
-            .map(|mut client| {
-                client.write_all(b"a").unwrap();
-                client.shutdown(Shutdown::Write).unwrap();
-                let mut answer = String::new();
-                client.read_to_string(&mut answer).unwrap();
-                answer
-            })
-            .filter(|answer| answer == "v4 a")
-            .count()
-    });
-    while !answers.is_finished() {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    assert_eq!(answers.join().unwrap(), count);
+    let all_in = go.clone();
+    tokio::task::spawn_blocking(move || all_in.wait()).await.unwrap();
+    reached(&answers, count).await;
     stage.end().await;
 }
 

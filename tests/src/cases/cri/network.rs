@@ -184,31 +184,32 @@ pub fn host_port(environment: &mut Environment) -> Outcome<String> {
 /// The kubelet's port-forward: to a server on all addresses, to one on the pod's loopback only, and to nobody.
 pub fn port_forward(environment: &mut Environment) -> Outcome<String> {
     let node = environment.node()?;
-    let (pod, _) = serving(node, environment.handler(), "forwarded", |_| {})?;
-    let inner = pod.start(
-        "inner",
-        "echo inner >/name; httpd -p 127.0.0.1:8081 -h /; echo up; exec sleep 100000",
-        |_| {},
-    )?;
-    inner.wait_for_output("up")?;
-    for (port, path, expected) in [(80, "/name", "forwarded\n"), (8081, "/name", "inner\n")] {
-        let answer = forwarded(node, &pod, port, path)?;
-        ensure!(answer.ends_with(expected), "port {port}: {answer:?}");
-    }
-    let body = forwarded(node, &pod, 80, "/much")?;
-    ensure!(body.len() > much().0, "{} bytes of {}", body.len(), much().0);
-    let refused = forwarded(node, &pod, 9, "/")?;
-    // The connection ends in the guest, after it was taken on the node.
-    let ended = refused.to_lowercase();
-    ensure!(
-        ended.contains("refused") || ended.contains("reset"),
-        "a port that nobody listens on: {refused:?}"
-    );
-    pod.finish()?;
-    Ok(format!(
-        "to all addresses, to the pod's loopback, {} bytes, and refused where nobody listens",
-        much().0
-    ))
+    let refused = |handler: Handler| -> Outcome<String> {
+        let (pod, _) = serving(node, handler, "forwarded", |_| {})?;
+        let inner = pod.start(
+            "inner",
+            "echo inner >/name; httpd -p 127.0.0.1:8081 -h /; echo up; exec sleep 100000",
+            |_| {},
+        )?;
+        inner.wait_for_output("up")?;
+        for (port, path, expected) in [(80, "/name", "forwarded\n"), (8081, "/name", "inner\n")] {
+            let answer = forwarded(node, &pod, port, path)?;
+            ensure!(answer.ends_with(expected), "port {port}: {answer:?}");
+        }
+        let body = forwarded(node, &pod, 80, "/much")?;
+        ensure!(body.len() > much().0, "{} bytes of {}", body.len(), much().0);
+        let refused = forwarded(node, &pod, 9, "/")?.replace(&pod.known.id, "POD");
+        let known =
+            |word: &str| if word.contains("/cni-") { "NAMESPACE:".to_owned() } else { word.to_owned() };
+        let refused = refused.split(' ').map(known).collect::<Vec<_>>().join(" ");
+        ensure!(refused.contains("refused"), "a port that nobody listens on: {refused:?}");
+        pod.finish()?;
+        Ok(refused)
+    };
+    let right = refused(Handler::Runc)?;
+    ensure_eq!(refused(environment.handler())?, right, "a port that nobody listens on, and with runc");
+    let length = much().0;
+    Ok(format!("to all addresses, to the pod's loopback, {length} bytes; nobody listens: {}", right.trim()))
 }
 
 /// What an HTTP request gets over the kubelet's port-forward: the answer, or the words of its error channel.
