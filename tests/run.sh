@@ -28,7 +28,10 @@ done
 
 if [[ -n ${NESTED_CPU:-} ]]; then kind=software; else kind=$("$release/bulkhead" check --kvm-kind) || true; fi
 case $kind in
-hardware) echo "$what: hardware KVM here, so it runs directly on this machine" ;;
+hardware | nested)
+    echo "$what: $kind KVM here, so it runs directly on this machine"
+    kind=hardware
+    ;;
 software | none)
     [[ ${NESTED_CPU:-amd} != amd ]] || command -v qemu-system-x86_64 >/dev/null ||
         fail "there is no hardware KVM (kind: $kind) and no QEMU: enable virtualisation, or install qemu-system-x86"

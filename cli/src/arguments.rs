@@ -30,7 +30,7 @@ check                  Can pods run on this node, and how well are they kept apa
                        /etc/bulkhead/config.toml, if there is one).
   --containerd-config  containerd's configuration file (default /etc/containerd/config.toml).
   --kvm                The KVM device (default: as configured).
-  --kvm-kind           Print only what kind of KVM this is: hardware, software or none.
+  --kvm-kind           Print only what kind of KVM this is: hardware, nested, software or none.
 
 install                Puts the parts under a prefix, a drop-in beside containerd's configuration (conf.d/bulkhead.toml, and
                        no other file of containerd's), and builds the template of the default size. What is there

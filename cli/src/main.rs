@@ -51,11 +51,11 @@ fn run() -> Result<ExitCode, CliError> {
         Command::Help => out.write_all(arguments::HELP.as_bytes())?,
         Command::Version => writeln!(out, "bulkhead {}", env!("CARGO_PKG_VERSION"))?,
         Command::KvmKind { device } => {
-            let kind = check::kvm::kind(&device);
-            if let Some(reason) = &kind.reason {
+            let evidence = check::kvm::look(&device);
+            if let Some(reason) = evidence.reason() {
                 writeln!(io::stderr(), "bulkhead: {reason}")?;
             }
-            writeln!(out, "{}", kind.name())?;
+            writeln!(out, "{}", evidence.kind())?;
         }
         Command::Template { config, action } => {
             if !template::run(config, &action, &mut out)? {

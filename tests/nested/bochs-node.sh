@@ -1,4 +1,5 @@
 # bochs-node.sh: what init.sh has to know of Bochs' machine: the disks, and two serial ports that are files.
+kvm_module=kvm-intel
 root_disk=/dev/sda payload_disk=/dev/sdb results_disk=/dev/sdc
 
 node_devices() {

@@ -47,8 +47,9 @@ host_finish() {
     cp "$dir/boot/usr/lib/ISOLINUX/isolinux.bin" "$dir/boot/usr/lib/syslinux/modules/bios/ldlinux.c32" "$cache"/{vmlinuz,initrd.img} "$dir/iso/"
     # A restart is a triple fault, which ends Bochs.
     printf 'default nested\nprompt 0\nlabel nested\n kernel vmlinuz\n append initrd=initrd.img reboot=t %s\n' "$nested_command_line" >"$dir/iso/isolinux.cfg"
-    xorriso -as mkisofs -quiet -o "$cache/boot.iso" -b isolinux.bin -c boot.cat -no-emul-boot -boot-load-size 4 -boot-info-table "$dir/iso" >"$dir/xorriso.log" 2>&1 ||
+    xorriso -as mkisofs -quiet -o "$dir/boot.iso" -b isolinux.bin -c boot.cat -no-emul-boot -boot-load-size 4 -boot-info-table "$dir/iso" >"$dir/xorriso.log" 2>&1 ||
         fail "cannot make the boot disk: $(tail -n 3 "$dir/xorriso.log")"
+    mv "$dir/boot.iso" "$cache/" # running ones keep the one that they have
     host_size="boot disk $(du -sm "$cache/boot.iso" | cut -f1) MiB"
 }
 

@@ -34,7 +34,8 @@ if [ ! -c /dev/kvm ]; then
 fi
 node_arguments
 if mount -t ext4 -o ro,noatime "$payload_disk" /payload && node_payload; then
-    eval "$arguments" # sets virtual_limit and the positional parameters
+    eval "$arguments" # sets virtual_limit, kvm_parameters and the positional parameters
+    [ -z "$kvm_parameters" ] || { modprobe -r "$kvm_module" && modprobe "$kvm_module" $kvm_parameters; }
     cd /payload
     started=$(cut -d' ' -f1 /proc/uptime)
     timeout "$virtual_limit" ./run "$@" </dev/null >"$out" 2>&1

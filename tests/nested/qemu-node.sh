@@ -1,4 +1,5 @@
 # qemu-node.sh: what init.sh has to know of QEMU's machine: the disks, and three ports of a virtio console.
+kvm_module=kvm-amd
 root_disk=/dev/vda payload_disk=/dev/vdb results_disk=/dev/vdc
 
 # The ports' numbers as the kernel gave them, looked up by name.

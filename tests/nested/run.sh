@@ -6,6 +6,7 @@
 # what it leaves in /results, with the node's kernel log as nested-dmesg.txt, is put into DIR.
 # --timeout is wall time (default 1800); --virtual-timeout is the node's own time (default 600) and ends a hung payload
 # early, as idle virtual time costs next to nothing.
+# NESTED_KVM has parameters for the module kvm_amd or kvm_intel, such as npt=0.
 # Own exit codes: 124 wall time over, 125 the nested host itself failed, 143 virtual time over. Several may run at once.
 set -euo pipefail
 
@@ -50,7 +51,7 @@ mke2fs -q -t ext4 -b 4096 -O ^has_journal,^resize_inode -m 0 -E root_owner=0:0,n
     fail "$payload does not fit the payload disk of $nested_payload_bytes bytes: $(tail -n1 "$work/mke2fs.log")"
 nested_arguments=
 (($# == 0)) || printf -v nested_arguments '%q ' "$@"
-nested_arguments="virtual_limit=$virtual_limit; set -- $nested_arguments"
+printf -v nested_arguments 'virtual_limit=%q; kvm_parameters=%q; set -- %s' "$virtual_limit" "${NESTED_KVM:-}" "$nested_arguments"
 host_run "$work"
 
 read -r word code started ended < <(cat "$work/status" 2>/dev/null) || true

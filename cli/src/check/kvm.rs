@@ -1,17 +1,19 @@
 //! Is there a KVM that a guest kernel can run on?
 
 use std::ffi::CString;
+use std::fmt;
 use std::io;
 use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bulkhead_vmm::calibrate;
+use bulkhead_vmm::calibrate::{self, Speed};
 use bulkhead_vmm::vm::NEEDED_CAPABILITIES;
 use kvm_ioctls::Kvm;
 
 use super::Finding;
+use super::processor::{Extension, Processor};
 
 /// The only version there has been since Linux 2.6.22; KVM's documentation asks to refuse any other.
 const API_VERSION: i32 = 12;
@@ -25,66 +27,116 @@ const CREATIONS: u32 = 3;
 /// A machine that takes longer to be created than this has waited for something; a few tenths of a millisecond are usual.
 const SLOW_CREATION: Duration = Duration::from_millis(3);
 
+/// The part of the host's speed below which guest kernel code is taken for interpreted: a CPU that executes it is about as fast as the host.
+const SLOW: f64 = 1.0 / 20.0;
+
 /// The kind of KVM a node has.
-#[derive(Debug)]
-pub struct Kind {
-    /// Guest kernel instructions per second, if there is a KVM.
-    rate: Option<f64>,
-    /// Why there is none.
-    pub reason: Option<String>,
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The processor executes guests.
+    Hardware,
+    /// The same, by leave of another hypervisor.
+    Nested,
+    /// A program does what a guest's kernel says.
+    Software,
+    /// None that can be used.
+    None,
 }
 
-impl Kind {
-    /// `hardware`, `software` or `none`.
-    pub fn name(&self) -> &'static str {
-        match self.rate {
-            Some(rate) if is_hardware(rate) => "hardware",
-            Some(_) => "software",
-            None => "none",
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Kind::Hardware => "hardware",
+            Kind::Nested => "nested",
+            Kind::Software => "software",
+            Kind::None => "none",
+        })
+    }
+}
+
+/// What the kind of KVM is told by.
+#[derive(Debug)]
+pub struct Evidence {
+    /// Or why there is no KVM.
+    speed: Result<Speed, String>,
+    processor: Processor,
+}
+
+impl Evidence {
+    /// The kind of KVM.
+    pub fn kind(&self) -> Kind {
+        match (&self.speed, self.processor.extension, &self.processor.hypervisor) {
+            (Err(_), ..) => Kind::None,
+            (Ok(speed), ..) if speed.ratio() < SLOW => Kind::Software,
+            (_, Extension::Absent, _) => Kind::Software,
+            (_, _, Some(_)) => Kind::Nested,
+            (_, _, None) => Kind::Hardware,
         }
+    }
+
+    /// Why there is no KVM.
+    pub fn reason(&self) -> Option<&str> {
+        self.speed.as_ref().err().map(String::as_str)
     }
 
     fn finding(&self) -> Finding {
-        const WHAT: &str = "KVM speed";
-        match (self.rate, &self.reason) {
-            (Some(rate), _) if is_hardware(rate) => {
-                Finding::ok(WHAT, format!("hardware KVM: {} guest kernel instructions a second", human(rate)))
-            }
-            (Some(rate), _) => Finding::fail(
-                WHAT,
-                format!(
-                    "software KVM: {} guest kernel instructions a second, where hardware does at least {}; a guest \
-                     kernel cannot boot on it. Use a machine with VT-x or AMD-V; in a virtual machine, have nested \
-                     virtualization switched on",
-                    human(rate),
-                    human(calibrate::HARDWARE_THRESHOLD)
-                ),
-            ),
-            (None, reason) => Finding::fail(WHAT, reason.clone().unwrap_or_default()),
+        const WHAT: &str = "kind of KVM";
+        let kind = self.kind();
+        let speed = match &self.speed {
+            Ok(speed) => speed,
+            Err(reason) => return Finding::fail(WHAT, reason),
+        };
+        let evidence = format!("{kind}: {}, {}", spoken(speed), self.processor_says());
+        if kind == Kind::Software {
+            return Finding::fail(WHAT, evidence).because("a guest kernel cannot boot on it").mended_by(
+                "use a machine with VT-x or AMD-V; in a virtual machine, have nested virtualization switched on",
+            );
+        }
+        Finding::ok(WHAT, evidence)
+    }
+
+    fn processor_says(&self) -> String {
+        let extension = match self.processor.extension {
+            Extension::Present(name, flag) => format!("{name} ({flag} in /proc/cpuinfo)"),
+            Extension::Absent => "neither vmx nor svm in /proc/cpuinfo".to_owned(),
+            Extension::Unknown => "/proc/cpuinfo has no flags".to_owned(),
+        };
+        let module = match self.processor.modules.as_slice() {
+            [] => "no module that is known".to_owned(),
+            modules => modules.join(" and "),
+        };
+        match &self.processor.hypervisor {
+            Some(hypervisor) => format!("{extension}, {module}, in a virtual machine of {hypervisor}"),
+            None => format!("{extension}, {module}, no hypervisor below"),
         }
     }
 }
 
-/// Measures what kind of KVM is behind `device`; takes a tenth of a second on a software KVM, [`TIME_LIMIT`] at most.
-pub fn kind(device: &Path) -> Kind {
+fn spoken(speed: &Speed) -> String {
+    let part = speed.ratio() * 100.0;
+    let digits = if part < 1.0 { 2 } else { 0 };
+    format!(
+        "guest kernel code is {part:.digits$} % as fast as the host's, {} instructions a second",
+        human(speed.guest)
+    )
+}
+
+/// Finds out what kind of KVM is behind `device`; takes a tenth of a second on a software KVM, [`TIME_LIMIT`] at most.
+pub fn look(device: &Path) -> Evidence {
     let (sender, receiver) = mpsc::channel();
     let device = device.to_owned();
     // On a thread of its own, since a KVM that is broken enough never comes back from the guest; it ends with the process.
     let spawned = thread::Builder::new().spawn(move || {
         // Nobody listens any more when the time was over.
-        let _ =
-            sender.send(calibrate::instruction_rate(&device).map_err(|error| bulkhead_base::chain(&error)));
+        let _ = sender.send(calibrate::measure(&device).map_err(|error| bulkhead_base::chain(&error)));
     });
-    let result = match spawned {
+    let speed = match spawned {
         Ok(_) => receiver.recv_timeout(TIME_LIMIT).unwrap_or_else(|_| {
             Err(format!("the calibration guest did not halt within {} s", TIME_LIMIT.as_secs()))
         }),
         Err(error) => Err(format!("cannot start a thread for the calibration guest: {error}")),
     };
-    match result {
-        Ok(rate) => Kind { rate: Some(rate), reason: None },
-        Err(reason) => Kind { rate: None, reason: Some(reason) },
-    }
+    Evidence { speed, processor: Processor::here(Path::new("/")) }
 }
 
 /// The findings about the KVM device; those after a failure that explains them are left out.
@@ -108,11 +160,7 @@ pub fn check(device: &Path) -> Vec<Finding> {
         vec![Finding::ok(WHAT, format!("{}, API version {version}", device.display())), capabilities(&kvm)];
     let creation = creation(&kvm);
     drop(kvm);
-    findings.into_iter().chain([creation]).chain([kind(device).finding()]).collect()
-}
-
-fn is_hardware(rate: f64) -> bool {
-    rate >= calibrate::HARDWARE_THRESHOLD
+    findings.into_iter().chain([creation]).chain([look(device).finding()]).collect()
 }
 
 fn open(device: &Path) -> io::Result<Kvm> {
@@ -203,7 +251,7 @@ mod tests {
         let findings = check(Path::new("/dev/null"));
         assert_eq!(findings[0].verdict, Verdict::Fail);
         assert!(findings[0].evidence.contains("not KVM"), "{}", findings[0].evidence);
-        assert_eq!(kind(Path::new("/dev/null")).name(), "none");
+        assert_eq!(look(Path::new("/dev/null")).kind(), Kind::None);
     }
 
     #[test]
@@ -215,14 +263,34 @@ mod tests {
     }
 
     #[test]
-    fn speed_decides_the_kind() {
-        let kind = |rate| Kind { rate, reason: rate.is_none().then(|| "why".to_owned()) };
-        assert_eq!(kind(Some(2e9)).name(), "hardware");
-        assert_eq!(kind(Some(2e9)).finding().verdict, Verdict::Ok);
-        assert_eq!(kind(Some(1e6)).name(), "software");
-        assert_eq!(kind(Some(1e6)).finding().verdict, Verdict::Fail);
-        assert_eq!(kind(None).name(), "none");
-        assert_eq!(kind(None).finding().evidence, "why");
+    fn the_kind_is_told_by_the_processor_and_by_the_guests_speed_beside_the_hosts() {
+        let vmx = Extension::Present("VT-x", "vmx");
+        let evidence = |ratio: Option<f64>, extension, hypervisor: Option<&str>| Evidence {
+            speed: ratio.map(|ratio| Speed { guest: ratio * 2e9, host: 2e9 }).ok_or_else(|| "why".to_owned()),
+            processor: Processor {
+                extension,
+                hypervisor: hypervisor.map(str::to_owned),
+                modules: vec!["kvm_intel".to_owned()],
+            },
+        };
+        for (ratio, extension, hypervisor, kind, verdict) in [
+            (Some(0.98), vmx, None, Kind::Hardware, Verdict::Ok),
+            (Some(0.98), Extension::Unknown, None, Kind::Hardware, Verdict::Ok),
+            (Some(0.7), vmx, Some("Hyper-V"), Kind::Nested, Verdict::Ok),
+            (Some(0.001), vmx, Some("KVM"), Kind::Software, Verdict::Fail),
+            (Some(0.98), Extension::Absent, Some("KVM"), Kind::Software, Verdict::Fail),
+            (Some(0.001), Extension::Absent, None, Kind::Software, Verdict::Fail),
+            (None, vmx, None, Kind::None, Verdict::Fail),
+        ] {
+            let evidence = evidence(ratio, extension, hypervisor);
+            assert_eq!((evidence.kind(), evidence.finding().verdict), (kind, verdict), "{evidence:?}");
+        }
+        assert_eq!(
+            evidence(Some(0.98), vmx, Some("Hyper-V")).finding().evidence,
+            "nested: guest kernel code is 98 % as fast as the host's, 2.0 billion instructions a second, VT-x (vmx in \
+             /proc/cpuinfo), kvm_intel, in a virtual machine of Hyper-V"
+        );
+        assert_eq!(evidence(None, vmx, None).finding().evidence, "why");
     }
 
     #[test]

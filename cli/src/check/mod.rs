@@ -6,6 +6,7 @@ pub mod host;
 pub mod kvm;
 pub mod modules;
 pub mod parts;
+pub mod processor;
 
 use std::fmt;
 use std::io::{self, Write};
