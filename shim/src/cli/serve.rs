@@ -116,6 +116,7 @@ async fn serve(flags: &Flags, listener: UnixListener, report: OwnedFd) -> Result
         .add_listener(listener)
         .register_service(task::service::services(&shim))
         .register_service(sandbox::service::services(&shim, RuntimeOptions::from_environment()))
+        .register_service(task::streams::service(&shim.streams))
         .register_service(operator::service(&shim));
     server.start().await.map_err(ServeError::Serve)?;
 

@@ -117,7 +117,7 @@ impl Shim {
             stderr: request.stderr.clone(),
             terminal: request.terminal,
         };
-        let host_stdio = HostStdio::open(&stdio)?;
+        let host_stdio = HostStdio::open(&stdio, &self.streams)?;
         let root = GuestRoot::open(&request.rootfs, place.allowance(&spec, guest.disks.len()))?;
         let disks = OpenDisks::open(root, &guest.disks)?;
         let root = disks.root_files(&request.rootfs);

@@ -11,6 +11,7 @@ pub(crate) mod service;
 pub(crate) mod shim;
 pub(crate) mod stats;
 pub(crate) mod stdio;
+pub(crate) mod streams;
 
 #[cfg(test)]
 pub(crate) mod tests;

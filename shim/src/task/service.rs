@@ -353,7 +353,7 @@ async fn exec(shim: &Shim, request: ExecProcessRequest) -> Result<(), ApiError> 
         stderr: request.stderr,
         terminal: request.terminal,
     };
-    let host_stdio = HostStdio::open(&stdio)?;
+    let host_stdio = HostStdio::open(&stdio, &shim.streams)?;
     let (streams, io) = host_stdio.connect(&container.pod, guest.console_size).await?;
     let message = agent_api::CreateExecRequest {
         container_id: request.id.clone(),

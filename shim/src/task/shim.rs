@@ -8,6 +8,7 @@ use log::LevelFilter;
 use tokio::sync::watch;
 
 use super::container::{Container, Process};
+use super::streams::Streams;
 use crate::error::ApiError;
 use crate::events::Publisher;
 use crate::limit::RateLimit;
@@ -48,6 +49,8 @@ pub struct Shim {
     /// The pod that was launched last, also while it is being made.
     launched: Mutex<Weak<Pod>>,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
+    /// For processes' standard streams that are no FIFOs.
+    pub streams: Arc<Streams>,
     exiting: watch::Sender<bool>,
 }
 
@@ -60,6 +63,7 @@ impl Shim {
             slot: tokio::sync::Mutex::default(),
             launched: Mutex::default(),
             containers: Mutex::default(),
+            streams: Arc::default(),
             exiting: watch::Sender::new(false),
         }
     }

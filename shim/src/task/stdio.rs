@@ -1,4 +1,4 @@
-//! A process's standard streams: between containerd's FIFOs and the streams into the guest.
+//! A process's standard streams: between containerd's FIFOs, or its streams ([`super::streams`]), and the streams into the guest.
 //!
 //! The shim holds the other end of each FIFO open itself, so that neither containerd's restart nor a client that comes
 //! and goes ends a stream. A client opens its ends in its own time, perhaps after the process has ended already: the
@@ -19,8 +19,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
+use super::streams::{self, Claim, Output, Streams};
 use crate::error::{ApiError, Classify, Code};
 use crate::pod::Pod;
 use crate::spec::ConsoleSize;
@@ -38,7 +40,7 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 /// How often a FIFO whose reader has not come yet is looked at, once there is nothing more to be written to it.
 const READER_INTERVAL: Duration = Duration::from_millis(10);
 
-/// What containerd wants a process's streams to be: FIFO paths or `file://` URIs, empty for none.
+/// What containerd wants a process's streams to be: FIFO paths, `file://` or `ttrpc+unix://` URIs, empty for none.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Stdio {
     /// Standard input.
@@ -55,7 +57,9 @@ pub struct Stdio {
 #[derive(Debug, thiserror::Error)]
 pub enum StdioError {
     /// A URI that we do not serve.
-    #[error("{uri:?} can't be used as {stream}: use a FIFO or a file:// URI")]
+    #[error(
+        "{uri:?} can't be used as {stream}: use a FIFO, a file:// URI, or ttrpc+unix:// with a streaming_id"
+    )]
     Scheme {
         /// Which stream.
         stream: &'static str,
@@ -70,6 +74,9 @@ pub enum StdioError {
         /// The path.
         path: PathBuf,
     },
+    /// A stream of another process.
+    #[error(transparent)]
+    Stream(#[from] streams::StreamError),
     /// It can't be opened.
     #[error("can't open {path} as {stream}")]
     Open {
@@ -87,7 +94,9 @@ impl Classify for StdioError {
     fn code(&self) -> Code {
         match self {
             StdioError::Scheme { .. } => Code::INVALID_ARGUMENT,
-            StdioError::NotAFifo { .. } | StdioError::Open { .. } => Code::FAILED_PRECONDITION,
+            StdioError::NotAFifo { .. } | StdioError::Stream(_) | StdioError::Open { .. } => {
+                Code::FAILED_PRECONDITION
+            }
         }
     }
 }
@@ -95,16 +104,24 @@ impl Classify for StdioError {
 /// The open host ends of a process's streams.
 #[derive(Debug, Default)]
 pub struct HostStdio {
-    stdin: Option<(pipe::Receiver, File)>,
+    stdin: Option<Source>,
     stdout: Option<Sink>,
     stderr: Option<Sink>,
     terminal: bool,
 }
 
 #[derive(Debug)]
+enum Source {
+    /// With our own hold on its writing end.
+    Fifo(pipe::Receiver, File),
+    Stream(Claim),
+}
+
+#[derive(Debug)]
 enum Sink {
     Fifo(OutputFifo),
     File(File),
+    Stream(Output),
 }
 
 #[derive(Debug)]
@@ -159,13 +176,13 @@ fn has_reader(writer: &pipe::Sender) -> bool {
 }
 
 impl HostStdio {
-    /// Opens what `stdio` names. Never waits for the other side of a FIFO.
-    pub fn open(stdio: &Stdio) -> Result<HostStdio, StdioError> {
+    /// Opens what `stdio` names. Never waits for the other side.
+    pub fn open(stdio: &Stdio, streams: &Arc<Streams>) -> Result<HostStdio, StdioError> {
         let stderr = if stdio.terminal { "" } else { &stdio.stderr };
         Ok(HostStdio {
-            stdin: open_input(&stdio.stdin)?,
-            stdout: open_output("standard output", &stdio.stdout)?,
-            stderr: open_output("standard error", stderr)?,
+            stdin: open_input(&stdio.stdin, streams)?,
+            stdout: open_output("standard output", &stdio.stdout, streams)?,
+            stderr: open_output("standard error", stderr, streams)?,
             terminal: stdio.terminal,
         })
     }
@@ -179,11 +196,18 @@ impl HostStdio {
         let ConsoleSize { columns, rows } = console_size.unwrap_or_default();
         let mut streams = api::Stdio { terminal: self.terminal, columns, rows, ..Default::default() };
         let mut io = ProcessIo::default();
-        if let Some((fifo, hold)) = self.stdin {
+        if let Some(source) = self.stdin {
             let (number, stream) = pod.open_stream().await?;
             streams.stdin_stream = number;
+            let (hold, input) = match source {
+                Source::Fifo(fifo, hold) => (InputHold::Fifo(hold), tokio::spawn(copy_input(fifo, stream))),
+                Source::Stream(claim) => {
+                    let (hold, closing) = oneshot::channel();
+                    (InputHold::Stream(hold), tokio::spawn(streams::copy_input(claim, stream, closing)))
+                }
+            };
             io.stdin_hold = Mutex::new(Some(hold));
-            io.input = Some(tokio::spawn(copy_input(fifo, stream)));
+            io.input = Some(input);
         }
         for (sink, number_field) in
             [(self.stdout, &mut streams.stdout_stream), (self.stderr, &mut streams.stderr_stream)]
@@ -197,13 +221,20 @@ impl HostStdio {
     }
 }
 
+/// While it is there, the process sees no end of its input: our own hold on the writing end of a FIFO, or a stream's.
+#[derive(Debug)]
+#[expect(dead_code, reason = "it is there, and dropped")]
+enum InputHold {
+    Fifo(File),
+    Stream(oneshot::Sender<()>),
+}
+
 /// The copying of a process's streams. Dropping it ends it at once.
 #[derive(Debug, Default)]
 pub struct ProcessIo {
     input: Option<JoinHandle<()>>,
     outputs: Vec<JoinHandle<()>>,
-    /// Our own hold on the writing end of standard input's FIFO: while it is there, the process sees no end of file.
-    stdin_hold: Mutex<Option<File>>,
+    stdin_hold: Mutex<Option<InputHold>>,
     /// Bytes of output that were taken so far.
     moved: Arc<AtomicU64>,
 }
@@ -258,11 +289,12 @@ impl Drop for ProcessIo {
     }
 }
 
-fn open_input(uri: &str) -> Result<Option<(pipe::Receiver, File)>, StdioError> {
+fn open_input(uri: &str, streams: &Arc<Streams>) -> Result<Option<Source>, StdioError> {
     let stream = "standard input";
     let path = match target(stream, uri)? {
         None => return Ok(None),
         Some(Target::Fifo(path)) => path,
+        Some(Target::Stream(id)) => return Ok(Some(Source::Stream(streams.claim(id)?))),
         Some(Target::File(_)) => return Err(StdioError::Scheme { stream, uri: uri.into() }),
     };
     let failed = |source| StdioError::Open { stream, path: path.clone(), source };
@@ -272,13 +304,14 @@ fn open_input(uri: &str) -> Result<Option<(pipe::Receiver, File)>, StdioError> {
     let reader = pipe::OpenOptions::new().open_receiver(&path).map_err(failed)?;
     let writer = hold(&path, OpenOptions::new().write(true)).map_err(failed)?;
     drop(bridge);
-    Ok(Some((reader, writer)))
+    Ok(Some(Source::Fifo(reader, writer)))
 }
 
-fn open_output(stream: &'static str, uri: &str) -> Result<Option<Sink>, StdioError> {
+fn open_output(stream: &'static str, uri: &str, streams: &Arc<Streams>) -> Result<Option<Sink>, StdioError> {
     let target = target(stream, uri)?;
     match target {
         None => Ok(None),
+        Some(Target::Stream(id)) => Ok(Some(Sink::Stream(Output::new(streams.claim(id)?)))),
         Some(Target::Fifo(path)) => {
             let failed = |source| StdioError::Open { stream, path: path.clone(), source };
             check_fifo(stream, &path)?;
@@ -295,12 +328,13 @@ fn open_output(stream: &'static str, uri: &str) -> Result<Option<Sink>, StdioErr
     }
 }
 
-enum Target {
+enum Target<'a> {
     Fifo(PathBuf),
     File(PathBuf),
+    Stream(&'a str),
 }
 
-fn target(stream: &'static str, uri: &str) -> Result<Option<Target>, StdioError> {
+fn target<'a>(stream: &'static str, uri: &'a str) -> Result<Option<Target<'a>>, StdioError> {
     let refused = || StdioError::Scheme { stream, uri: uri.chars().take(256).collect() };
     let absolute = |path: &str| if path.starts_with('/') { Ok(PathBuf::from(path)) } else { Err(refused()) };
     match uri.split_once("://") {
@@ -308,6 +342,12 @@ fn target(stream: &'static str, uri: &str) -> Result<Option<Target>, StdioError>
         None | Some(("", _)) => Ok(Some(Target::Fifo(absolute(uri)?))),
         Some(("fifo", path)) => Ok(Some(Target::Fifo(absolute(path)?))),
         // Parameters are for other schemes.
+        // Its address is the one that containerd has of this shim.
+        Some(("ttrpc+unix", rest)) => {
+            let parameters = rest.split_once('?').map_or("", |(_, parameters)| parameters);
+            let id = parameters.split('&').find_map(|parameter| parameter.strip_prefix("streaming_id="));
+            Ok(Some(Target::Stream(id.filter(|id| !id.is_empty()).ok_or_else(refused)?)))
+        }
         Some(("file", path)) => Ok(Some(Target::File(absolute(path.split('?').next().unwrap_or(path))?))),
         Some(_) => Err(refused()),
     }
@@ -352,8 +392,10 @@ async fn copy_input(mut fifo: pipe::Receiver, mut stream: UnixStream) {
 
 async fn copy_output(stream: UnixStream, mut sink: Sink, moved: Arc<AtomicU64>) {
     move_output(stream, &mut sink, &moved).await;
-    if let Sink::Fifo(fifo) = sink {
-        fifo.close().await;
+    match sink {
+        Sink::Fifo(fifo) => fifo.close().await,
+        Sink::Stream(output) => output.close(DRAIN_LIMIT).await,
+        Sink::File(_) => {}
     }
 }
 
@@ -372,6 +414,7 @@ async fn move_output(mut stream: UnixStream, sink: &mut Sink, moved: &AtomicU64)
             let written = match sink {
                 Sink::Fifo(fifo) => fifo.writer.write(rest).await,
                 Sink::File(file) => file.write(rest),
+                Sink::Stream(output) => Ok(output.write(rest).await),
             };
             match written {
                 Ok(length) => {
@@ -416,7 +459,7 @@ mod tests {
     }
 
     fn output(path: &Path) -> Sink {
-        open_output("standard output", path.to_str().unwrap()).unwrap().unwrap()
+        open_output("standard output", path.to_str().unwrap(), &Arc::default()).unwrap().unwrap()
     }
 
     #[tokio::test]
@@ -496,11 +539,12 @@ mod tests {
     async fn input_ends_only_when_it_is_closed() {
         let directory = Directory::new("input");
         let path = directory.fifo("in");
-        let (fifo, hold) = open_input(path.to_str().unwrap()).unwrap().unwrap();
+        let source = open_input(path.to_str().unwrap(), &Arc::default()).unwrap().unwrap();
+        let Source::Fifo(fifo, hold) = source else { panic!("{source:?}") };
         let (mut guest, ours) = UnixStream::pair().unwrap();
         let mut io = ProcessIo::default();
         io.input = Some(tokio::spawn(copy_input(fifo, ours)));
-        io.stdin_hold = Mutex::new(Some(hold));
+        io.stdin_hold = Mutex::new(Some(InputHold::Fifo(hold)));
         let mut buffer = [0; 16];
         for text in ["first", "second"] {
             OpenOptions::new().write(true).open(&path).unwrap().write_all(text.as_bytes()).unwrap();
@@ -524,7 +568,7 @@ mod tests {
         let path = directory.0.join("log");
         std::fs::write(&path, "old ").unwrap();
         let uri = format!("file://{}?x=y", path.display());
-        let sink = open_output("standard output", &uri).unwrap().unwrap();
+        let sink = open_output("standard output", &uri, &Arc::default()).unwrap().unwrap();
         let (mut guest, ours) = UnixStream::pair().unwrap();
         let mut io = ProcessIo::default();
         io.outputs.push(tokio::spawn(copy_output(ours, sink, io.moved.clone())));
@@ -536,11 +580,20 @@ mod tests {
 
     #[test]
     fn other_targets_are_refused() {
-        for uri in ["binary:///bin/logger", "pipe://x", "relative", "file://relative", "http://x/"] {
+        let streams = Arc::default();
+        let plain = ["binary:///bin/logger", "pipe://x", "relative", "file://relative", "http://x/"];
+        let streamed =
+            ["ttrpc+unix:///run/s", "ttrpc+unix:///run/s?streaming_id=", "grpc+vsock://3?streaming_id=c"];
+        for uri in plain.into_iter().chain(streamed) {
             assert!(matches!(target("standard output", uri), Err(StdioError::Scheme { .. })), "{uri}");
         }
-        assert!(matches!(open_output("standard output", "/etc/passwd"), Err(StdioError::NotAFifo { .. })));
-        assert!(matches!(open_input("/nonexistent/fifo"), Err(StdioError::Open { .. })));
+        assert!(matches!(
+            open_output("standard output", "/etc/passwd", &streams),
+            Err(StdioError::NotAFifo { .. })
+        ));
+        assert!(matches!(open_input("/nonexistent/fifo", &streams), Err(StdioError::Open { .. })));
         assert!(target("standard input", "").unwrap().is_none());
+        let stream = "ttrpc+unix:///run/s/a?x=y&streaming_id=c-stdin";
+        assert!(matches!(target("standard input", stream), Ok(Some(Target::Stream("c-stdin")))));
     }
 }

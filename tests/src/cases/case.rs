@@ -65,6 +65,8 @@ pub struct Case {
     pub changes_on_disk: bool,
     /// Whether its pods come by way of the Sandbox API.
     pub sandboxed: bool,
+    /// Whether containerd opens its processes' standard streams by its Streaming API.
+    pub streamed: bool,
     /// The larger test image that it asks for.
     pub image: Option<&'static str>,
     /// Whether it asks for Bulkhead's own guest kernel.
@@ -85,6 +87,7 @@ impl Case {
             cold: false,
             changes_on_disk: false,
             sandboxed: false,
+            streamed: false,
             image: None,
             own_kernel: false,
             limit: 30,
@@ -114,6 +117,12 @@ impl Case {
     pub const fn sandboxed(mut self) -> Self {
         self.sandboxed = true;
         self.bulkhead_only()
+    }
+
+    /// The same, and standard streams by containerd's Streaming API instead of FIFOs.
+    pub const fn streamed(mut self) -> Self {
+        self.streamed = true;
+        self.sandboxed()
     }
 
     /// The same with so many seconds.

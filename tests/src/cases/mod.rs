@@ -237,10 +237,11 @@ impl Environment {
         if fixture == Fixture::Docker && self.docker.is_none() {
             self.docker = Some(Docker::start(&self.layout)?);
         }
-        self.handler = match (self.runtime, case.sandboxed) {
-            (Runtime::Runc, _) => Handler::Runc,
-            (Runtime::Bulkhead, false) => Handler::Bulkhead,
-            (Runtime::Bulkhead, true) => Handler::BulkheadSandbox,
+        self.handler = match self.runtime {
+            Runtime::Runc => Handler::Runc,
+            Runtime::Bulkhead if case.streamed => Handler::BulkheadStreaming,
+            Runtime::Bulkhead if case.sandboxed => Handler::BulkheadSandbox,
+            Runtime::Bulkhead => Handler::Bulkhead,
         };
         if matches!(fixture, Fixture::Cri | Fixture::CriPods) {
             self.prepare_node(fixture == Fixture::CriPods)?;

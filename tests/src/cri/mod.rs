@@ -47,6 +47,8 @@ pub enum Handler {
     Bulkhead,
     /// Ours, by way of the Sandbox API.
     BulkheadSandbox,
+    /// The same, with standard streams by containerd's Streaming API instead of FIFOs.
+    BulkheadStreaming,
     /// Ours under the name of runc's runtime: containerd up to 2.1 asks no other for its features.
     BulkheadAsRunc,
 }
@@ -58,6 +60,7 @@ impl Handler {
             Self::Runc => "runc",
             Self::Bulkhead => "bulkhead",
             Self::BulkheadSandbox => "bulkhead-sandbox",
+            Self::BulkheadStreaming => "bulkhead-streaming",
             Self::BulkheadAsRunc => "bulkhead-as-runc",
         }
     }
@@ -211,6 +214,8 @@ fn configuration(network: &Path, cni_plugins: &Path, shim: &Path) -> String {
         handler(Handler::Runc.name(), "io.containerd.runc.v2", "podsandbox"),
         handler(Handler::Bulkhead.name(), ours, "podsandbox"),
         handler(Handler::BulkheadSandbox.name(), ours, "shim"),
+        handler(Handler::BulkheadStreaming.name(), ours, "shim"),
+        "io_type = \"streaming\"\n".to_owned(),
         handler(Handler::BulkheadAsRunc.name(), "io.containerd.runc.v2", "podsandbox"),
         format!("runtime_path = \"{}\"\n", shim.display()),
     ]

@@ -109,7 +109,7 @@ pub fn containers(environment: &mut Environment) -> Outcome<String> {
 pub fn restart(environment: &mut Environment) -> Outcome<String> {
     let handler = environment.handler();
     let pod = Pod::run(environment.node()?, handler, "restart", |_| {})?;
-    let script = "trap 'exit 9' TERM; while :; do i=$((i+1)); echo $i >/count; sleep 0.02; done";
+    let script = "trap 'echo asked; exit 9' TERM; while :; do i=$((i+1)); echo $i >/count; sleep 0.02; done";
     let container = pod.start("counts", script, |_| {})?;
     let count = |container: &Container<'_>| -> Outcome<u64> {
         let text = container.exec("cat /count")?.success()?;
@@ -127,7 +127,8 @@ pub fn restart(environment: &mut Environment) -> Outcome<String> {
     ensure!(after >= before, "the container was started anew: it counted {before}, then {after}");
     pod.run_script("beside", "echo more", |_| {})?.success()?;
     container.stop(Duration::from_secs(10))?;
-    ensure_eq!(container.wait()?.code, 9, "exit code");
+    let ended = container.wait()?;
+    ensure_eq!((ended.code, ended.stdout.as_str()), (9, "asked\n"), "exit code, and what it said in the end");
     pod.finish()?;
     Ok(format!("counted on from {before} to {after}, took another container, ended with its own code"))
 }
