@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+
 use crate::sys::{c_path, check};
 
 /// The program can't be executed. The wording is that of other OCI runtimes: tools look for it.
@@ -13,22 +15,16 @@ use crate::sys::{c_path, check};
 pub enum ExecutableError {
     #[error("exec: {0:?}: executable file not found in $PATH")]
     NotInPath(String),
-    #[error("exec: {name:?}: stat {name}: no such file or directory")]
-    NoSuchFile { name: String },
+    #[error("exec: {0:?}: stat {0}: no such file or directory")]
+    NoSuchFile(String),
+    #[error("exec: {0:?}: stat {0}: not a directory")]
+    NotADirectory(String),
     #[error("exec: {0:?}: is a directory")]
     Directory(String),
     #[error("exec: {0:?}: permission denied")]
     PermissionDenied(String),
-    #[error("exec: {name:?}: {}", describe(.cause))]
+    #[error("exec: {name:?}: {cause}")]
     Other { name: String, cause: io::Error },
-}
-
-fn describe(error: &io::Error) -> String {
-    match error.raw_os_error() {
-        Some(libc::ENOEXEC) => "exec format error".to_owned(),
-        Some(libc::ENOENT) => "no such file or directory".to_owned(),
-        _ => error.to_string(),
-    }
 }
 
 /// Finds the program `name` for the calling process: in its own `PATH`-like `search_path`, or as the path that it is.
@@ -37,7 +33,8 @@ pub fn find(name: &OsStr, search_path: Option<&OsStr>) -> Result<PathBuf, Execut
     if name.as_bytes().contains(&b'/') {
         return check_executable(Path::new(name)).map(|()| name.into()).map_err(|error| {
             match error.raw_os_error() {
-                Some(libc::ENOENT | libc::ENOTDIR) => ExecutableError::NoSuchFile { name: text() },
+                Some(libc::ENOENT) => ExecutableError::NoSuchFile(text()),
+                Some(libc::ENOTDIR) => ExecutableError::NotADirectory(text()),
                 Some(libc::EISDIR) => ExecutableError::Directory(text()),
                 Some(libc::EACCES) => ExecutableError::PermissionDenied(text()),
                 _ => ExecutableError::Other { name: text(), cause: error },
@@ -71,9 +68,16 @@ fn check_executable(path: &Path) -> io::Result<()> {
         .map(drop)
 }
 
-/// Executes a program in the place of the calling process; returns only when that failed.
-pub fn execute(path: &Path, arguments: &[CString], environment: &[CString]) -> ExecutableError {
-    let failed = |cause| ExecutableError::Other { name: path.to_string_lossy().into_owned(), cause };
+/// Executes a program in the place of the calling process; returns only when that failed, with what other OCI runtimes have the
+/// process say then.
+pub fn execute(path: &Path, arguments: &[CString], environment: &[CString]) -> String {
+    let failed = |error: io::Error| {
+        let reason = match error.raw_os_error() {
+            Some(number) => Errno::from_raw(number).desc().to_owned(),
+            None => error.to_string(),
+        };
+        format!("exec {}: {}", path.display(), reason.to_ascii_lowercase())
+    };
     let pointers = |list: &[CString]| {
         list.iter().map(|text| text.as_ptr()).chain([std::ptr::null()]).collect::<Vec<_>>()
     };
@@ -108,6 +112,12 @@ mod tests {
             "exec: \"no-such-thing\": executable file not found in $PATH"
         );
         assert_eq!(error("/no/such", ""), "exec: \"/no/such\": stat /no/such: no such file or directory");
+        assert_eq!(
+            error("/etc/passwd/x", ""),
+            "exec: \"/etc/passwd/x\": stat /etc/passwd/x: not a directory"
+        );
+        assert_eq!(execute(Path::new("/etc"), &[], &[]), "exec /etc: permission denied");
+        assert_eq!(execute(Path::new("/no/such"), &[], &[]), "exec /no/such: no such file or directory");
         assert_eq!(error("/etc/passwd", ""), "exec: \"/etc/passwd\": permission denied");
         assert_eq!(error("passwd", "/etc"), "exec: \"passwd\": permission denied");
         assert_eq!(error("/bin", ""), "exec: \"/bin\": is a directory");

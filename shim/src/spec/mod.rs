@@ -4,6 +4,7 @@
 //! in the guest, dropped where it can't mean anything there, or refused where dropping it would change what the user
 //! asked for.
 
+mod capabilities;
 mod devices;
 mod labels;
 mod mounts;
@@ -25,8 +26,9 @@ pub use namespaces::{Member, PodNamespaces};
 
 use crate::error::{Classify, Code};
 
-/// A specification, or a process or resources object, in bytes.
-const MAX_SPEC: usize = 1 << 20;
+/// A specification, or a process or resources object, in bytes: `execve` takes 2 MiB of arguments and variables, and a message to the
+/// agent has 4.
+const MAX_SPEC: usize = 3 << 20;
 
 /// Most mounts of one container.
 const MAX_MOUNTS: usize = 512;
@@ -266,7 +268,13 @@ pub(crate) fn parse<T: serde::de::DeserializeOwned>(what: &'static str, json: &[
     if json.len() > MAX_SPEC {
         return Err(SpecError::TooLarge { what, length: json.len() });
     }
-    serde_json::from_slice(json).map_err(|source| SpecError::Parse { what, source })
+    match serde_json::from_slice(json) {
+        Ok(object) => Ok(object),
+        Err(source) => {
+            let known = capabilities::only_known(json).and_then(|json| serde_json::from_value(json).ok());
+            known.ok_or(SpecError::Parse { what, source })
+        }
+    }
 }
 
 fn serialize(what: &'static str, value: &impl serde::Serialize) -> Result<Vec<u8>, SpecError> {

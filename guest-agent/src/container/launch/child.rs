@@ -299,7 +299,10 @@ fn become_process(setup: Setup<'_>, agent: &Agent) -> Result<std::convert::Infal
             plan.capabilities.drop_to_final()?;
         }
     }
-    Err(executable::execute(&program, &plan.arguments, &environment).into())
+    let failure = executable::execute(&program, &plan.arguments, &environment);
+    // The process has started: as under other OCI runtimes it says itself what it ends by, to whoever reads its output.
+    let _ = writeln!(io::stderr(), "{failure}");
+    exit_now(1)
 }
 
 fn connect_stdio(setup: &Setup<'_>, agent: &Agent) -> Result<(), ChildError> {

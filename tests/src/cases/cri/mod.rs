@@ -12,6 +12,7 @@ mod host_namespaces;
 mod lifecycle;
 mod like_runc;
 mod network;
+mod odd;
 mod pod_settings;
 mod shared_files;
 mod streams;
@@ -81,6 +82,10 @@ pub const CASES: &[Case] = &[
         limit: 120,
         ..Case::new("cri-volume-of-many-files", shared_files::many_files).on(Fixture::CriPods)
     },
+    Case::new("cri-odd-settings", odd::settings).on(Fixture::CriPods),
+    Case::new("cri-odd-refusals", odd::refusals).on(Fixture::CriPods),
+    Case::new("cri-odd-execs", odd::execs).on(Fixture::CriPods),
+    Case { limit: 240, ..Case::new("cri-odd-many", odd::many).on(Fixture::CriPods) },
     Case::new("cri-exit-codes", ends::exit_codes).on(Fixture::CriPods),
     Case::new("cri-no-such-program", ends::no_such_program).on(Fixture::CriPods),
     Case::new("cri-out-of-memory", ends::out_of_memory).on(Fixture::CriPods),
