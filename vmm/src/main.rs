@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use bulkhead_base::chain;
 use bulkhead_jail::{Jail, JailError, Limits, Root};
 use bulkhead_vmm::control::{self, ControlError};
+use bulkhead_vmm::devices::rng;
 use bulkhead_vmm::logger;
 use bulkhead_vmm_protocol::{CONTROL_FD, Channel};
 
@@ -29,6 +30,8 @@ enum MainError {
     Root,
     #[error("the jail can't be entered")]
     Jail(#[from] JailError),
+    #[error("the host has no randomness")]
+    Random(#[source] std::io::Error),
     #[error("serving failed")]
     Control(#[from] ControlError),
 }
@@ -55,6 +58,7 @@ fn run() -> Result<(), MainError> {
         None => {}
     }
     logger::init();
+    rng::wait_for_seed().map_err(MainError::Random)?;
     // SAFETY: whoever starts this program leaves the control socket at this number, and nothing else here owns it. If
     // it isn't there, the first use fails.
     let channel = Channel::from(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });

@@ -21,11 +21,14 @@ pub fn check(root: &Path) -> Vec<Finding> {
             "echo 'options {module} {setting}' >/etc/modprobe.d/bulkhead.conf; modprobe -r {module} && modprobe {module}"
         )
     };
-    vec![
-        nested_paging(&value(module, paging), paging, again(&format!("{paging}=1"))),
-        nested_machines(&value(module, "nested"), again("nested=0")),
-        ignored_registers(&value("kvm", "ignore_msrs")),
-    ]
+    let mut findings = vec![nested_paging(&value(module, paging), paging, again(&format!("{paging}=1")))];
+    if module == "kvm_intel" {
+        findings
+            .push(unrestricted_guests(&value(module, "unrestricted_guest"), again("unrestricted_guest=1")));
+    }
+    findings.push(nested_machines(&value(module, "nested"), again("nested=0")));
+    findings.push(ignored_registers(&value("kvm", "ignore_msrs")));
+    findings
 }
 
 fn is_on(value: &str) -> bool {
@@ -39,6 +42,20 @@ fn nested_paging(value: &str, name: &str, mend: String) -> Finding {
     }
     Finding::warn(WHAT, format!("{name} is off"))
         .because("the host's kernel has to follow each change of a guest's page tables: slow, and much code for a guest to attack")
+        .mended_by(mend)
+}
+
+/// AMD's processors have never been without them.
+fn unrestricted_guests(value: &str, mend: String) -> Finding {
+    const WHAT: &str = "unrestricted guests";
+    if is_on(value) {
+        return Finding::ok(WHAT, "on");
+    }
+    Finding::warn(WHAT, "off")
+        .because(
+            "pods run, but what a guest does in real mode the host's kernel interprets: much code for a guest to attack. \
+             Off as well where ept is off or the processor is too old",
+        )
         .mended_by(mend)
 }
 
@@ -77,11 +94,14 @@ mod tests {
             root.write(&format!("{parameters}/{paging}"), "Y\n");
             root.write(&format!("{parameters}/nested"), "0\n");
             let verdicts = || check(root.path()).iter().map(|finding| finding.verdict).collect::<Vec<_>>();
-            assert_eq!(verdicts(), [Verdict::Ok; 3]);
+            root.write(&format!("{parameters}/unrestricted_guest"), "Y\n");
+            let count = if module == "kvm_intel" { 4 } else { 3 };
+            assert_eq!(verdicts(), vec![Verdict::Ok; count]);
             root.write(&format!("{parameters}/{paging}"), "N\n");
+            root.write(&format!("{parameters}/unrestricted_guest"), "N\n");
             root.write(&format!("{parameters}/nested"), "1\n");
             root.write("sys/module/kvm/parameters/ignore_msrs", "Y\n");
-            assert_eq!(verdicts(), [Verdict::Warn; 3]);
+            assert_eq!(verdicts(), vec![Verdict::Warn; count]);
             assert!(check(root.path())[0].mend.as_ref().unwrap().contains(&format!("{module} {paging}=1")));
         }
     }

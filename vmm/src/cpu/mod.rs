@@ -6,7 +6,7 @@ mod state;
 
 pub use cpuid::{CpuidTemplate, MAX_CPUID_ENTRIES};
 pub use registers::{set_boot_registers, set_interrupt_pins};
-pub use state::{VcpuState, saved_msrs};
+pub use state::{VcpuState, check_size, saved_msrs};
 
 /// Why a vCPU can't be set up.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +23,14 @@ pub enum CpuError {
     /// KVM doesn't know an MSR.
     #[error("KVM doesn't accept MSR {0:#x}")]
     Msr(u32),
+    /// More than is saved: AMX.
+    #[error("a vCPU has {size} bytes of floating-point state here, and {most} can be saved")]
+    StateSize {
+        /// What KVM says that there is.
+        size: usize,
+        /// What is saved.
+        most: usize,
+    },
     /// The table of features is too long.
     #[error("the CPUID table is too long")]
     Table,

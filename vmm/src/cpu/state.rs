@@ -4,7 +4,7 @@ use kvm_bindings::{
     Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
     kvm_xcrs, kvm_xsave,
 };
-use kvm_ioctls::{Kvm, VcpuFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
 
 use super::{CpuError, kvm_failed};
@@ -21,8 +21,9 @@ const MSR_KVM_WALL_CLOCK: u32 = 0x4b56_4d00;
 /// MSRs moved at a time: KVM takes 256 at most.
 const MSR_BATCH: usize = 256;
 
-/// Words of the FPU's state. It is longer only on processes that asked for more (AMX), which this one doesn't.
+/// Words of the FPU's state. It is longer only in processes that asked for more (AMX), which this one doesn't.
 const XSAVE_WORDS: usize = 1024;
+const XSAVE_BYTES: usize = XSAVE_WORDS * size_of::<u32>();
 
 /// Everything KVM tells of a vCPU: plain data.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -48,6 +49,22 @@ pub fn saved_msrs(kvm: &Kvm) -> Result<Vec<u32>, CpuError> {
     // The deadline is a value of the counter.
     msrs.sort_by_key(|index| *index == MSR_IA32_TSC_DEADLINE);
     Ok(msrs)
+}
+
+/// Whether what there is to save fits into what is saved.
+///
+/// # Errors
+/// When guests of this process have more floating-point state than that.
+pub fn check_size(kvm: &Kvm) -> Result<(), CpuError> {
+    size_fits(kvm.check_extension_int(Cap::Xsave2))
+}
+
+/// KVMs before Linux 5.17 say 0 and have no larger states.
+fn size_fits(bytes: i32) -> Result<(), CpuError> {
+    match usize::try_from(bytes) {
+        Ok(size) if size > XSAVE_BYTES => Err(CpuError::StateSize { size, most: XSAVE_BYTES }),
+        _ => Ok(()),
+    }
 }
 
 impl VcpuState {
@@ -169,4 +186,21 @@ fn write_msrs(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), CpuError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_state_than_is_saved_is_refused() {
+        for fitting in [-1, 0, 576, 4096] {
+            assert!(size_fits(fitting).is_ok(), "{fitting}");
+        }
+        let error = size_fits(11008).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "a vCPU has 11008 bytes of floating-point state here, and 4096 can be saved"
+        );
+    }
 }

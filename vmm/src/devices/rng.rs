@@ -47,7 +47,31 @@ impl VirtioDevice for Rng {
     }
 }
 
-/// Up to 256 bytes of the host's randomness: never blocks once the host has booted, and never comes back short.
+/// Waits until the host's generator has been seeded, which on a host that has just booted and whose processor has no
+/// generator of its own takes up to a second: the kernel gathers randomness when somebody waits for it, and only then. Whoever
+/// started this process limits the time. The device doesn't wait, and a guest that it has nothing for loses it.
+///
+/// # Errors
+/// When the host has no generator.
+pub fn wait_for_seed() -> std::io::Result<()> {
+    let mut byte = [0];
+    if random(&mut byte).is_ok() {
+        return Ok(());
+    }
+    log::info!("waiting for the host's random number generator to be seeded");
+    loop {
+        // SAFETY: the pointer and length are those of a live, exclusive array.
+        match unsafe { libc::getrandom(byte.as_mut_ptr().cast(), byte.len(), 0) } {
+            0.. => return Ok(()),
+            _ => match std::io::Error::last_os_error() {
+                error if error.kind() == std::io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+}
+
+/// Up to 256 bytes of the host's randomness: never blocks, and never comes back short once the host has seeded it.
 fn random(buffer: &mut [u8]) -> Result<usize, DeviceFault> {
     // SAFETY: the pointer and length are those of a live, exclusive slice.
     let got = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), libc::GRND_NONBLOCK) };
@@ -59,6 +83,11 @@ fn random(buffer: &mut [u8]) -> Result<usize, DeviceFault> {
 mod tests {
     use super::super::testing::{BUFFERS, TestDriver, readable, writable};
     use super::*;
+
+    #[test]
+    fn a_host_that_runs_tests_has_randomness() {
+        wait_for_seed().unwrap();
+    }
 
     #[test]
     fn a_request_is_filled_with_randomness() {

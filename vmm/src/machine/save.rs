@@ -35,7 +35,9 @@ impl Saver {
         if !matches!(memory, Memory::Shared(_)) {
             return Ok(None);
         }
-        let msrs = cpu::saved_msrs(kvm).map_err(|source| MachineError::Vcpu { id: 0, source })?;
+        let msrs = cpu::check_size(kvm)
+            .and_then(|()| cpu::saved_msrs(kvm))
+            .map_err(|source| MachineError::Vcpu { id: 0, source })?;
         Ok(Some(Saver { vm, msrs, cpuid: cpuid.for_vcpu(0), memory_mib }))
     }
 }
