@@ -7,7 +7,7 @@ PREFIX ?= /usr/local
 VMLINUX := target/guest/vmlinux
 IMAGE := target/guest/guest.erofs
 
-.PHONY: help demo test attack chaos bench bench-compare build guest unit e2e lint audit fuzz release install clean packages kernel kernel-update $(VMLINUX)
+.PHONY: help demo test attack chaos bench bench-compare build guest unit e2e e2e-intel lint audit fuzz release install clean packages kernel kernel-update $(VMLINUX)
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,10 @@ unit: packages ## Unit tests, and the VMM's tests on this machine's /dev/kvm
 
 e2e: build guest ## The end-to-end suite through containerd (ARGS="NAME..." runs the cases whose names match)
 	@tests/run.sh e2e $(ARGS)
+
+e2e-intel: export NESTED_CPU := intel
+e2e-intel: build guest ## A few of these cases on Intel's VMX, emulated by Bochs: boot, template, restore, exec, disk, network
+	@tests/run.sh e2e $(or $(ARGS),lifecycle-states exec-output disk-is-read network-bridge template-pods-are)
 
 attack: build guest ## What gets out of containers of runc and of Bulkhead, as a table (ARGS="NAME..." for a part)
 	@$(if $(ARGS),,BULKHEAD_PROGRAMS=200 $(CARGO) test --locked --quiet -p bulkhead-vmm --test programs)

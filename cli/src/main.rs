@@ -4,6 +4,7 @@ mod arguments;
 mod check;
 mod containerd;
 mod install;
+mod logger;
 mod pods;
 mod template;
 #[cfg(test)]
@@ -16,6 +17,7 @@ use arguments::{Arguments, Command};
 use bulkhead_shim::operator::Method;
 
 fn main() -> ExitCode {
+    logger::init();
     match run() {
         Ok(code) => code,
         Err(error) => {

@@ -88,6 +88,12 @@ pub enum BuildError {
         #[source]
         source: rehearsal::RehearsalError,
     },
+    /// It was made, and no guest came out of it.
+    #[error("no pod can be started from the new template {}: its guest can't be restored", .key.short())]
+    NotRestored {
+        /// Its name.
+        key: Key,
+    },
     /// The VMM does not end.
     #[error("the VMM of the template was killed but does not end")]
     Stuck,
@@ -149,6 +155,10 @@ pub fn build(order: &Order, options: Options) -> Result<Built, BuildError> {
     };
     let (memory, place) = (store.memory_inode(&key)?, store.scratch(&lock));
     let rehearsed = runtime.block_on(rehearsal::rehearse(order.config(), memory, &place));
+    // The pod that tried it has logged why.
+    if store.sound(&key).is_none() {
+        return Err(BuildError::NotRestored { key });
+    }
     // Without a list there is an empty one, so that pods don't ask for it again and again.
     let list = rehearsed.as_deref().unwrap_or_default();
     store.add_working_set(&key, list, &lock)?;
