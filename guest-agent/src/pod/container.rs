@@ -12,7 +12,7 @@ use super::{Pod, PodError, check_id};
 use crate::container::cgroup::Cgroup;
 use crate::container::cgroup::device_filter::{AttachedFilter, DeviceFilter};
 use crate::container::cgroup::resources::Limits;
-use crate::container::launch::Job;
+use crate::container::launch::{Job, LaunchError};
 use crate::container::namespaces::Kind;
 use crate::container::plan::ContainerPlan;
 use crate::container::process::{Inherited, ProcessPlan};
@@ -88,7 +88,10 @@ impl Container {
             }
             group.oom_kills() > 0
         };
-        let init = Process::create(pod, new, on_exit).await?;
+        let init = Process::create(pod, new, on_exit).await.map_err(|error| match error {
+            PodError::Launch(LaunchError::Died) if cgroup.oom_kills() > 0 => LaunchError::OutOfMemory.into(),
+            other => other,
+        })?;
         Ok(Arc::new(Self {
             id: id.to_owned(),
             cgroup,

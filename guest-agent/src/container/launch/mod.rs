@@ -107,6 +107,9 @@ pub enum LaunchError {
     Child { kind: FailureKind, message: String },
     #[error("the process ended while it was being set up")]
     Died,
+    // The words of other OCI runtimes.
+    #[error("unable to start container process: container init was OOM-killed (memory limit too low?)")]
+    OutOfMemory,
     #[error("the process was not {what} within {} seconds", limit.as_secs())]
     TimedOut { what: &'static str, limit: Duration },
     #[error("can't talk to the process that is being set up")]

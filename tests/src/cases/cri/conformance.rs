@@ -8,6 +8,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use protobuf::MessageField;
 
 use super::like_runc::{id, security};
+use super::volumes::volume;
 use crate::cases::Environment;
 use crate::cri::{Handler, Pod};
 use crate::failure::{Explain, Outcome};
@@ -65,7 +66,7 @@ pub fn rest(environment: &mut Environment) -> Outcome<String> {
 pub fn refused(environment: &mut Environment) -> Outcome<String> {
     type Change<'a> = &'a dyn Fn(&mut proto::ContainerConfig);
     let node = environment.node()?;
-    let shared = node.directory("shared")?;
+    let (shared, huge) = (node.directory("shared")?, node.directory("huge")?);
     let result = (|| {
         mount(Some(&shared), &shared, None::<&str>, MsFlags::MS_BIND, None::<&str>)
             .explain(|| "bind".into())?;
@@ -88,8 +89,17 @@ pub fn refused(environment: &mut Environment) -> Outcome<String> {
                 ..Default::default()
             }];
         };
-        let cases: [(&str, Change<'_>); 2] =
-            [("Bidirectional", &bidirectional), ("only block devices", &device)];
+        // What the kubelet makes of an `emptyDir` with the medium `HugePages`.
+        mount(Some("tests"), &huge, Some("hugetlbfs"), MsFlags::empty(), Some("pagesize=2M"))
+            .explain(|| "mount huge pages".into())?;
+        let volume_of_huge_pages = |config: &mut proto::ContainerConfig| {
+            config.mounts = vec![volume(&huge, "/huge")];
+        };
+        let cases: [(&str, Change<'_>); 3] = [
+            ("Bidirectional", &bidirectional),
+            ("only block devices", &device),
+            ("a file system of huge pages", &volume_of_huge_pages),
+        ];
         for (words, change) in cases {
             let container = pod.create("refused", "true", |config| change(config))?;
             let Err(failure) = container.start() else {
@@ -100,9 +110,11 @@ pub fn refused(environment: &mut Environment) -> Outcome<String> {
         }
         ensure_eq!(pod.run_script("after", "echo on", |_| {})?.stdout, "on\n", "a container after that");
         pod.finish()?;
-        Ok("mounts that travel to the node, character devices".to_owned())
+        Ok("mounts that travel to the node, character devices, huge pages".to_owned())
     })();
-    let _ = umount2(&shared, MntFlags::MNT_DETACH);
-    let _ = fs::remove_dir_all(&shared);
+    for path in [&shared, &huge] {
+        let _ = umount2(path, MntFlags::MNT_DETACH);
+        let _ = fs::remove_dir_all(path);
+    }
     result
 }

@@ -13,6 +13,7 @@ mod lifecycle;
 mod like_runc;
 mod network;
 mod odd;
+mod odd_ends;
 mod pod_settings;
 mod shared_files;
 mod streams;
@@ -86,6 +87,13 @@ pub const CASES: &[Case] = &[
     Case::new("cri-odd-refusals", odd::refusals).on(Fixture::CriPods),
     Case::new("cri-odd-execs", odd::execs).on(Fixture::CriPods),
     Case { limit: 240, ..Case::new("cri-odd-many", odd::many).on(Fixture::CriPods) },
+    Case::new("cri-odd-out-of-memory", odd_ends::out_of_memory).on(Fixture::CriPods),
+    Case::new("cri-odd-sandbox-out-of-memory", odd_ends::out_of_memory).on(Fixture::CriPods).sandboxed(),
+    Case::new("cri-odd-left-behind", odd_ends::left_behind).on(Fixture::Cri),
+    Case::new("cri-odd-sandbox-left-behind", odd_ends::left_behind).on(Fixture::Cri).sandboxed(),
+    Case::new("cri-odd-attached", odd_ends::attached).on(Fixture::CriPods),
+    Case::new("cri-odd-figures", odd_ends::figures).on(Fixture::CriPods),
+    Case::new("cri-odd-image-volume", odd_ends::image_volume).on(Fixture::Cri),
     Case::new("cri-exit-codes", ends::exit_codes).on(Fixture::CriPods),
     Case::new("cri-no-such-program", ends::no_such_program).on(Fixture::CriPods),
     Case::new("cri-out-of-memory", ends::out_of_memory).on(Fixture::CriPods),

@@ -230,7 +230,7 @@ pub fn refusals(environment: &mut Environment) -> Outcome<String> {
                 resources(config).unified = [("memory.high".to_owned(), "lots".to_owned())].into();
             }),
         ),
-        ("too little memory", Words::Own, Box::new(|config| resources(config).memory_limit_in_bytes = 4096)),
+        ("too little memory", Words::Same, Box::new(|config| resources(config).memory_limit_in_bytes = 4096)),
     ];
     let mut unlike = Vec::new();
     for (what, words, change) in &changes {
