@@ -10,11 +10,11 @@ use crate::spec::sandbox::is_of_cri;
 #[serde(rename_all = "lowercase")]
 pub enum RootChanges {
     /// Into files of the snapshot, which the node sees.
-    #[default]
     Files,
     /// Onto a disk in the snapshot, which only the guest reads.
     Disk,
     /// Onto a disk where nobody makes an image of it: containers of Kubernetes pods.
+    #[default]
     Auto,
 }
 
