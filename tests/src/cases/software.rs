@@ -10,7 +10,8 @@ use crate::bundle::{self, Bundle};
 use crate::ensure_eq;
 use crate::failure::{Explain, Outcome};
 
-/// A case that runs the script of its name and expects what it says; `volume`: in a directory of the host.
+/// A case that runs the script of its name and expects what it says; `volume`: in a directory of the host; `on a disk`: where
+/// Kubernetes pods have it.
 macro_rules! software {
     ($case:expr, $name:literal, $volume:literal, $said:expr) => {
         Case::new($case, |environment| {
@@ -25,23 +26,32 @@ macro_rules! software {
     ($name:literal on a volume, $said:expr) => {
         software!(concat!("software-", $name, "-on-a-volume"), $name, true, $said)
     };
+    ($name:literal on a disk, $said:expr) => {
+        software!(concat!("software-", $name, "-on-a-disk"), $name, false, $said).with_changes_on_disk()
+    };
 }
 
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
     software!("dpkg", DPKG),
+    software!("dpkg" on a disk, DPKG),
     software!("git", GIT),
     software!("git" on a volume, GIT),
+    software!("git" on a disk, GIT),
     software!("sqlite", SQLITE),
     software!("sqlite" on a volume, SQLITE),
+    software!("sqlite" on a disk, SQLITE),
     software!("python", PYTHON),
     software!("python" on a volume, PYTHON),
+    software!("python" on a disk, PYTHON),
     software!("node", "http ok\nwatch rename x\nworker 42\n"),
     software!("java", "1\n500500\n8192 true\n77\n200000000\n"),
     software!("postgres", POSTGRES),
     software!("postgres" on a volume, POSTGRES),
+    software!("postgres" on a disk, POSTGRES),
     software!("trees", TREES),
     software!("trees" on a volume, TREES),
+    software!("trees" on a disk, TREES),
 ];
 
 const DPKG: &str = "configured\n202\n2\n??5??????   /usr/share/p/f9\n\
