@@ -1,11 +1,12 @@
 //! The loop of a worker: one packet in, one packet out.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixDatagram;
 
 use bulkhead_vmm_protocol::MAX_FUSE_MESSAGE;
 use bulkhead_vmm_protocol::fuse::{IN_HEADER, is_silent, opcode};
+use bulkhead_vmm_protocol::loan::Loan;
 use fuse_backend_rs::api::server;
 use fuse_backend_rs::transport::{self, FuseBuf, FuseDevWriter, Reader};
 
@@ -78,6 +79,10 @@ impl Server {
                     self.tree.clear();
                     self.send(&init::answer(request, header.unique))
                 }
+                opcode::READ | opcode::WRITE => {
+                    self.lend(header.node, u64_at(request, IN_HEADER).unwrap_or(0));
+                    self.serve_by_library(header, request, reply)
+                }
                 opcode::COPY_FILE_RANGE => self.send(&self.copy_range(request, header)),
                 opcode::TMPFILE => {
                     // The library does not know it: `create` does, by what stands for the name.
@@ -86,6 +91,14 @@ impl Server {
                 }
                 _ => self.serve_by_library(header, request, reply),
             },
+        }
+    }
+
+    /// Lends the VMM the file that is about to be read or written, if it should be. A loan that fails costs nothing but time: the
+    /// VMM goes on asking.
+    fn lend(&self, node: u64, handle: u64) {
+        if let Some(open) = self.tree.to_lend(node, handle) {
+            let _ = Loan { node, handle }.send(&self.socket, open.file.as_fd());
         }
     }
 

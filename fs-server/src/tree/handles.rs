@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::{Errno, Result};
@@ -17,6 +17,8 @@ pub struct Handle {
     /// Where a directory's position is, if known. Held while the position of a directory, or of a file for `lseek`, is
     /// used.
     position: Mutex<Option<u64>>,
+    /// How often it was read from or written to.
+    transfers: AtomicU32,
 }
 
 /// All open files and directories. Handle numbers are never used twice.
@@ -44,7 +46,7 @@ impl Handles {
             return Err(Errno::NFILE);
         }
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        open.insert(number, Arc::new(Handle { node, file, position: Mutex::new(Some(0)) }));
+        open.insert(number, Arc::new(Handle::new(node, file)));
         Ok(number)
     }
 
@@ -79,6 +81,15 @@ impl Handles {
 }
 
 impl Handle {
+    fn new(node: u64, file: File) -> Handle {
+        Handle { node, file, position: Mutex::new(Some(0)), transfers: AtomicU32::new(0) }
+    }
+
+    /// Counts another transfer; tells how many there were before it.
+    pub fn count_transfer(&self) -> u32 {
+        self.transfers.fetch_add(1, Ordering::Relaxed)
+    }
+
     /// Exclusive use of the file's position.
     pub fn lock_position(&self) -> MutexGuard<'_, Option<u64>> {
         self.position.lock().unwrap_or_else(PoisonError::into_inner)

@@ -25,6 +25,7 @@ mod xattrs;
 use std::ffi::CStr;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_vmm_protocol::{roots, view_number};
@@ -33,7 +34,7 @@ use rustix::fs::{FileType, OFlags, copy_file_range};
 use rustix::io::{Errno, Result};
 
 use crossings::Crossings;
-use handles::Handles;
+use handles::{Handle, Handles};
 use host::{Attributes, OwnFds, may_enter, open_entry};
 use inodes::{Inode, Inodes, Place};
 use mounts::{Mounts, Sharing};
@@ -101,6 +102,21 @@ impl SharedTree {
     pub fn clear(&self) {
         self.handles.clear();
         self.inodes.clear();
+    }
+
+    /// Counts a read or write of an open file. The second one gives the file, if the VMM may do the others by itself: of what only
+    /// the pod changes, where nobody else's disk makes a read wait, and without set-id bits, which need attention at each
+    /// write.
+    pub fn to_lend(&self, node: u64, handle: u64) -> Option<Arc<Handle>> {
+        let open = self.handles.get(handle, node).ok()?;
+        if open.count_transfer() != 1 {
+            return None;
+        }
+        let inode = self.inodes.get(node).ok()?;
+        let is_lent = inode.kind == FileType::RegularFile
+            && inode.mount.sharing.is_guest_only()
+            && !inode.has_set_id();
+        is_lent.then_some(open)
     }
 
     /// Copies inside the host, as far as one system call goes; tells how many bytes.

@@ -1,6 +1,8 @@
 //! A file server started as the shim starts it, and a client that speaks FUSE to it by hand.
 
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::cell::RefCell;
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -8,9 +10,10 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 pub use bulkhead_vmm_protocol::fuse::opcode as op;
+use bulkhead_vmm_protocol::loan::{self, Loan};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
 
 /// The node id of the shared directory.
 pub const ROOT: u64 = 1;
@@ -128,6 +131,8 @@ pub struct Fuse {
     unique: u64,
     /// Ids in the header of each request.
     pub ids: (u32, u32),
+    /// What the server has lent so far.
+    pub lent: RefCell<Vec<(Loan, File)>>,
 }
 
 /// What a lookup tells.
@@ -154,7 +159,7 @@ impl Fuse {
         let socket = UnixDatagram::from(socket);
         socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         socket.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
-        Fuse { socket, unique: 0, ids: (0, 0) }
+        Fuse { socket, unique: 0, ids: (0, 0), lent: RefCell::default() }
     }
 
     /// A whole request.
@@ -176,12 +181,20 @@ impl Fuse {
         self.socket.send(packet).unwrap();
     }
 
-    /// The next reply: its `unique`, and body or errno.
+    /// The next reply: its `unique`, and body or errno. Files that are lent before it are kept.
     pub fn receive(&self) -> (u64, Result<Vec<u8>, i32>) {
         let mut reply = vec![0; 256 * 1024];
-        let length = self.socket.recv(&mut reply).expect("a reply within the time limit");
-        assert!(length > 0, "the file server is gone");
-        reply.truncate(length);
+        loop {
+            recv(self.socket.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK).expect("a reply within the time limit");
+            let (length, file) = loan::receive(&self.socket, &mut reply).unwrap();
+            assert!(length > 0, "the file server is gone");
+            let Some(file) = file else {
+                reply.truncate(length);
+                break;
+            };
+            self.lent.borrow_mut().push((Loan::parse(&reply[..length]).unwrap(), file.into()));
+        }
+        let length = reply.len();
         assert_eq!(u32_at(&reply, 0) as usize, length, "the header's length is the packet's");
         let error = u32_at(&reply, 4) as i32;
         let body = reply.split_off(16);

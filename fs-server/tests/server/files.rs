@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 
 use crate::client::{ROOT, Server, bytes, entry, mount_tmpfs, name_bytes, op, read_body, u32_at, u64_at};
 use nix::mount::{MsFlags, mount, umount2};
@@ -26,6 +26,39 @@ fn what_is_written_is_read_and_on_the_host() {
     assert_eq!(fs::read(server.path("c1/rootfs/f")).unwrap().len(), 128 * 1024 + 3);
     server.fuse.release(file.node, handle).unwrap();
     assert_eq!(server.fuse.read(file.node, handle, 0, 1), Err(libc::EBADF));
+    server.assert_alive();
+}
+
+#[test]
+fn files_of_a_root_are_lent_at_their_second_use() {
+    let mut server = Server::start();
+    for (directory, mode, lent) in [("c1/rootfs", 0o600, 1), ("c1/rootfs", 0o4600, 0), ("c1/mounts/0", 0o600, 0)] {
+        let parent = server.node(directory);
+        let name = format!("f{mode:o}");
+        let (file, handle) = server.fuse.create(parent, &name, libc::O_RDWR, mode).unwrap();
+        server.fuse.lent.borrow_mut().clear();
+        server.fuse.write(file.node, handle, 0, b"first", 0).unwrap();
+        assert_eq!(server.fuse.lent.borrow().len(), 0);
+        for _ in 0..3 {
+            assert_eq!(server.fuse.read(file.node, handle, 0, 100).unwrap(), b"first");
+        }
+        let loans = server.fuse.lent.take();
+        assert_eq!(loans.len(), lent, "{directory} {mode:o}");
+        for (loan, open) in loans {
+            assert_eq!((loan.node, loan.handle), (file.node, handle));
+            open.write_all_at(b"by the other end", 0).unwrap();
+            assert_eq!(server.fuse.read(file.node, handle, 0, 100).unwrap(), b"by the other end");
+        }
+    }
+    // No other file's handle, and no directory.
+    let rootfs = server.rootfs();
+    let listed = server.fuse.opendir(rootfs).unwrap();
+    for (node, handle) in [(rootfs, listed), (rootfs, 1 << 40)] {
+        for _ in 0..3 {
+            assert!(server.fuse.read(node, handle, 0, 100).is_err());
+        }
+    }
+    assert_eq!(server.fuse.lent.borrow().len(), 0);
     server.assert_alive();
 }
 

@@ -1,22 +1,25 @@
 //! One end of the control socket: packets of JSON with file descriptors.
 
-use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
-use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
-    setsockopt, socketpair, sockopt,
-};
+use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, socketpair};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+use crate::packet::{self, Received};
 
 /// The largest packet, in bytes.
 pub const MAX_PACKET: usize = 64 * 1024;
 
 /// The most descriptors beside one packet.
 pub const MAX_FDS: usize = crate::MAX_PARTS;
+
+/// Bytes that the kernel takes for as many descriptors.
+const SPACE: usize = rustix::cmsg_space!(ScmRights(MAX_FDS));
 
 /// One end of a control socket.
 ///
@@ -67,20 +70,18 @@ pub enum ChannelError {
 impl Channel {
     /// Creates a connected pair, both ends close-on-exec.
     pub fn pair() -> Result<(Channel, Channel), ChannelError> {
-        let (one, other) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        let kind = SocketType::SEQPACKET;
+        let (one, other) = socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)
             .map_err(ChannelError::Create)?;
         Ok((Channel { socket: one }, Channel { socket: other }))
     }
 
     /// Bounds every later [`Channel::send`] and [`Channel::receive`]; `None` waits for ever.
     pub fn set_timeout(&self, limit: Option<Duration>) -> Result<(), ChannelError> {
-        let limit = limit.unwrap_or_default();
-        let value = nix::sys::time::TimeVal::new(
-            limit.as_secs().try_into().unwrap_or(i64::MAX),
-            limit.subsec_micros().into(),
-        );
-        setsockopt(&self.socket, sockopt::ReceiveTimeout, &value).map_err(ChannelError::TimeLimit)?;
-        setsockopt(&self.socket, sockopt::SendTimeout, &value).map_err(ChannelError::TimeLimit)
+        for timeout in [Timeout::Recv, Timeout::Send] {
+            set_socket_timeout(&self.socket, timeout, limit).map_err(ChannelError::TimeLimit)?;
+        }
+        Ok(())
     }
 
     /// Sends one message with its descriptors.
@@ -89,22 +90,12 @@ impl Channel {
         if bytes.len() > MAX_PACKET || fds.len() > MAX_FDS {
             return Err(ChannelError::TooLarge);
         }
-        let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        let rights = [ControlMessage::ScmRights(&raw)];
-        let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
         loop {
-            let sent = sendmsg::<()>(
-                self.socket.as_raw_fd(),
-                &[IoSlice::new(&bytes)],
-                control,
-                MsgFlags::MSG_NOSIGNAL,
-                None,
-            );
-            match sent {
-                Ok(_) => return Ok(()),
-                Err(Errno::EINTR) => continue,
-                Err(Errno::EAGAIN) => return Err(ChannelError::TimedOut),
-                Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(ChannelError::Closed),
+            match packet::send(&self.socket, &bytes, fds, &mut [MaybeUninit::uninit(); SPACE]) {
+                Ok(()) => return Ok(()),
+                Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) => return Err(ChannelError::TimedOut),
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(ChannelError::Closed),
                 Err(errno) => return Err(ChannelError::Send(errno)),
             }
         }
@@ -113,31 +104,20 @@ impl Channel {
     /// Receives one message with its descriptors.
     pub fn receive<M: DeserializeOwned>(&self) -> Result<Packet<M>, ChannelError> {
         let mut bytes = vec![0; MAX_PACKET];
-        let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
         let mut reset = false;
-        let (length, fds, truncated) = loop {
-            let mut slices = [IoSliceMut::new(&mut bytes)];
-            let received = recvmsg::<()>(
-                self.socket.as_raw_fd(),
-                &mut slices,
-                Some(&mut space),
-                MsgFlags::MSG_CMSG_CLOEXEC,
-            );
-            match received {
-                Ok(received) => {
-                    let fds = take_fds(&received);
-                    let cut = received.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
-                    break (received.bytes, fds, cut);
-                }
-                Err(Errno::EINTR) => continue,
-                Err(Errno::EAGAIN) => return Err(ChannelError::TimedOut),
+        let Received { length, fds, cut } = loop {
+            let mut space = [MaybeUninit::uninit(); SPACE];
+            match packet::receive(&self.socket, &mut bytes, &mut space, RecvFlags::empty()) {
+                Ok(received) => break received,
+                Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) => return Err(ChannelError::TimedOut),
                 // Told once by an end that closed without having read everything; what it had sent is still to be read.
-                Err(Errno::ECONNRESET) if !reset => reset = true,
-                Err(Errno::ECONNRESET) => return Err(ChannelError::Closed),
+                Err(Errno::CONNRESET) if !reset => reset = true,
+                Err(Errno::CONNRESET) => return Err(ChannelError::Closed),
                 Err(errno) => return Err(ChannelError::Receive(errno)),
             }
         };
-        if truncated {
+        if cut || fds.len() > MAX_FDS {
             return Err(ChannelError::TooLarge);
         }
         if length == 0 {
@@ -146,18 +126,6 @@ impl Channel {
         let message = serde_json::from_slice(&bytes[..length]).map_err(ChannelError::Malformed)?;
         Ok(Packet { message, fds })
     }
-}
-
-fn take_fds(received: &nix::sys::socket::RecvMsg<'_, '_, ()>) -> Vec<OwnedFd> {
-    let mut fds = Vec::new();
-    // The only error is a truncated control buffer; the caller refuses such a packet by its flags.
-    for message in received.cmsgs().into_iter().flatten() {
-        if let ControlMessageOwned::ScmRights(raw) = message {
-            // SAFETY: the kernel installed these descriptors for us in this very call; nobody else owns them.
-            fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-        }
-    }
-    fds
 }
 
 impl From<OwnedFd> for Channel {
@@ -251,6 +219,17 @@ mod tests {
         assert!(matches!(shim.receive::<FromVmm>(), Err(ChannelError::Malformed(_))));
 
         // Only when the received copy is closed as well does the pipe end.
+        assert_eq!(reader.read(&mut [0; 1]).unwrap(), 0);
+    }
+
+    #[test]
+    fn too_many_descriptors_are_refused_and_closed() {
+        let (shim, vmm) = Channel::pair().unwrap();
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS + 9))];
+        packet::send(&vmm, b"1", &vec![writer.as_fd(); MAX_FDS + 9], &mut space).unwrap();
+        drop(writer);
+        assert!(matches!(shim.receive::<u32>(), Err(ChannelError::TooLarge)));
         assert_eq!(reader.read(&mut [0; 1]).unwrap(), 0);
     }
 

@@ -12,7 +12,9 @@ mod channel;
 mod config;
 mod file_systems;
 pub mod fuse;
+pub mod loan;
 mod message;
+mod packet;
 pub mod roots;
 mod view;
 
@@ -34,7 +36,7 @@ pub const CONTROL_FD: i32 = 3;
 /// The descriptor number at which the file server finds its end of the FUSE socket.
 ///
 /// That socket is `SOCK_SEQPACKET` too: one packet is one FUSE request from the guest (header and payload, at most
-/// [`MAX_FUSE_MESSAGE`] bytes), or one FUSE reply to it, matched by the `unique` field of the FUSE header.
+/// [`MAX_FUSE_MESSAGE`] bytes), or one FUSE reply to it, matched by the `unique` field of the FUSE header, or a [`loan`].
 pub const FUSE_FD: i32 = 3;
 
 /// The largest FUSE message on the file server's socket, in bytes: 128 KiB of data and room for headers.

@@ -8,6 +8,7 @@ use bulkhead_vmm_protocol::fuse::{IN_HEADER, OUT_HEADER};
 use event_manager::EventSet;
 use log::{debug, error};
 
+use super::loans::Loans;
 use super::message::{ReplyHeader, RequestHeader};
 use super::server::{Received, Sent, Server};
 use crate::devices::{
@@ -32,6 +33,7 @@ pub struct FileSystem {
     config: Arc<ConfigSpace>,
     /// `None` once the file server is gone: every request fails from then on.
     server: Option<Server>,
+    loans: Loans,
     requests: InFlight,
     /// The queues whose next request the socket had no room for.
     blocked: [bool; QUEUE_SIZES.len()],
@@ -52,6 +54,7 @@ impl FileSystem {
         Ok(FileSystem {
             config: Arc::new(ConfigSpace::new(config)),
             server: Some(Server::new(server)),
+            loans: Loans::default(),
             requests: InFlight::default(),
             blocked: [false; QUEUE_SIZES.len()],
             watching_room: false,
@@ -98,7 +101,7 @@ impl FileSystem {
         Ok(progress)
     }
 
-    /// Passes one request on to the server.
+    /// Serves one request from a file that is lent, or passes it on to the server.
     fn forward(&mut self, chain: &Chain) -> Result<Forwarded, DeviceFault> {
         let mut reader = chain.reader();
         let available = reader.remaining();
@@ -118,6 +121,10 @@ impl FileSystem {
             Ok(Forwarded::Done(OUT_HEADER as u32))
         };
         let Some(server) = &self.server else { return fail(libc::EIO) };
+        if let Some(written) = self.loans.serve(&header, reader.clone(), chain.writer())? {
+            return Ok(Forwarded::Done(written));
+        }
+        self.loans.before(&header, reader.clone())?;
         let tag = self.requests.next_tag();
         match server.send(&header.with_unique(tag), &mut reader)? {
             Sent::Yes if header.is_silent() => Ok(Forwarded::Done(0)),
@@ -144,6 +151,7 @@ impl FileSystem {
                         completed[queue] = true;
                     }
                 }
+                Received::Lent(loan, file) => self.loans.take(loan, file),
                 Received::TooLong => debug!("the file server sent a packet that is too long"),
                 Received::Gone => self.lose_server(active, events)?,
             }
@@ -200,6 +208,7 @@ impl FileSystem {
     fn drop_server(&mut self, events: &mut DeviceEvents<'_, '_>) -> Result<(), DeviceFault> {
         if let Some(server) = self.server.take() {
             error!("the file server is gone: the guest's shared files fail from here on");
+            self.loans.clear();
             events.remove(server.as_fd())?;
         }
         Ok(())
@@ -375,7 +384,7 @@ impl VirtioDevice for FileSystem {
                 match server.receive() {
                     Received::Gone => self.drop_server(events)?,
                     Received::WouldBlock => break,
-                    Received::Packet(_) | Received::TooLong => {}
+                    Received::Packet(_) | Received::Lent(..) | Received::TooLong => {}
                 }
             }
             return Ok(());
@@ -398,6 +407,7 @@ impl VirtioDevice for FileSystem {
     fn reset(&mut self, events: &mut DeviceEvents<'_, '_>) {
         // Dropped requests: their replies will find nobody.
         self.requests.take_all().for_each(drop);
+        self.loans.clear();
         self.blocked = [false; QUEUE_SIZES.len()];
         // It was watched, so this can't fail; and there is nobody to tell.
         let _ = self.watch(events);

@@ -30,9 +30,19 @@ impl RequestHeader {
         self.bytes
     }
 
+    /// What is asked for; see [`fuse::opcode`].
+    pub fn opcode(&self) -> u32 {
+        self.u32_at(4)
+    }
+
+    /// The node id it is about.
+    pub fn node(&self) -> u64 {
+        u64::from(self.u32_at(16)) | u64::from(self.u32_at(20)) << 32
+    }
+
     /// Whether there is no reply to such a request.
     pub fn is_silent(&self) -> bool {
-        fuse::is_silent(self.u32_at(4))
+        fuse::is_silent(self.opcode())
     }
 
     fn u32_at(&self, at: usize) -> u32 {

@@ -1,9 +1,11 @@
 //! The socket to the file server.
 
+use std::fs::File;
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use bulkhead_vmm_protocol::MAX_FUSE_MESSAGE;
+use bulkhead_vmm_protocol::loan::{self, Loan};
 
 use crate::devices::chain::IoFault;
 use crate::devices::{ChainReader, MemoryFault};
@@ -30,10 +32,12 @@ pub enum Sent {
 }
 
 /// What came from the server.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Received<'a> {
     /// A packet.
     Packet(&'a [u8]),
+    /// A file to use instead of asking.
+    Lent(Loan, File),
     /// A packet that is too long for any reply.
     TooLong,
     /// Nothing now.
@@ -63,14 +67,17 @@ impl Server {
 
     /// Takes the next packet, if there is one.
     pub fn receive(&mut self) -> Received<'_> {
-        let (buffer, size) = (self.reply.as_mut_ptr().cast(), self.reply.len());
-        // SAFETY: pointer and length are those of a live, exclusive buffer.
-        let length = unsafe { libc::recv(self.socket.as_raw_fd(), buffer, size, libc::MSG_DONTWAIT) };
-        match usize::try_from(length) {
-            Ok(0) => Received::Gone,
-            Ok(length) if length > MAX_FUSE_MESSAGE => Received::TooLong,
-            Ok(length) => Received::Packet(&self.reply[..length]),
-            Err(_) => match io::Error::last_os_error().kind() {
+        match loan::receive(&self.socket, &mut self.reply) {
+            Ok((0, _)) => Received::Gone,
+            Ok((length, _)) if length > MAX_FUSE_MESSAGE => Received::TooLong,
+            Ok((length, file)) => {
+                let packet = &self.reply[..length];
+                match file.zip(Loan::parse(packet)) {
+                    Some((file, loan)) => Received::Lent(loan, file.into()),
+                    None => Received::Packet(packet),
+                }
+            }
+            Err(errno) => match io::Error::from(errno).kind() {
                 ErrorKind::WouldBlock | ErrorKind::Interrupted => Received::WouldBlock,
                 _ => Received::Gone,
             },

@@ -1,11 +1,14 @@
 //! The device between a guest and a file server, either of which may be hostile.
 
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixDatagram;
 
 use bulkhead_vmm_protocol::MAX_FUSE_MESSAGE;
-use bulkhead_vmm_protocol::fuse::opcode::{FORGET, LOOKUP};
+use bulkhead_vmm_protocol::fuse::opcode::{FORGET, LOOKUP, READ, RELEASE, SETATTR, WRITE};
 use bulkhead_vmm_protocol::fuse::{IN_HEADER, OUT_HEADER};
+use bulkhead_vmm_protocol::loan::Loan;
+use vmm_sys_util::tempfile::TempFile;
 
 use super::FileSystem;
 use super::message::ReplyHeader;
@@ -261,6 +264,123 @@ fn replies_from_before_a_reset_are_dropped() {
     guest.reply(tag, &[]);
     let (_, length) = guest.driver.take_used(REQUESTS).unwrap();
     assert_eq!(guest.read_reply(length).0.unique, 2);
+}
+
+/// The handle of the file that a test lends; its node id is 0, as in all requests here.
+const HANDLE: u64 = 7;
+
+/// `struct fuse_read_in`, or `struct fuse_write_in` with as many zeroes.
+fn transfer(handle: u64, offset: u64, size: u32, flags: u32) -> Vec<u8> {
+    let mut body = [handle.to_le_bytes(), offset.to_le_bytes()].concat();
+    for field in [size, 0, 0, 0, flags, 0] {
+        body.extend(field.to_le_bytes());
+    }
+    body
+}
+
+impl Guest {
+    fn lend(&mut self, content: &[u8]) -> TempFile {
+        let file = TempFile::new().unwrap();
+        file.as_file().write_all_at(content, 0).unwrap();
+        Loan { node: 0, handle: HANDLE }.send(&self.server, file.as_file().as_fd()).unwrap();
+        self.driver.run();
+        file
+    }
+
+    /// A request of which the reply's buffers are cut at an odd place; the reply if the device made it.
+    fn ask(&mut self, opcode: u32, body: &[u8], room: u32) -> Option<(ReplyHeader, Vec<u8>)> {
+        let request = self.write_request(BUFFERS, opcode, 77, body);
+        let reply = [writable(REPLIES, 19), writable(REPLIES + 19, room - 3)];
+        let length = self.driver.request(REQUESTS, &[request, reply[0], reply[1]])?;
+        Some(self.read_reply(length))
+    }
+}
+
+#[test]
+fn what_is_lent_is_read_and_written_without_the_server() {
+    let mut guest = Guest::new();
+    let content: Vec<u8> = (0..100_000u32).map(|n| (n % 251) as u8).collect();
+    let file = guest.lend(&content);
+    let (header, data) = guest.ask(READ, &transfer(HANDLE, 10, 50_000, 0), 60_000).unwrap();
+    assert_eq!((header.unique, header.error), (77, 0));
+    assert!(data == content[10..50_010]);
+    for (offset, size, room, length) in
+        [(99_990, 4096, 5000, 10), (100_000, 4096, 5000, 0), (0, 4096, 100, 100), (0, u32::MAX, 4096, 4096)]
+    {
+        let (header, data) = guest.ask(READ, &transfer(HANDLE, offset, size, 0), room).unwrap();
+        assert_eq!((header.error, data.len()), (0, length), "{offset} {size} {room}");
+    }
+    let body = [transfer(HANDLE, 99_998, 5, 0), b"12345".to_vec()].concat();
+    let (header, written) = guest.ask(WRITE, &body, 8).unwrap();
+    assert_eq!((header.error, written), (0, 5u64.to_le_bytes().to_vec()));
+    let mut end = [0; 5];
+    file.as_file().read_exact_at(&mut end, 99_998).unwrap();
+    assert_eq!(&end, b"12345");
+    let (header, _) = guest.ask(READ, &transfer(HANDLE, u64::MAX, 5, 0), 100).unwrap();
+    assert_eq!(header.error, -libc::EINVAL);
+    assert_eq!(guest.serve(), None, "nobody asked the server");
+    assert!(!guest.driver.needs_reset());
+}
+
+#[test]
+fn what_the_device_must_not_do_itself_goes_to_the_server() {
+    let append = [transfer(HANDLE, 0, 1, libc::O_APPEND as u32), vec![1]].concat();
+    let longer = [transfer(HANDLE, 0, 1, 0), vec![1; 2]].concat();
+    let after = [transfer(HANDLE, 0, 1, 0), vec![1; 8]].concat();
+    let whole = [transfer(HANDLE, 0, 1, 0), vec![1]].concat();
+    for (opcode, body, room) in [
+        (READ, &transfer(HANDLE + 1, 0, 100, 0), 100),
+        (READ, &after, 100),
+        (READ, &transfer(HANDLE, 0, 100, 0)[..32].to_vec(), 100),
+        (WRITE, &append, 100),
+        (WRITE, &longer, 100),
+        (WRITE, &whole, 7),
+        (LOOKUP, &transfer(HANDLE, 0, 100, 0), 100),
+    ] {
+        let mut guest = Guest::new();
+        let _file = guest.lend(b"content");
+        assert_eq!(guest.ask(opcode, body, room), None, "{opcode} {body:?}");
+        assert_eq!(guest.serve().unwrap().1, *body);
+    }
+}
+
+#[test]
+fn a_loan_ends() {
+    let mode = [1u32.to_le_bytes().to_vec(), vec![0; 84]].concat();
+    let times = [0x30u32.to_le_bytes().to_vec(), vec![0; 84]].concat();
+    let release = |handle: u64| [handle.to_le_bytes().to_vec(), vec![0; 16]].concat();
+    for (opcode, body, ends) in [
+        (RELEASE, release(HANDLE), true),
+        (RELEASE, release(HANDLE + 1), false),
+        (SETATTR, mode, true),
+        (SETATTR, times, false),
+        (26, vec![0; 64], true),
+    ] {
+        let mut guest = Guest::new();
+        let _file = guest.lend(b"content");
+        assert_eq!(guest.ask(opcode, &body, 200), None);
+        guest.serve().unwrap();
+        let reply = writable(REPLIES + 4096, 100);
+        let request = guest.write_request(BUFFERS + 4096, READ, 78, &transfer(HANDLE, 0, 7, 0));
+        let served = guest.driver.request(REQUESTS, &[request, reply]).is_some();
+        assert_eq!(served, !ends, "{opcode} {body:?}");
+    }
+    let mut guest = Guest::new();
+    let _file = guest.lend(b"content");
+    guest.driver.restart();
+    assert_eq!(guest.ask(READ, &transfer(HANDLE, 0, 7, 0), 100), None);
+}
+
+#[test]
+fn the_oldest_loan_goes_for_another() {
+    let mut guest = Guest::new();
+    let file = guest.lend(b"content");
+    for handle in 1000..1128 {
+        Loan { node: 0, handle }.send(&guest.server, file.as_file().as_fd()).unwrap();
+        guest.driver.run();
+    }
+    assert!(guest.ask(READ, &transfer(1000, 0, 7, 0), 100).is_some());
+    assert_eq!(guest.ask(READ, &transfer(HANDLE, 0, 7, 0), 100), None);
 }
 
 #[test]
