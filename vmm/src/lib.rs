@@ -14,6 +14,7 @@ pub mod control;
 pub mod cpu;
 pub mod device_loop;
 pub mod devices;
+mod growth;
 pub mod ioapic;
 pub mod layout;
 pub mod logger;

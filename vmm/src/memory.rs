@@ -138,7 +138,7 @@ fn map_private(file: &File, offset: usize, size: usize) -> Result<*mut u8, Memor
         if mapped != place {
             return Err(MemoryError::Map { bytes: length, source: io::Error::last_os_error() });
         }
-        // Guests that are restored are small, and many: a huge page is mostly not theirs.
+        // Guests that are restored are small, and many; see `growth`.
         // SAFETY: the mapping that was just made. Kernels without huge pages refuse, which changes nothing.
         unsafe { libc::madvise(place, length, libc::MADV_NOHUGEPAGE) };
     }

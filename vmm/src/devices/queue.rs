@@ -15,6 +15,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::DeviceFault;
 use super::chain::{Chain, Place};
 use super::slot::DeviceSlot;
+use crate::growth;
 use crate::memory::SharedRam;
 
 /// What the driver wrote to a queue's registers: plain data.
@@ -206,7 +207,9 @@ impl Virtqueue {
         chains: impl Iterator<Item = (Chain, u32)>,
     ) -> Result<(), QueueFault> {
         let mut next = self.ring.as_ref().map_or(0, QueueT::next_used);
+        let mut moved = 0;
         for (chain, written) in chains {
+            moved += chain.readable_len() as u64 + u64::from(written);
             if let Some(ring) = &self.ring {
                 let entry = ring.used_ring() + 4 + 8 * u64::from(next % ring.size());
                 let element = u64::from(chain.head()) | u64::from(written) << 32;
@@ -215,6 +218,7 @@ impl Virtqueue {
             }
             self.release(chain);
         }
+        growth::moved(&self.ram, moved);
         let Some(ring) = &mut self.ring else { return Ok(()) };
         ring.set_next_used(next);
         self.ram
