@@ -37,11 +37,14 @@ fn main() {
     let shared = prepare(Path::new(busybox));
     let (fuse_vmm, fuse_server) =
         socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+    let (_no_roots, roots_server) = UnixStream::pair().unwrap();
     let (control, control_vmm) = Channel::pair().unwrap();
-    let mut file_server = spawn(fs_server, &[], &fuse_server, &shared);
+    let mut file_server =
+        spawn(fs_server, &[], &[fuse_server.as_raw_fd(), roots_server.as_raw_fd()], &shared);
     drop(fuse_server);
     let control_vmm = OwnedFd::from(control_vmm);
-    let mut machine = spawn(vmm, &["--uid", "65534", "--gid", "65534"], &control_vmm, Path::new("/"));
+    let mut machine =
+        spawn(vmm, &["--uid", "65534", "--gid", "65534"], &[control_vmm.as_raw_fd()], Path::new("/"));
     drop(control_vmm);
 
     let (report, report_vmm) = UnixStream::pair().unwrap();
@@ -128,16 +131,21 @@ fn prepare(busybox: &Path) -> PathBuf {
 }
 
 /// Starts a program with a socket as descriptor 3.
-fn spawn(program: &str, arguments: &[&str], socket: &OwnedFd, directory: &Path) -> Child {
+fn spawn(program: &str, arguments: &[&str], sockets: &[RawFd], directory: &Path) -> Child {
     let program = fs::canonicalize(program).unwrap();
     let mut command = Command::new(program);
     command.args(arguments).current_dir(directory).env_clear().stdin(Stdio::null()).stdout(Stdio::null());
-    let fd: RawFd = socket.as_raw_fd();
+    let sockets = sockets.to_vec();
     // SAFETY: only system calls between fork and exec.
     unsafe {
         command.pre_exec(move || {
-            let result = if fd == 3 { libc::fcntl(fd, libc::F_SETFD, 0) } else { libc::dup2(fd, 3) };
-            if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+            for (socket, place) in sockets.iter().zip(3..) {
+                let moved = libc::fcntl(*socket, libc::F_DUPFD_CLOEXEC, 100);
+                if libc::dup2(moved, place) < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
+            Ok(())
         })
     };
     command.spawn().unwrap()
@@ -158,7 +166,7 @@ fn boot(control: &Channel, kernel: &str, image: &str, fuse: OwnedFd, report: Own
             read_only: true,
             serial: "image".into(),
         }],
-        fs: Some(FsConfig { server: pass(fuse), tag: "shared".into() }),
+        fs: vec![FsConfig { server: pass(fuse), tag: "shared".into() }],
         vsock: VsockConfig {
             guest_cid: 3,
             guest_streams: vec![GuestStream { port: 1024, stream: pass(report) }],

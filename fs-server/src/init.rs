@@ -6,6 +6,7 @@ use bulkhead_vmm_protocol::MAX_FUSE_MESSAGE;
 use bulkhead_vmm_protocol::fuse::IN_HEADER;
 
 use crate::reply;
+use crate::server::Session;
 use bulkhead_fs::message::u32_at;
 
 const MAJOR: u32 = 7;
@@ -23,11 +24,18 @@ const _: () = assert!(MAX_PAGES as u32 * 4096 == MAX_DATA);
 const MAX_BACKGROUND: u16 = 64;
 const CONGESTION: u16 = 48;
 
-/// The options of `enum` `FUSE_*` that are wanted if offered.
+/// The options of `enum` `FUSE_*` that are wanted in a session if offered.
+fn options(session: Session) -> u32 {
+    match session {
+        Session::Shared => OPTIONS | AUTO_INVAL_DATA | ATOMIC_O_TRUNC,
+        // There is nobody to tell that a file is opened to be truncated.
+        Session::Roots => OPTIONS | NO_OPEN_SUPPORT,
+    }
+}
+
+/// Those of every session.
 const OPTIONS: u32 = ASYNC_READ
-    | ATOMIC_O_TRUNC
     | BIG_WRITES
-    | AUTO_INVAL_DATA
     | DO_READDIRPLUS
     | READDIRPLUS_AUTO
     | ASYNC_DIO
@@ -45,6 +53,8 @@ const AUTO_INVAL_DATA: u32 = 1 << 12;
 const DO_READDIRPLUS: u32 = 1 << 13;
 const READDIRPLUS_AUTO: u32 = 1 << 14;
 const ASYNC_DIO: u32 = 1 << 15;
+/// Files need not be opened: `ENOSYS` says so.
+const NO_OPEN_SUPPORT: u32 = 1 << 17;
 const PARALLEL_DIROPS: u32 = 1 << 18;
 const MAX_PAGES_FIELD: u32 = 1 << 22;
 const CACHE_SYMLINKS: u32 = 1 << 23;
@@ -54,7 +64,7 @@ const SUBMOUNTS: u32 = 1 << 27;
 const HANDLE_KILLPRIV_V2: u32 = 1 << 28;
 
 /// Answers a checked `INIT` request.
-pub fn answer(packet: &[u8], unique: u64) -> Vec<u8> {
+pub fn answer(session: Session, packet: &[u8], unique: u64) -> Vec<u8> {
     let field = |index: usize| u32_at(packet, IN_HEADER + 4 * index).unwrap_or(0);
     let (major, minor, max_readahead, offered) = (field(0), field(1), field(2), field(3));
     if major < MAJOR || (major == MAJOR && minor < MINOR) {
@@ -65,7 +75,7 @@ pub fn answer(packet: &[u8], unique: u64) -> Vec<u8> {
     body.extend(MINOR.to_le_bytes());
     if major == MAJOR {
         body.extend(max_readahead.to_le_bytes());
-        body.extend((offered & OPTIONS).to_le_bytes());
+        body.extend((offered & options(session)).to_le_bytes());
         body.extend(MAX_BACKGROUND.to_le_bytes());
         body.extend(CONGESTION.to_le_bytes());
         body.extend(MAX_DATA.to_le_bytes());
@@ -93,20 +103,20 @@ mod tests {
 
     #[test]
     fn only_offered_options_are_taken_and_messages_fit() {
-        let reply = answer(&init(7, 41, u32::MAX), 5);
+        let reply = answer(Session::Roots, &init(7, 41, u32::MAX), 5);
         assert_eq!(reply.len(), 80);
         assert_eq!(u64_at(&reply, 8), Some(5));
-        assert_eq!(u32_at(&reply, 28), Some(OPTIONS));
+        assert_eq!(u32_at(&reply, 28), Some(options(Session::Roots)));
         assert_eq!(u32_at(&reply, 36), Some(MAX_DATA));
-        let reply = answer(&init(7, 41, ASYNC_READ | 2), 5);
+        let reply = answer(Session::Roots, &init(7, 41, ASYNC_READ | 2), 5);
         assert_eq!(u32_at(&reply, 28), Some(ASYNC_READ));
     }
 
     #[test]
     fn old_versions_are_refused_and_newer_ones_told_ours() {
-        assert_eq!(answer(&init(7, 32, 0), 5), reply::error(5, libc::EPROTO));
-        assert_eq!(answer(&init(6, 99, 0), 5), reply::error(5, libc::EPROTO));
-        let reply = answer(&init(8, 0, u32::MAX), 5);
+        assert_eq!(answer(Session::Roots, &init(7, 32, 0), 5), reply::error(5, libc::EPROTO));
+        assert_eq!(answer(Session::Roots, &init(6, 99, 0), 5), reply::error(5, libc::EPROTO));
+        let reply = answer(Session::Roots, &init(8, 0, u32::MAX), 5);
         assert_eq!((u32_at(&reply, 16), u32_at(&reply, 28)), (Some(7), Some(0)));
     }
 }

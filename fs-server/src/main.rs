@@ -1,9 +1,9 @@
 //! The jailed file server behind virtio-fs.
 //!
-//! The shim starts it as root with the pod's shared directory (a mount point) as working directory and a
-//! `SOCK_SEQPACKET` socket at descriptor 3. It jails itself and answers the FUSE requests that the VMM takes from the
-//! guest, one packet each, until the socket is closed. It takes no arguments and no environment; what stops it early it
-//! says in one line on standard error.
+//! The shim starts it as root with the pod's shared directory (a mount point) as working directory and
+//! `SOCK_SEQPACKET` sockets at descriptors 3 and 4. It jails itself and answers the FUSE requests that the VMM takes from the
+//! guest, one packet each, until a socket is closed. By the second socket the guest has root file systems, which only it changes. It takes
+//! no arguments and no environment; what stops it early it says in one line on standard error.
 
 mod init;
 mod reply;
@@ -18,15 +18,15 @@ use std::{io, thread};
 use bulkhead_base::chain;
 use bulkhead_jail::{JailError, Limits, enter_file_server};
 use bulkhead_seccomp::{Filter, FilterError};
-use bulkhead_vmm_protocol::FUSE_FD;
+use bulkhead_vmm_protocol::{FUSE_FD, ROOTS_FD};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
-use server::{Server, ServerError};
+use server::{Server, ServerError, Session};
 use tree::SharedTree;
 
-/// Threads that serve requests. A request that waits for the disk holds up one of them.
+/// Threads that serve the requests of one socket. A request that waits for the disk holds up one of them.
 const WORKERS: usize = 4;
 
 /// Stack of a worker, in bytes.
@@ -56,13 +56,17 @@ enum FatalError {
     Filter(#[source] FilterError),
     #[error("can't open the shared directory")]
     Tree(#[source] rustix::io::Errno),
+    #[error("can't copy a descriptor")]
+    Descriptor(#[source] io::Error),
     #[error("can't start a worker")]
     Thread(#[source] io::Error),
     #[error("can't watch the mounts")]
     Watch(#[source] Errno),
     #[error("can't serve")]
     Server(#[source] ServerError),
-    #[error("it takes no arguments: start it in the shared directory, with the FUSE socket as descriptor 3")]
+    #[error(
+        "it takes no arguments: start it in the shared directory, with the FUSE sockets as descriptors 3 and 4"
+    )]
     Arguments,
 }
 
@@ -96,19 +100,25 @@ fn run() -> Result<(), FatalError> {
     let allowed = getrlimit(Resource::Nofile).maximum.unwrap_or(MAX_OPEN_FILES);
     let all = std::fs::read_to_string(ALL_OPEN_FILES).ok();
     let open_files = open_files(allowed, all.as_deref());
-    let own =
-        enter_file_server(FUSE_FD, &Limits { open_files, processes: PROCESSES }).map_err(FatalError::Jail)?;
+    let own = enter_file_server(ROOTS_FD, &Limits { open_files, processes: PROCESSES })
+        .map_err(FatalError::Jail)?;
 
-    // SAFETY: the shim put the socket there for us, nobody else in this process owns it.
-    let socket = UnixDatagram::from(unsafe { OwnedFd::from_raw_fd(FUSE_FD) });
-    let tree = SharedTree::new(own.own_fds, open_files as usize).map_err(FatalError::Tree)?;
-    let server = Server::new(socket, tree);
-    let shared = Arc::new((server, Barrier::new(WORKERS + 1)));
-    for _ in 1..WORKERS {
+    let serve = |fd, session| -> Result<Server, FatalError> {
+        // SAFETY: the shim put the socket there for us, nobody else in this process owns it.
+        let socket = UnixDatagram::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        let own_fds = own.own_fds.try_clone().map_err(FatalError::Descriptor)?;
+        let tree = SharedTree::new(own_fds, open_files as usize / 2, session == Session::Shared)
+            .map_err(FatalError::Tree)?;
+        Ok(Server::new(socket, tree, session))
+    };
+    let servers = [serve(FUSE_FD, Session::Shared)?, serve(ROOTS_FD, Session::Roots)?];
+    drop(own.own_fds);
+    let shared = Arc::new((servers, Barrier::new(2 * WORKERS + 1)));
+    for worker in 1..2 * WORKERS {
         let shared = shared.clone();
         thread::Builder::new()
             .stack_size(STACK)
-            .spawn(move || end(work(&shared, || Ok(()))))
+            .spawn(move || end(work(&shared, worker % 2, || Ok(()))))
             .map_err(FatalError::Thread)?;
     }
     let watched = shared.clone();
@@ -117,12 +127,13 @@ fn run() -> Result<(), FatalError> {
         .spawn(move || end(watch(&watched, &own.mount_table)))
         .map_err(FatalError::Thread)?;
     // One installation for all: the kernel takes its time over each.
-    work(&shared, || Filter::FsServer.install_on_all_threads().map_err(FatalError::Filter))
+    work(&shared, 0, || Filter::FsServer.install_on_all_threads().map_err(FatalError::Filter))
 }
 
-/// Serves requests. One of the workers is given what locks up all of them.
+/// Serves the requests of one of the sockets. One of the workers is given what locks up all of them.
 fn work(
-    (server, all): &(Server, Barrier),
+    (servers, all): &([Server; 2], Barrier),
+    socket: usize,
     lock_up: impl FnOnce() -> Result<(), FatalError>,
 ) -> Result<(), FatalError> {
     // The filter does not know the calls that the C library makes when a thread starts.
@@ -130,17 +141,17 @@ fn work(
     lock_up()?;
     // No request is looked at while a thread of the process may still call what it likes.
     all.wait();
-    server.run().map_err(FatalError::Server)
+    servers[socket].run().map_err(FatalError::Server)
 }
 
 /// Waits for changes of the mounts that the server sees, and lets go of what is mounted no more.
-fn watch((server, all): &(Server, Barrier), mount_table: &OwnedFd) -> Result<(), FatalError> {
+fn watch((servers, all): &([Server; 2], Barrier), mount_table: &OwnedFd) -> Result<(), FatalError> {
     all.wait();
     all.wait();
     loop {
         let mut table = [PollFd::new(mount_table, PollFlags::PRI)];
         match poll(&mut table, None) {
-            Ok(_) => server.tree().drop_unmounted(),
+            Ok(_) => servers.iter().for_each(|server| server.tree().drop_unmounted()),
             Err(Errno::INTR) => {}
             Err(errno) => return Err(FatalError::Watch(errno)),
         }

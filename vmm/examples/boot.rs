@@ -55,7 +55,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
                 Ok(BlockConfig { file: pass(file.into()), read_only: *read_only, serial: "disk".into() })
             })
             .collect::<Result<_, std::io::Error>>()?,
-        fs: None,
+        fs: Vec::new(),
         vsock: VsockConfig { guest_cid: 3, guest_streams: Vec::new() },
     };
     let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();

@@ -117,7 +117,7 @@ fn start(options: &Options, start: &Start, begin: Instant) -> Result<Vm, Box<dyn
             read_only: true,
             serial: "guest-image".into(),
         }],
-        fs: Some(FsConfig { server: pass(file_server_end.into()), tag: "shared".into() }),
+        fs: vec![FsConfig { server: pass(file_server_end.into()), tag: "shared".into() }],
         vsock: VsockConfig {
             guest_cid: 3,
             guest_streams: vec![GuestStream { port: AGENT_PORT, stream: pass(agent_end.into()) }],

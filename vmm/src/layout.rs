@@ -54,10 +54,10 @@ pub const IRQ_PINS: u32 = 24;
 pub const FIRST_IRQ: u32 = 9;
 /// Windows for devices that come while the machine runs; they follow those of the devices that it starts with.
 pub const DEVICE_SLOTS: usize = bulkhead_vmm_protocol::DEVICE_SLOTS as usize;
-/// A pin for one more device. It was that of sound cards, which kernels don't look for.
-const SPARE_IRQ: u32 = 5;
+/// Pins for two more devices. They were those of sound cards and printers, which kernels don't look for.
+const SPARE_IRQS: [u32; 2] = [5, 7];
 /// The most devices, those in slots included.
-pub const MAX_DEVICES: usize = (IRQ_PINS - FIRST_IRQ) as usize + 1;
+pub const MAX_DEVICES: usize = (IRQ_PINS - FIRST_IRQ) as usize + SPARE_IRQS.len();
 
 /// The port that the agent writes [`POWER_OFF`](bulkhead_base::guest::POWER_OFF) to.
 pub const POWER_PORT: u16 = 0x604;
@@ -76,13 +76,14 @@ pub const fn mmio_address(index: usize) -> u64 {
 /// Interrupt number of device number `index`.
 pub const fn irq(index: usize) -> u32 {
     let pin = FIRST_IRQ + index as u32;
-    if pin < IRQ_PINS { pin } else { SPARE_IRQ }
+    if pin < IRQ_PINS { pin } else { SPARE_IRQS[(pin - IRQ_PINS) as usize] }
 }
 
 /// The number of the device whose interrupt it is.
 pub const fn device_of(irq: u32) -> Option<usize> {
     match irq {
-        SPARE_IRQ => Some(MAX_DEVICES - 1),
+        _ if irq == SPARE_IRQS[0] => Some(MAX_DEVICES - 2),
+        _ if irq == SPARE_IRQS[1] => Some(MAX_DEVICES - 1),
         FIRST_IRQ.. => Some((irq - FIRST_IRQ) as usize),
         _ => None,
     }

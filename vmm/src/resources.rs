@@ -120,7 +120,7 @@ impl Resources {
         let (vsock, connector) =
             Vsock::new(config.vsock.guest_cid, streams).map_err(device_failed("vsock device"))?;
         devices.push(Box::new(vsock));
-        if let Some(fs) = &config.fs {
+        for fs in &config.fs {
             let server = fds.take(fs.server)?;
             devices.push(Box::new(
                 FileSystem::new(&fs.tag, server).map_err(device_failed("file system device"))?,

@@ -95,7 +95,7 @@ fn run(seed: u64, done: &mut Done) {
     assert_eq!(u64::from(boot.prepare.memory_mib), RAM >> 20);
     let (server, peer) = packets();
     let server = boot.pass(server);
-    boot.config.fs = Some(FsConfig { server, tag: "shared".into() });
+    boot.config.fs = vec![FsConfig { server, tag: "shared".into() }];
     let contents = vec![7; 64 << 10];
     let disk = File::from(boot.disk(&contents, false));
     let (vmm, reply) = boot.start();

@@ -50,7 +50,11 @@ impl SharedTree {
             let mut crossings = self.crossings.lock();
             gone.retain(|mount| crossings.get(mount).is_none_or(|by| is_gone(*mount, by)));
             crossings.retain(|mount, _| !gone.contains(mount));
-            dropped.extend(self.inodes.drop_mounts(&gone));
+            let nodes = self.inodes.drop_mounts(&gone);
+            if let Some(recent) = &self.recent {
+                nodes.iter().for_each(|node| recent.remove(*node));
+            }
+            dropped.extend(nodes);
         }
     }
 

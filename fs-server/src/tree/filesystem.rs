@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::CreateIn;
@@ -16,8 +17,10 @@ use rustix::io::Errno;
 use super::directory::{fitting, list};
 use bulkhead_fs::message::NAMELESS;
 
+use super::handles::Handle;
 use super::host::{ActingAs, Attributes, FdName};
 use super::nodes::Node;
+use super::recent::Access;
 use super::xattrs::Kept;
 use super::{SharedTree, host_flags, open_options, set_id, transfer, xattrs};
 
@@ -83,6 +86,15 @@ impl SharedTree {
             Err(errno) => return Err(errno),
         };
         let inode = self.inodes.get(entry.inode)?;
+        if let Some(recent) = &self.recent {
+            let writes = flags.intersects(OFlags::WRONLY | OFlags::RDWR);
+            // What was opened to be written only can't be read from later.
+            if !flags.contains(OFlags::WRONLY) {
+                let access = if writes { Access::Write } else { Access::Read };
+                recent.put(Arc::new(Handle::new(entry.inode, file)), access);
+            }
+            return Ok((entry, 0, open_options(&inode)));
+        }
         match self.handles.insert(entry.inode, file) {
             Ok(handle) => Ok((entry, handle, open_options(&inode))),
             Err(errno) => {
@@ -129,12 +141,12 @@ impl FileSystem for SharedTree {
     }
 
     fn forget(&self, _ctx: &Context, node: u64, count: u64) {
-        self.inodes.forget(node, count);
+        self.forget_node(node, count);
     }
 
     fn batch_forget(&self, _ctx: &Context, requests: Vec<(u64, u64)>) {
         for (node, count) in requests {
-            self.inodes.forget(node, count);
+            self.forget_node(node, count);
         }
     }
 
@@ -174,7 +186,7 @@ impl FileSystem for SharedTree {
             let truncate =
                 |file: &dyn AsFd| set_id::keep(&self.own_fds, &inode, kill, || fs::ftruncate(file, size));
             match handle {
-                Some(handle) => truncate(&self.handles.get(handle, node)?.file)?,
+                Some(handle) => truncate(&self.opened(node, handle, Access::Write)?.file)?,
                 None if inode.kind == FileType::RegularFile => {
                     truncate(&self.own_fds.reopen(&*inode, OFlags::WRONLY)?)?;
                 }
@@ -299,6 +311,10 @@ impl FileSystem for SharedTree {
         flags: u32,
         fuse_flags: u32,
     ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
+        if self.recent.is_some() {
+            // The guest's kernel does not ask again.
+            return Err(Errno::NOSYS.into());
+        }
         let (handle, options) = SharedTree::open(self, node, host_flags(flags), kills_set_id(fuse_flags))?;
         Ok((Some(handle), options, None))
     }
@@ -325,7 +341,7 @@ impl FileSystem for SharedTree {
         _lock_owner: Option<u64>,
         _flags: u32,
     ) -> io::Result<usize> {
-        let handle = self.handles.get(handle, node)?;
+        let handle = self.opened(node, handle, Access::Read)?;
         let size = (size as usize).min(reply.available_bytes());
         transfer::read(&handle.file, reply, size, offset)
     }
@@ -343,16 +359,15 @@ impl FileSystem for SharedTree {
         flags: u32,
         fuse_flags: u32,
     ) -> io::Result<usize> {
-        let handle = self.handles.get(handle, node)?;
+        let handle = self.opened(node, handle, Access::Write)?;
         let inode = self.inodes.get(node)?;
-        let append = flags & libc::O_APPEND as u32 != 0;
         set_id::keep(&self.own_fds, &inode, fuse_flags & WRITE_KILL_SUIDGID != 0, || {
-            transfer::write(&handle.file, request, size as usize, offset, append)
+            transfer::write(&handle.file, request, size as usize, offset, flags)
         })
     }
 
     fn fsync(&self, _ctx: &Context, node: u64, datasync: bool, handle: u64) -> io::Result<()> {
-        let handle = self.handles.get(handle, node)?;
+        let handle = self.opened(node, handle, Access::Read)?;
         Ok(if datasync { fs::fdatasync(&handle.file) } else { fs::fsync(&handle.file) }?)
     }
 
@@ -365,7 +380,7 @@ impl FileSystem for SharedTree {
         offset: u64,
         length: u64,
     ) -> io::Result<()> {
-        let (handle, inode) = (self.handles.get(handle, node)?, self.inodes.get(node)?);
+        let (handle, inode) = (self.opened(node, handle, Access::Write)?, self.inodes.get(node)?);
         Ok(set_id::keep(&self.own_fds, &inode, set_id::taken_by(ctx.uid), || {
             fs::fallocate(&handle.file, FallocateFlags::from_bits_retain(bits), offset, length)
         })?)
@@ -381,6 +396,9 @@ impl FileSystem for SharedTree {
         _flock_release: bool,
         _lock_owner: Option<u64>,
     ) -> io::Result<()> {
+        if self.recent.is_some() && handle == 0 {
+            return Ok(());
+        }
         Ok(self.handles.remove(handle, node)?)
     }
 
@@ -512,7 +530,7 @@ impl FileSystem for SharedTree {
     }
 
     fn lseek(&self, _ctx: &Context, node: u64, handle: u64, offset: u64, whence: u32) -> io::Result<u64> {
-        let handle = self.handles.get(handle, node)?;
+        let handle = self.opened(node, handle, Access::Read)?;
         let position = match i32::try_from(whence) {
             Ok(libc::SEEK_DATA) => fs::SeekFrom::Data(offset),
             Ok(libc::SEEK_HOLE) => fs::SeekFrom::Hole(offset),

@@ -81,8 +81,14 @@ impl Handles {
 }
 
 impl Handle {
-    fn new(node: u64, file: File) -> Handle {
+    /// A file that was opened by this node id.
+    pub fn new(node: u64, file: File) -> Handle {
         Handle { node, file, position: Mutex::new(Some(0)), transfers: AtomicU32::new(0) }
+    }
+
+    /// The node id it was opened by.
+    pub fn node(&self) -> u64 {
+        self.node
     }
 
     /// Counts another transfer; tells how many there were before it.

@@ -18,6 +18,7 @@ mod host;
 mod inodes;
 mod mounts;
 mod nodes;
+mod recent;
 mod set_id;
 mod transfer;
 mod xattrs;
@@ -39,6 +40,7 @@ use host::{Attributes, OwnFds, may_enter, open_entry};
 use inodes::{Inode, Inodes, Place};
 use mounts::{Mounts, Sharing};
 use nodes::Node;
+use recent::{Access, Recent};
 
 /// `FUSE_ATTR_SUBMOUNT`: the guest's kernel mounts it, by itself, as a file system of its own.
 const ATTR_SUBMOUNT: u32 = 1 << 0;
@@ -53,10 +55,15 @@ const SPARE_FDS: usize = 64;
 /// See [`SPARE_FDS`].
 const KEPT_SHARE: usize = 32;
 
+/// After how many transfers that the VMM asked for it is lent a file again.
+const LENT_AGAIN: u32 = 64;
+
 /// The shared directory.
 pub struct SharedTree {
     inodes: Inodes,
     handles: Handles,
+    /// Instead of handles of files, in a session without.
+    recent: Option<Recent>,
     mounts: Mounts,
     crossings: Crossings,
     own_fds: OwnFds,
@@ -76,8 +83,9 @@ pub struct CopyRange {
 }
 
 impl SharedTree {
-    /// Serves the process's root directory with at most `open_files` descriptors. `own_fds` is `/proc/self/fd`.
-    pub fn new(own_fds: OwnedFd, open_files: usize) -> Result<Self> {
+    /// Serves the process's root directory with at most `open_files` descriptors. `own_fds` is `/proc/self/fd`. `tells_open`: whether
+    /// the guest says when it opens and closes a file.
+    pub fn new(own_fds: OwnedFd, open_files: usize, tells_open: bool) -> Result<Self> {
         // The guest's umask has been applied to the modes it sends.
         rustix::process::umask(rustix::fs::Mode::empty());
         let root = open_entry(rustix::fs::CWD, c"/")?;
@@ -92,6 +100,7 @@ impl SharedTree {
         Ok(SharedTree {
             inodes: Inodes::new(root, for_inodes),
             handles: Handles::new(room - for_inodes),
+            recent: (!tells_open).then(Recent::default),
             mounts,
             crossings: Crossings::default(),
             own_fds,
@@ -101,30 +110,58 @@ impl SharedTree {
     /// Closes and forgets everything but the root.
     pub fn clear(&self) {
         self.handles.clear();
+        self.recent.iter().for_each(Recent::clear);
         self.inodes.clear();
     }
 
-    /// Counts a read or write of an open file. The second one gives the file, if the VMM may do the others by itself: of what only
+    /// The open file that a request means: by its handle, or else the one of its node id.
+    fn opened(&self, node: u64, handle: u64, access: Access) -> Result<Arc<Handle>> {
+        let Some(recent) = self.recent.as_ref().filter(|_| handle == 0) else {
+            return self.handles.get(handle, node);
+        };
+        recent.get(node, access, || {
+            let inode = self.inodes.get(node)?;
+            let flags = if access == Access::Write { OFlags::RDWR } else { OFlags::RDONLY };
+            match inode.kind {
+                FileType::RegularFile => self.own_fds.reopen(inode.as_fd(), flags),
+                _ => Err(Errno::BADF),
+            }
+        })
+    }
+
+    /// Takes back so many lookups of a node.
+    fn forget_node(&self, node: u64, lookups: u64) {
+        self.inodes.forget(node, lookups);
+        if let Some(recent) = &self.recent
+            && self.inodes.get(node).is_err()
+        {
+            recent.remove(node);
+        }
+    }
+
+    /// Counts a read or write of an open file. The second one of those gives the file, if the VMM may do the others by itself: of what only
     /// the pod changes, where nobody else's disk makes a read wait, and without set-id bits, which need attention at each
-    /// write.
+    /// write. It does so again after some more, which the VMM would not have asked for if it still had the file.
     pub fn to_lend(&self, node: u64, handle: u64) -> Option<Arc<Handle>> {
-        let open = self.handles.get(handle, node).ok()?;
-        if open.count_transfer() != 1 {
+        let open = match &self.recent {
+            Some(recent) if handle == 0 => recent.find(node, Access::Read)?,
+            _ => self.handles.get(handle, node).ok()?,
+        };
+        if open.count_transfer() % LENT_AGAIN != 1 {
             return None;
         }
         let inode = self.inodes.get(node).ok()?;
-        let is_lent = inode.kind == FileType::RegularFile
-            && inode.mount.sharing.is_guest_only()
-            && !inode.has_set_id();
+        let is_lent =
+            inode.kind == FileType::RegularFile && inode.mount.sharing.is_guest_only() && !inode.has_set_id();
         is_lent.then_some(open)
     }
 
     /// Copies inside the host, as far as one system call goes; tells how many bytes.
     pub fn copy_range(&self, range: &CopyRange) -> Result<usize> {
         let (node, handle, mut from) = range.from;
-        let source = self.handles.get(handle, node)?;
+        let source = self.opened(node, handle, Access::Read)?;
         let (node, handle, mut to) = range.to;
-        let destination = self.handles.get(handle, node)?;
+        let destination = self.opened(node, handle, Access::Write)?;
         let inode = self.inodes.get(node)?;
         // Bounded, so that one request can't keep a worker for long.
         let length = range.length.min(MAX_COPY) as usize;

@@ -13,15 +13,19 @@ pub fn read(file: &File, reply: &mut dyn ZeroCopyWriter, size: usize, offset: u6
     reply.write_from(&mut At { file, flags: ReadWriteFlags::empty() }, size, offset)
 }
 
-/// Writes a request's data to a file: at the offset, or at the file's end if `append`.
+/// Writes a request's data to a file as the guest's file was opened (`O_APPEND`, `O_DSYNC`, `O_SYNC`).
 pub fn write(
     file: &File,
     request: &mut dyn ZeroCopyReader,
     size: usize,
     offset: u64,
-    append: bool,
+    opened: u32,
 ) -> Result<usize> {
-    let flags = if append { ReadWriteFlags::APPEND } else { ReadWriteFlags::empty() };
+    let has = |flag: libc::c_int| opened & flag as u32 == flag as u32;
+    let flag = |flag, meaning| if has(flag) { meaning } else { ReadWriteFlags::empty() };
+    let flags = flag(libc::O_APPEND, ReadWriteFlags::APPEND)
+        | flag(libc::O_DSYNC, ReadWriteFlags::DSYNC)
+        | flag(libc::O_SYNC, ReadWriteFlags::SYNC);
     request.read_to(&mut At { file, flags }, size, offset)
 }
 

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::fs::File;
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,10 @@ pub const ROOT: u64 = 1;
 pub struct Server {
     pub shared: PathBuf,
     child: Child,
+    /// The session of the shared tree.
     pub fuse: Fuse,
+    /// That of root file systems.
+    pub roots: Fuse,
 }
 
 impl Server {
@@ -47,29 +50,32 @@ impl Server {
             mount_tmpfs(&shared.join(directory));
         }
 
-        let (ours, theirs) =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        let pair =
+            || socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        let [(fuse, shared_end), (roots, roots_end)] = [pair(), pair()];
         let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-fs"));
         command.current_dir(&shared).stdin(Stdio::null()).stdout(Stdio::null()).env_clear();
-        let socket = theirs.into_raw_fd();
+        let sockets = [shared_end.as_raw_fd(), roots_end.as_raw_fd()];
         // SAFETY: only system calls between fork and exec.
         unsafe {
             command.pre_exec(move || {
                 use nix::sys::resource::{Resource, setrlimit};
                 setrlimit(Resource::RLIMIT_NOFILE, open_files, open_files)?;
-                // dup2 onto itself would leave close-on-exec set.
-                let moved = if socket == 3 { libc::dup(3) } else { socket };
-                match libc::dup2(moved, 3) {
-                    3 => Ok(()),
-                    _ => Err(std::io::Error::last_os_error()),
+                // Out of each other's way.
+                let moved = sockets.map(|socket| libc::fcntl(socket, libc::F_DUPFD_CLOEXEC, 10));
+                for (socket, place) in moved.into_iter().zip(3..) {
+                    if libc::dup2(socket, place) != place {
+                        return Err(std::io::Error::last_os_error());
+                    }
                 }
+                Ok(())
             })
         };
         let child = command.spawn().unwrap();
-        // SAFETY: nobody else owns it.
-        drop(unsafe { OwnedFd::from_raw_fd(socket) });
-        let mut server = Server { shared, child, fuse: Fuse::new(ours) };
+        drop((shared_end, roots_end));
+        let mut server = Server { shared, child, fuse: Fuse::new(fuse), roots: Fuse::new(roots) };
         server.fuse.init();
+        server.roots.init();
         server
     }
 
@@ -185,7 +191,8 @@ impl Fuse {
     pub fn receive(&self) -> (u64, Result<Vec<u8>, i32>) {
         let mut reply = vec![0; 256 * 1024];
         loop {
-            recv(self.socket.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK).expect("a reply within the time limit");
+            recv(self.socket.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK)
+                .expect("a reply within the time limit");
             let (length, file) = loan::receive(&self.socket, &mut reply).unwrap();
             assert!(length > 0, "the file server is gone");
             let Some(file) = file else {

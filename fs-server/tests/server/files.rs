@@ -4,7 +4,10 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 
-use crate::client::{ROOT, Server, bytes, entry, mount_tmpfs, name_bytes, op, read_body, u32_at, u64_at};
+use crate::client::{
+    ROOT, Server, bytes, entry, expect_open_fds, mount_tmpfs, name_bytes, op, open_fds, read_body, u32_at,
+    u64_at,
+};
 use nix::mount::{MsFlags, mount, umount2};
 
 const FATTR_MODE: u32 = 1;
@@ -32,7 +35,9 @@ fn what_is_written_is_read_and_on_the_host() {
 #[test]
 fn files_of_a_root_are_lent_at_their_second_use() {
     let mut server = Server::start();
-    for (directory, mode, lent) in [("c1/rootfs", 0o600, 1), ("c1/rootfs", 0o4600, 0), ("c1/mounts/0", 0o600, 0)] {
+    for (directory, mode, lent) in
+        [("c1/rootfs", 0o600, 1), ("c1/rootfs", 0o4600, 0), ("c1/mounts/0", 0o600, 0)]
+    {
         let parent = server.node(directory);
         let name = format!("f{mode:o}");
         let (file, handle) = server.fuse.create(parent, &name, libc::O_RDWR, mode).unwrap();
@@ -59,6 +64,49 @@ fn files_of_a_root_are_lent_at_their_second_use() {
         }
     }
     assert_eq!(server.fuse.lent.borrow().len(), 0);
+    server.assert_alive();
+}
+
+#[test]
+fn in_the_session_of_roots_files_need_not_be_opened() {
+    let mut server = Server::start();
+    let pid = server.pid();
+    let container = server.roots.lookup(ROOT, "c1").unwrap().node;
+    let rootfs = server.roots.lookup(container, "rootfs").unwrap().node;
+    let (file, handle) = server.roots.create(rootfs, "f", libc::O_RDWR, 0o600).unwrap();
+    assert_eq!(handle, 0);
+    assert_eq!(server.roots.open(file.node, libc::O_RDONLY), Err(libc::ENOSYS));
+    assert_eq!(server.roots.write(file.node, 0, 0, b"first", 0), Ok(5));
+    assert_eq!(server.roots.write(file.node, 0, 0, b"second", libc::O_APPEND), Ok(6));
+    assert_eq!(server.roots.read(file.node, 0, 0, 100).unwrap(), b"firstsecond");
+    server.roots.setattr(file.node, FATTR_SIZE, 5, 0, (0, 0)).unwrap();
+    assert_eq!(server.roots.read(file.node, 0, 0, 100).unwrap(), b"first");
+    assert_eq!(server.roots.lent.borrow()[0].0.node, file.node);
+    server.roots.call(op::FSYNC, file.node, &[0; 16]).unwrap();
+    server.roots.release(file.node, 0).unwrap();
+    assert_eq!(server.roots.read(file.node, 0, 0, 100).unwrap(), b"first", "nobody said that it was closed");
+
+    // What is only to be read is not opened to be written: it would be copied from an image's layer.
+    fs::write(server.path("c1/rootfs/old"), "old").unwrap();
+    let old = server.roots.lookup(rootfs, "old").unwrap().node;
+    server.roots.lent.borrow_mut().clear();
+    for _ in 0..3 {
+        assert_eq!(server.roots.read(old, 0, 0, 100).unwrap(), b"old");
+    }
+    let lent = server.roots.lent.take();
+    assert!(lent[0].1.write_all_at(b"new", 0).is_err());
+    drop(lent);
+    server.roots.write(old, 0, 0, b"new", 0).unwrap();
+    assert_eq!(fs::read(server.path("c1/rootfs/old")).unwrap(), b"new");
+
+    // Nothing is open of what the guest has forgotten, so what is removed is gone.
+    let before = open_fds(pid);
+    server.roots.call(op::UNLINK, rootfs, &name_bytes("f")).unwrap();
+    server.roots.forget(file.node, 1);
+    expect_open_fds(pid, before - 2);
+    assert_eq!(server.roots.read(file.node, 0, 0, 1), Err(libc::ESTALE));
+    let directory = server.roots.mkdir(rootfs, "d", 0o700).unwrap().node;
+    assert_eq!(server.roots.read(directory, 0, 0, 1), Err(libc::EBADF));
     server.assert_alive();
 }
 

@@ -4,7 +4,6 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use bulkhead_agent_protocol::SHARED_DIR;
 use nix::mount::{MsFlags, mount};
 
 /// Where the cgroup v2 hierarchy is mounted.
@@ -51,9 +50,9 @@ pub fn mount_early() -> Result<(), FileSystemError> {
     Ok(())
 }
 
-/// Mounts the pod's shared tree. A device node in it means what its number means here, to a container that may use it.
-pub fn mount_shared(tag: &str) -> Result<(), FileSystemError> {
-    mount_one("virtiofs", tag, Path::new(SHARED_DIR), MsFlags::empty(), "")
+/// Mounts what the pod shares with the host. A device node in it means what its number means here, to a container that may use it.
+pub fn mount_shared(tag: &str, place: &Path) -> Result<(), FileSystemError> {
+    mount_one("virtiofs", tag, place, MsFlags::empty(), "")
 }
 
 fn mount_one(

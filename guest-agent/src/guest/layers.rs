@@ -184,14 +184,14 @@ mod tests {
     #[test]
     fn a_hundred_layers_are_options_that_fit_a_page() {
         let overlay = Overlay {
-            upper: "/run/bulkhead/shared/c/changes/fs".into(),
-            work: "/run/bulkhead/shared/c/changes/work".into(),
+            upper: "/run/bulkhead/roots/c/changes/fs".into(),
+            work: "/run/bulkhead/roots/c/changes/work".into(),
             options: vec!["index=off".into()],
             ..Default::default()
         };
         assert_eq!(
             options("0:1:2", &overlay),
-            "lowerdir=0:1:2,upperdir=/run/bulkhead/shared/c/changes/fs,workdir=/run/bulkhead/shared/c/changes/work,index=off"
+            "lowerdir=0:1:2,upperdir=/run/bulkhead/roots/c/changes/fs,workdir=/run/bulkhead/roots/c/changes/work,index=off"
         );
         let most = (0..MAX_PARTS).map(|number| number.to_string()).collect::<Vec<_>>().join(":");
         assert!(options(&most, &overlay).len() < 4096);

@@ -3,11 +3,14 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use bulkhead_agent_protocol::{AddDiskRequest, AddDiskResponse, AddInterfaceRequest, ConfigureRequest};
+use bulkhead_agent_protocol::{
+    AddDiskRequest, AddDiskResponse, AddInterfaceRequest, ConfigureRequest, ROOTS_DIR, SHARED_DIR,
+};
 use tokio::time::timeout;
 
 use super::{clock, disks, filesystems, interfaces, layers, parameters, power};
@@ -73,9 +76,11 @@ impl Machine for GuestMachine {
         }
         parameters::set(&request.parameters);
         network::bring_loopback_up().map_err(failed("bring the loopback interface up"))?;
-        if !request.shared_tag.is_empty() {
-            filesystems::mount_shared(&request.shared_tag)
-                .map_err(|error| ConfigureFailure { invalid: false, message: error_chain(&error) })?;
+        for (tag, place) in [(&request.shared_tag, SHARED_DIR), (&request.roots_tag, ROOTS_DIR)] {
+            if !tag.is_empty() {
+                filesystems::mount_shared(tag, Path::new(place))
+                    .map_err(|error| ConfigureFailure { invalid: false, message: error_chain(&error) })?;
+            }
         }
         Ok(())
     }

@@ -13,6 +13,9 @@ pub const STDIO_PORT: u32 = 1025;
 /// Where the pod's shared tree is mounted in the guest.
 pub const SHARED_DIR: &str = "/run/bulkhead/shared";
 
+/// Where the root file systems in it are that are shared as files, in a file system of their own.
+pub const ROOTS_DIR: &str = "/run/bulkhead/roots";
+
 /// An option of a bind mount of the guest's `/dev/shm`, followed by a number: how many bytes it has to have room for.
 pub const SHM_SIZE_OPTION: &str = "size=";
 

@@ -51,8 +51,8 @@ pub struct VmConfig {
     pub console: Option<FdIndex>,
     /// Block devices, `vda` first.
     pub disks: Vec<BlockConfig>,
-    /// The shared file system, if the pod has one.
-    pub fs: Option<FsConfig>,
+    /// File systems of the pod's file server.
+    pub fs: Vec<FsConfig>,
     /// The vsock device.
     pub vsock: VsockConfig,
 }
@@ -98,11 +98,11 @@ pub struct BlockConfig {
     pub serial: String,
 }
 
-/// The virtio file system device (virtio 1.2, section 5.11).
+/// A virtio file system device (virtio 1.2, section 5.11).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FsConfig {
-    /// The VMM's end of the file server's socket (see [`crate::FUSE_FD`]).
+    /// The VMM's end of one of the file server's sockets (see [`crate::FUSE_FD`]).
     pub server: FdIndex,
     /// The tag the guest mounts it by; 1 to 36 bytes.
     pub tag: String,
@@ -228,9 +228,7 @@ pub(crate) fn check_serial(serial: &str) -> Result<(), ConfigError> {
 impl VmConfig {
     /// Checks every limit, and that each descriptor index is below `fd_count`.
     pub fn validate(&self, fd_count: usize) -> Result<(), ConfigError> {
-        if let Some(fs) = &self.fs
-            && !(1..=36).contains(&fs.tag.len())
-        {
+        if let Some(fs) = self.fs.iter().find(|fs| !(1..=36).contains(&fs.tag.len())) {
             return Err(ConfigError::Tag(fs.tag.len()));
         }
         self.disks.iter().try_for_each(|disk| check_serial(&disk.serial))?;
@@ -260,7 +258,7 @@ mod tests {
             cmdline: String::new(),
             console: None,
             disks: vec![BlockConfig { file: FdIndex(1), read_only: true, serial: "image".into() }],
-            fs: None,
+            fs: Vec::new(),
             vsock: VsockConfig { guest_cid: 3, guest_streams: Vec::new() },
         }
     }
@@ -285,7 +283,7 @@ mod tests {
     fn limits_are_enforced() {
         let cases = [
             (
-                VmConfig { fs: Some(FsConfig { server: FdIndex(0), tag: "x".repeat(37) }), ..config() },
+                VmConfig { fs: vec![FsConfig { server: FdIndex(0), tag: "x".repeat(37) }], ..config() },
                 ConfigError::Tag(37),
             ),
             (

@@ -39,6 +39,9 @@ pub const CONTROL_FD: i32 = 3;
 /// [`MAX_FUSE_MESSAGE`] bytes), or one FUSE reply to it, matched by the `unique` field of the FUSE header, or a [`loan`].
 pub const FUSE_FD: i32 = 3;
 
+/// The same for a second socket, by which root file systems are served, and nothing else: what only the pod changes.
+pub const ROOTS_FD: i32 = 4;
+
 /// The largest FUSE message on the file server's socket, in bytes: 128 KiB of data and room for headers.
 ///
 /// A packet has to fit the default send buffer of a Unix socket (212 992 bytes), since neither end may raise it.

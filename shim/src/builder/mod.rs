@@ -176,7 +176,7 @@ async fn save_guest(recipe: &Recipe, files: &Files, draft: &Draft) -> Result<Gre
         &recipe.vmm,
         &identity_args(),
         "VMM",
-        vmm_channel.as_fd(),
+        &[vmm_channel.as_fd()],
         None,
         None,
         JailNetwork::Empty,
@@ -201,8 +201,11 @@ async fn save_guest(recipe: &Recipe, files: &Files, draft: &Draft) -> Result<Gre
             let (control, mut listener) = Control::new(channel)?;
             let start = Start::Draft(&draft.memory);
             guest::prepare(&control, recipe, files, start)?;
-            let backends =
-                Backends { console: console_writer.as_fd(), fuse: fuse.as_fd(), agent: agent_vmm.as_fd() };
+            let backends = Backends {
+                console: console_writer.as_fd(),
+                fuse: [fuse.as_fd(); 2],
+                agent: agent_vmm.as_fd(),
+            };
             let failed = |source: PodError| BuildError::Guest { said: said(), source: Box::new(source) };
             guest::prepared(&control, &mut listener).await.map_err(failed)?;
             let mut listener =

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_agent_protocol as api;
-use bulkhead_agent_protocol::SHARED_DIR;
+use bulkhead_agent_protocol::ROOTS_DIR;
 use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 use serde_json::json;
@@ -138,7 +138,7 @@ async fn use_pod(
     };
     let configure = async { Ok(pod.configure(ID).await?) };
     tokio::try_join!(attach, configure)?;
-    let lower = Path::new(SHARED_DIR).join(ID).join("rootfs").display().to_string();
+    let lower = Path::new(ROOTS_DIR).join(ID).join("rootfs").display().to_string();
     let root = match pod.attach_changes(&changes.disk, Some(&lower), &[]).await {
         Ok(disk) => Some(disk.mount_point()),
         Err(error) => {

@@ -1,6 +1,6 @@
 //! Starting the processes that face the guest.
 //!
-//! Such a process inherits nothing by accident: it gets three standard streams, one socket as descriptor 3, an empty
+//! Such a process inherits nothing by accident: it gets three standard streams, its sockets as descriptors 3 and up, an empty
 //! environment, default signal dispositions, and is born in a PID namespace of its own and in the pod's cgroup. It jails
 //! itself further. One `clone3` does it, so there is no moment in which the process exists outside its cgroup.
 
@@ -19,9 +19,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::process::ProcessId;
 
-/// Where a child finds its socket.
-const SOCKET_FD: RawFd = 3;
-
 /// Descriptors are moved to here or above before the fork, out of the way of the numbers they get in the child.
 const PARKED_FD: RawFd = 16;
 
@@ -35,8 +32,8 @@ pub struct Spawn<'a> {
     pub program: &'a Path,
     /// Arguments after the program's name.
     pub args: &'a [String],
-    /// Becomes descriptor 3.
-    pub socket: BorrowedFd<'a>,
+    /// Become descriptors 3 and up; a few.
+    pub sockets: &'a [BorrowedFd<'a>],
     /// Becomes standard error.
     pub stderr: BorrowedFd<'a>,
     /// Directory of the cgroup (version 2) to be born in.
@@ -126,7 +123,7 @@ struct Plan {
     program: OwnedFd,
     argv: Vec<*const libc::c_char>,
     null: OwnedFd,
-    socket: OwnedFd,
+    sockets: Vec<OwnedFd>,
     stderr: OwnedFd,
     network: Option<OwnedFd>,
     mounts: Option<OwnedFd>,
@@ -166,7 +163,7 @@ pub fn spawn(request: &Spawn<'_>) -> Result<Spawned, SpawnError> {
         program: park(program.as_fd())?,
         argv,
         null: park(null.as_fd())?,
-        socket: park(request.socket)?,
+        sockets: request.sockets.iter().map(|socket| park(*socket)).collect::<Result<_, _>>()?,
         stderr: park(request.stderr)?,
         network: match request.network {
             Network::Of(namespace) => Some(park(namespace)?),
@@ -265,15 +262,12 @@ fn become_program(plan: &Plan) -> Result<std::convert::Infallible, u8> {
         if let Some(directory) = &plan.directory {
             check(2, libc::chdir(directory.as_ptr()).into())?;
         }
-        for (fd, place) in
-            [(&plan.null, 0), (&plan.null, 1), (&plan.stderr, libc::STDERR_FILENO), (&plan.socket, SOCKET_FD)]
-        {
+        let mut place = 0;
+        for fd in [&plan.null, &plan.null, &plan.stderr].into_iter().chain(&plan.sockets) {
             check(3, libc::dup2(fd.as_raw_fd(), place).into())?;
+            place += 1;
         }
-        check(
-            4,
-            libc::syscall(libc::SYS_close_range, SOCKET_FD + 1, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC),
-        )?;
+        check(4, libc::syscall(libc::SYS_close_range, place, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC))?;
 
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
@@ -344,7 +338,7 @@ mod tests {
         let spawned = spawn(&Spawn {
             program: Path::new("/bin/sh"),
             args: &all,
-            socket: theirs.as_fd(),
+            sockets: &[theirs.as_fd()],
             stderr: writer.as_fd(),
             cgroup: None,
             mounts: None,
@@ -395,7 +389,7 @@ mod tests {
         let request = |program| Spawn {
             program,
             args: &[],
-            socket: ours.as_fd(),
+            sockets: &[ours.as_fd()],
             stderr: theirs.as_fd(),
             cgroup: None,
             mounts: None,

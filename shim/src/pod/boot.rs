@@ -169,17 +169,18 @@ pub(super) async fn boot(
     resources.tree = Some(tree.clone());
 
     let (fuse_server, fuse_vmm) = socket_pair(SockType::SeqPacket)?;
+    let (roots_server, roots_vmm) = socket_pair(SockType::SeqPacket)?;
     let mounts = Some((tree.namespace(), TREE));
     let fs_server = Jailed::start(
         &spec.config.fs_server,
         &[],
         "file server",
-        fuse_server.as_fd(),
+        &[fuse_server.as_fd(), roots_server.as_fd()],
         vmm.cgroup,
         mounts,
         JailNetwork::Empty,
     )?;
-    drop(fuse_server);
+    drop((fuse_server, roots_server));
     let id = fs_server.id();
     resources.fs_server = Some(Arc::new(fs_server));
     resources.record(|state| state.fs_server = Some(id)).map_err(BootError::from)?;
@@ -188,7 +189,7 @@ pub(super) async fn boot(
     let console = Tail::start(console_reader.into(), CONSOLE_KEPT, "guest console", Level::Debug);
     resources.console = Some(console.map_err(BootError::Console)?);
 
-    let ends = Ends { console: console_writer.as_fd(), fuse: fuse_vmm.as_fd() };
+    let ends = Ends { console: console_writer.as_fd(), fuse: [fuse_vmm.as_fd(), roots_vmm.as_fd()] };
     timeline.stamp("shim");
     let Some((store, template)) = template else {
         let running = vmm.boot(prepared, ends, timeline).await?;
@@ -317,7 +318,7 @@ struct Vmm<'a> {
 #[derive(Clone, Copy)]
 struct Ends<'a> {
     console: BorrowedFd<'a>,
-    fuse: BorrowedFd<'a>,
+    fuse: [BorrowedFd<'a>; 2],
 }
 
 /// A VMM that gets ready for a machine.
@@ -344,7 +345,7 @@ impl Vmm<'_> {
             &self.recipe.vmm,
             &identity_args(),
             "VMM",
-            vmm_channel.as_fd(),
+            &[vmm_channel.as_fd()],
             self.cgroup,
             None,
             self.network,

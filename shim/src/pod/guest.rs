@@ -18,8 +18,10 @@ use crate::error::{Classify, Code};
 use crate::host::parameters;
 use crate::template::{Recipe, Template};
 
-/// The tag of the shared file system.
+/// The tags of the file systems: the shared tree, and the root file systems in it.
 pub const FS_TAG: &str = "shared";
+/// See [`FS_TAG`].
+pub const ROOTS_TAG: &str = "roots";
 
 /// Every guest's context id: each has a socket device of its own, so they never meet.
 const GUEST_CID: u32 = 3;
@@ -87,8 +89,8 @@ pub enum Start<'a> {
 pub struct Backends<'a> {
     /// Takes the console's output.
     pub console: BorrowedFd<'a>,
-    /// The file server's socket.
-    pub fuse: BorrowedFd<'a>,
+    /// The file server's sockets: for the shared tree, and for root file systems.
+    pub fuse: [BorrowedFd<'a>; 2],
     /// The stream that the agent's connection is joined to.
     pub agent: BorrowedFd<'a>,
 }
@@ -147,7 +149,12 @@ pub async fn start(
             read_only: true,
             serial: "guest-image".into(),
         }],
-        fs: Some(FsConfig { server: fds.add(backends.fuse), tag: FS_TAG.into() }),
+        fs: backends
+            .fuse
+            .into_iter()
+            .zip([FS_TAG, ROOTS_TAG])
+            .map(|(socket, tag)| FsConfig { server: fds.add(socket), tag: tag.into() })
+            .collect(),
         vsock: VsockConfig {
             guest_cid: GUEST_CID,
             guest_streams: vec![GuestStream { port: AGENT_PORT, stream: fds.add(backends.agent) }],

@@ -120,7 +120,7 @@ impl Jailed {
         program: &Path,
         args: &[String],
         name: &'static str,
-        socket: BorrowedFd<'_>,
+        sockets: &[BorrowedFd<'_>],
         cgroup: Option<BorrowedFd<'_>>,
         mounts: Option<(BorrowedFd<'_>, &str)>,
         network: JailNetwork<'_>,
@@ -142,7 +142,7 @@ impl Jailed {
             JailNetwork::Own => Network::New,
         };
         let spawned =
-            spawn(&Spawn { program, args, socket, stderr: writer.as_fd(), cgroup, mounts, network })?;
+            spawn(&Spawn { program, args, sockets, stderr: writer.as_fd(), cgroup, mounts, network })?;
         drop(writer);
         let stderr =
             Tail::start(reader.into(), STDERR_KEPT, name, Level::Warn).map_err(prepare("read a pipe"))?;

@@ -44,7 +44,7 @@ use tokio::time::Instant;
 
 use self::agent::{Agent, Greeting};
 use self::boot::{BootError, Booted};
-use self::guest::FS_TAG;
+use self::guest::{FS_TAG, ROOTS_TAG};
 use self::heartbeat::Heartbeat;
 use self::limits::{Claim, PodLimits};
 use self::machine::{Control, ControlListener, MachineError, socket_pair};
@@ -296,6 +296,7 @@ impl Pod {
             hostname: hostname.into(),
             entropy: entropy()?,
             shared_tag: FS_TAG.into(),
+            roots_tag: ROOTS_TAG.into(),
             parameters: guest::node_parameters(),
             realtime_ns: now_ns(),
             ..Default::default()

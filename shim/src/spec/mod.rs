@@ -17,7 +17,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use bulkhead_agent_protocol::SHARED_DIR;
+use bulkhead_agent_protocol::ROOTS_DIR;
 use oci_spec::runtime::{Hook, Hooks, Linux, LinuxNamespaceType, LinuxResources, Process, RootBuilder, Spec};
 
 pub use devices::{DeviceNumber, DiskPlace, HostDisk};
@@ -312,7 +312,7 @@ pub fn translate(mut spec: Spec, id: &str, pod: &PodNamespaces) -> Result<GuestS
         spec.set_domainname(None);
     }
     let read_only = spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
-    let root = RootBuilder::default().path(format!("{SHARED_DIR}/{id}/rootfs")).readonly(read_only).build();
+    let root = RootBuilder::default().path(format!("{ROOTS_DIR}/{id}/rootfs")).readonly(read_only).build();
     spec.set_root(root.ok());
     // They are for the host's components, and none of the guest's business.
     spec.set_annotations(None);

@@ -68,7 +68,7 @@ fn with_mount(mount: Value) -> Value {
 #[test]
 fn nothing_of_the_host_is_left() {
     let (guest, _) = translated(minimal()).unwrap();
-    assert_eq!(guest["root"], json!({"path": "/run/bulkhead/shared/c1/rootfs", "readonly": true}));
+    assert_eq!(guest["root"], json!({"path": "/run/bulkhead/roots/c1/rootfs", "readonly": true}));
     assert_eq!(guest["linux"]["cgroupsPath"], "/c1");
     assert_eq!(guest["hostname"], "h");
     assert_eq!(guest["linux"]["resources"]["cpu"], json!({"shares": 512}));

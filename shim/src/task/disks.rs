@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bulkhead_agent_protocol::SHARED_DIR;
+use bulkhead_agent_protocol::ROOTS_DIR;
 use bulkhead_vmm_protocol::roots;
 use containerd_shim_protos::types::mount::Mount;
 
@@ -230,9 +230,9 @@ impl OpenDisks {
     }
 }
 
-/// Where in the guest something of a container's is that is shared as files.
+/// Where in the guest something of a container's root is that is shared as files.
 fn shared(container: &str, name: &str) -> String {
-    Path::new(SHARED_DIR).join(container).join(name).display().to_string()
+    Path::new(ROOTS_DIR).join(container).join(name).display().to_string()
 }
 
 #[cfg(test)]

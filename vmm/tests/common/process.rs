@@ -70,7 +70,7 @@ impl Boot {
                 cmdline: String::new(),
                 console: Some(FdIndex(1)),
                 disks: Vec::new(),
-                fs: None,
+                fs: Vec::new(),
                 vsock: VsockConfig { guest_cid: 3, guest_streams: Vec::new() },
             },
             fds: Vec::new(),

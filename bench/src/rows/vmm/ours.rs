@@ -65,7 +65,7 @@ impl Parts {
             cmdline: KERNEL_PARAMETERS.to_owned(),
             console: Some(FdIndex(1)),
             disks: vec![BlockConfig { file: FdIndex(2), read_only: true, serial: "image".to_owned() }],
-            fs: None,
+            fs: Vec::new(),
             vsock: VsockConfig { guest_cid: 3, guest_streams: Vec::new() },
         };
         control.send(&Request::Boot(Box::new(config)), &descriptors.each_ref().map(AsFd::as_fd))?;

@@ -270,7 +270,7 @@ async fn a_root_file_system_on_a_disk_comes_and_goes_with_its_container() {
     stage.create_on("c", stage.image()).await.unwrap();
     assert_eq!(stage.guest.calls("AttachDisk"), ["0 false 1"]);
     assert_eq!(stage.guest.calls("AddDisk"), ["0 ext4 rw,loop"]);
-    assert_eq!(stage.guest.calls("Root"), ["/run/bulkhead/shared/shared/rootfs", "/run/bulkhead/disks/0"]);
+    assert_eq!(stage.guest.calls("Root"), ["/run/bulkhead/roots/shared/rootfs", "/run/bulkhead/disks/0"]);
     assert_eq!(stage.delete("c", "").await.unwrap(), 137);
     assert_eq!(
         (stage.guest.calls("RemoveDisk"), stage.guest.calls("DetachDevice")),

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 
+use bulkhead_vmm_protocol::MAX_FUSE_MESSAGE;
 use bulkhead_vmm_protocol::fuse::{OUT_HEADER, opcode};
 use bulkhead_vmm_protocol::loan::Loan;
 
@@ -13,7 +14,7 @@ use super::message::{ReplyHeader, RequestHeader};
 use crate::devices::chain::{ChainReader, ChainWriter, IoFault};
 use crate::devices::{DeviceFault, MemoryFault};
 
-/// The most files at a time; the one that was opened first goes for another.
+/// The most files at a time; the one of the oldest node goes for another.
 const MAX_LOANS: usize = 128;
 
 /// `FATTR_MODE` in `struct fuse_setattr_in`.
@@ -22,10 +23,16 @@ const MODE: u32 = 1 << 0;
 /// Bytes of `struct fuse_write_out`.
 const WRITE_OUT: usize = 8;
 
-/// The files, and the node ids they were opened by.
+/// Writes of files that were opened with one of these are the server's.
+const SERVERS: u32 = (libc::O_APPEND | libc::O_SYNC | libc::O_DSYNC) as u32;
+
+/// The most nodes that one request forgets: as many as fit into a message.
+const MAX_FORGOTTEN: usize = MAX_FUSE_MESSAGE / 16;
+
+/// The files, by node id and handle.
 #[derive(Debug, Default)]
 pub struct Loans {
-    by_handle: BTreeMap<u64, (u64, File)>,
+    open: BTreeMap<(u64, u64), File>,
 }
 
 /// The part of `struct fuse_read_in` and `struct fuse_write_in` that both have in common.
@@ -56,33 +63,51 @@ const TRANSFER: usize = 40;
 impl Loans {
     /// Takes a file.
     pub fn take(&mut self, loan: Loan, file: File) {
-        if self.by_handle.len() >= MAX_LOANS {
-            self.by_handle.pop_first();
+        if self.open.len() >= MAX_LOANS {
+            self.open.pop_first();
         }
-        self.by_handle.insert(loan.handle, (loan.node, file));
+        self.open.insert((loan.node, loan.handle), file);
     }
 
     /// Gives all back.
     pub fn clear(&mut self) {
-        self.by_handle.clear();
+        self.open.clear();
     }
 
     /// Gives back what a request ends that goes to the server.
     pub fn before(&mut self, header: &RequestHeader, mut body: ChainReader<'_>) -> Result<(), MemoryFault> {
+        if self.open.is_empty() {
+            return Ok(());
+        }
         match header.opcode() {
             opcode::RELEASE if body.remaining() >= size_of::<u64>() => {
-                self.by_handle.remove(&u64::from_le(body.read_obj()?));
+                self.open.remove(&(header.node(), u64::from_le(body.read_obj()?)));
+            }
+            // In a session in which files are not opened they are not released either.
+            opcode::FORGET => self.forget(header.node()),
+            opcode::BATCH_FORGET if body.remaining() >= size_of::<u64>() => {
+                body.skip(size_of::<u64>())?;
+                for _ in 0..(body.remaining() / 16).min(MAX_FORGOTTEN) {
+                    self.forget(u64::from_le(body.read_obj()?));
+                    let _lookups: u64 = body.read_obj()?;
+                }
             }
             // Set-id bits stay with a file that root writes to, which takes the server.
             opcode::SETATTR if body.remaining() >= size_of::<u32>() => {
                 if u32::from_le(body.read_obj()?) & MODE != 0 {
-                    self.by_handle.retain(|_, (node, _)| *node != header.node());
+                    self.forget(header.node());
                 }
             }
             opcode::INIT | opcode::DESTROY => self.clear(),
             _ => {}
         }
         Ok(())
+    }
+
+    fn forget(&mut self, node: u64) {
+        if self.open.range((node, 0)..=(node, u64::MAX)).next().is_some() {
+            self.open.retain(|(of, _), _| *of != node);
+        }
     }
 
     /// Reads or writes if that is what a request asks for and the file is here: the length of the reply then.
@@ -93,18 +118,14 @@ impl Loans {
         mut reply: ChainWriter<'_>,
     ) -> Result<Option<u32>, DeviceFault> {
         let opcode = header.opcode();
-        if self.by_handle.is_empty()
+        if self.open.is_empty()
             || !matches!(opcode, opcode::READ | opcode::WRITE)
             || body.remaining() < TRANSFER
         {
             return Ok(None);
         }
         let transfer = Transfer::read(&mut body)?;
-        let Some((_, file)) =
-            self.by_handle.get(&transfer.handle).filter(|(node, _)| *node == header.node())
-        else {
-            return Ok(None);
-        };
+        let Some(file) = self.open.get(&(header.node(), transfer.handle)) else { return Ok(None) };
         let mut head = reply.clone();
         let done = if opcode == opcode::READ {
             if body.remaining() > 0 {
@@ -113,14 +134,15 @@ impl Loans {
             reply.skip(OUT_HEADER)?;
             read(file, &mut reply, &transfer)?.map(|read| (OUT_HEADER + read, None))
         } else {
-            // Where the end is the server's kernel knows.
-            let appends = transfer.flags & libc::O_APPEND as u32 != 0;
-            if appends || body.remaining() != transfer.size || reply.remaining() < OUT_HEADER + WRITE_OUT {
+            let is_servers = transfer.flags & SERVERS != 0;
+            if is_servers || body.remaining() != transfer.size || reply.remaining() < OUT_HEADER + WRITE_OUT {
                 return Ok(None);
             }
             write(file, &mut body, &transfer)?.map(|written| (OUT_HEADER + WRITE_OUT, Some(written)))
         };
         let (header, written) = match done {
+            // It was lent to be read only, or to be written only: the server has another.
+            Err(error) if error.raw_os_error() == Some(libc::EBADF) => return Ok(None),
             Ok((length, written)) => {
                 (ReplyHeader { length: length as u32, error: 0, unique: header.unique() }, written)
             }

@@ -5,7 +5,9 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixDatagram;
 
 use bulkhead_vmm_protocol::MAX_FUSE_MESSAGE;
-use bulkhead_vmm_protocol::fuse::opcode::{FORGET, LOOKUP, READ, RELEASE, SETATTR, WRITE};
+use bulkhead_vmm_protocol::fuse::opcode::{
+    BATCH_FORGET, FORGET, INIT, LOOKUP, READ, RELEASE, SETATTR, WRITE,
+};
 use bulkhead_vmm_protocol::fuse::{IN_HEADER, OUT_HEADER};
 use bulkhead_vmm_protocol::loan::Loan;
 use vmm_sys_util::tempfile::TempFile;
@@ -325,6 +327,7 @@ fn what_is_lent_is_read_and_written_without_the_server() {
 #[test]
 fn what_the_device_must_not_do_itself_goes_to_the_server() {
     let append = [transfer(HANDLE, 0, 1, libc::O_APPEND as u32), vec![1]].concat();
+    let sync = [transfer(HANDLE, 0, 1, libc::O_DSYNC as u32), vec![1]].concat();
     let longer = [transfer(HANDLE, 0, 1, 0), vec![1; 2]].concat();
     let after = [transfer(HANDLE, 0, 1, 0), vec![1; 8]].concat();
     let whole = [transfer(HANDLE, 0, 1, 0), vec![1]].concat();
@@ -333,6 +336,7 @@ fn what_the_device_must_not_do_itself_goes_to_the_server() {
         (READ, &after, 100),
         (READ, &transfer(HANDLE, 0, 100, 0)[..32].to_vec(), 100),
         (WRITE, &append, 100),
+        (WRITE, &sync, 100),
         (WRITE, &longer, 100),
         (WRITE, &whole, 7),
         (LOOKUP, &transfer(HANDLE, 0, 100, 0), 100),
@@ -348,17 +352,25 @@ fn what_the_device_must_not_do_itself_goes_to_the_server() {
 fn a_loan_ends() {
     let mode = [1u32.to_le_bytes().to_vec(), vec![0; 84]].concat();
     let times = [0x30u32.to_le_bytes().to_vec(), vec![0; 84]].concat();
+    let forget = |nodes: &[u64]| {
+        let items = nodes.iter().flat_map(|node| [*node, 1]).flat_map(u64::to_le_bytes);
+        [0; 8].into_iter().chain(items).collect::<Vec<u8>>()
+    };
     let release = |handle: u64| [handle.to_le_bytes().to_vec(), vec![0; 16]].concat();
     for (opcode, body, ends) in [
         (RELEASE, release(HANDLE), true),
         (RELEASE, release(HANDLE + 1), false),
         (SETATTR, mode, true),
         (SETATTR, times, false),
-        (26, vec![0; 64], true),
+        (INIT, vec![0; 64], true),
+        (FORGET, vec![0; 8], true),
+        (BATCH_FORGET, forget(&[5, 0]), true),
+        (BATCH_FORGET, forget(&[5, 6]), false),
     ] {
         let mut guest = Guest::new();
         let _file = guest.lend(b"content");
-        assert_eq!(guest.ask(opcode, &body, 200), None);
+        let answered = guest.ask(opcode, &body, 200).is_some();
+        assert_eq!(answered, matches!(opcode, FORGET | BATCH_FORGET));
         guest.serve().unwrap();
         let reply = writable(REPLIES + 4096, 100);
         let request = guest.write_request(BUFFERS + 4096, READ, 78, &transfer(HANDLE, 0, 7, 0));
@@ -372,9 +384,23 @@ fn a_loan_ends() {
 }
 
 #[test]
+fn what_was_lent_to_be_read_is_written_by_the_server() {
+    let mut guest = Guest::new();
+    let file = guest.lend(b"content");
+    let open = std::fs::File::open(file.as_path()).unwrap();
+    Loan { node: 0, handle: HANDLE }.send(&guest.server, open.as_fd()).unwrap();
+    guest.driver.run();
+    assert!(guest.ask(READ, &transfer(HANDLE, 0, 7, 0), 100).is_some());
+    let body = [transfer(HANDLE, 0, 1, 0), vec![1]].concat();
+    assert_eq!(guest.ask(WRITE, &body, 100), None);
+    assert_eq!(guest.serve().unwrap().1, body);
+}
+
+#[test]
 fn the_oldest_loan_goes_for_another() {
     let mut guest = Guest::new();
     let file = guest.lend(b"content");
+    // Of the same node, so by their handles.
     for handle in 1000..1128 {
         Loan { node: 0, handle }.send(&guest.server, file.as_file().as_fd()).unwrap();
         guest.driver.run();
