@@ -386,10 +386,11 @@ mod tests {
     #[test]
     fn a_missing_program_is_named() {
         let (ours, theirs) = UnixStream::pair().unwrap();
+        let sockets = [ours.as_fd()];
         let request = |program| Spawn {
             program,
             args: &[],
-            sockets: &[ours.as_fd()],
+            sockets: &sockets,
             stderr: theirs.as_fd(),
             cgroup: None,
             mounts: None,

@@ -369,7 +369,8 @@ fn a_loan_ends() {
     ] {
         let mut guest = Guest::new();
         let _file = guest.lend(b"content");
-        let answered = guest.ask(opcode, &body, 200).is_some();
+        let request = guest.write_request(BUFFERS, opcode, 77, &body);
+        let answered = guest.driver.request(REQUESTS, &[request, writable(REPLIES, 200)]).is_some();
         assert_eq!(answered, matches!(opcode, FORGET | BATCH_FORGET));
         guest.serve().unwrap();
         let reply = writable(REPLIES + 4096, 100);
