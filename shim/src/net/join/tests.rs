@@ -158,7 +158,7 @@ async fn what_the_node_sends_comes_to_the_guest_and_not_to_the_namespace() {
     })
     .await
     .unwrap();
-    let arp = next_arp(&mut tap).expect("no question for the guest's address");
+    let arp = next_arp(std::slice::from_mut(&mut tap), COMES).expect("no question for the guest's address");
     assert_eq!((&arp[20..22], &arp[38..42]), (&[0, 1][..], &[10, 1, 0, 5][..]));
 }
 
