@@ -94,7 +94,8 @@ impl Loans {
             }
             // Set-id bits stay with a file that root writes to, which takes the server.
             opcode::SETATTR if body.remaining() >= size_of::<u32>() => {
-                if u32::from_le(body.read_obj()?) & MODE != 0 {
+                let valid = u32::from_le(body.read_obj()?);
+                if valid & MODE != 0 {
                     self.forget(header.node());
                 }
             }
