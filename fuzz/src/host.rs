@@ -2,8 +2,9 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
+use bulkhead_vmm_protocol::loan::Loan;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
@@ -45,6 +46,11 @@ impl Peer {
     /// Sends as much as there is room for.
     pub fn send(&self, bytes: &[u8]) {
         let _ = send(self.0.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL);
+    }
+
+    /// Lends a file, if there is room.
+    pub fn lend(&self, loan: Loan, file: &File) {
+        let _ = loan.send(&self.0, file.as_fd());
     }
 
     /// What has come; `None` if nothing has, or at the end.

@@ -2,12 +2,13 @@
 
 use bulkhead_vmm::devices::fs::FileSystem;
 use bulkhead_vmm_protocol::MAX_FUSE_MESSAGE;
+use bulkhead_vmm_protocol::loan::Loan;
 
 use crate::guest::Guest;
 use crate::host;
 use crate::input::Input;
 
-/// Requests, and answers that are sound, nonsense, or for another request. The server only ever sees whole messages.
+/// Requests, and answers that are sound, nonsense, or for another request; and files that are lent. The server only ever sees whole messages.
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
     let (socket, server) = host::packets();
@@ -16,7 +17,7 @@ pub fn run(data: &[u8]) {
     let mut guest = Guest::new(Box::new(FileSystem::new("fuzz", socket).unwrap()));
     guest.run(&mut input, &mut |input| {
         let Some(end) = &server else { return };
-        match input.below(8) {
+        match input.below(9) {
             0 => server = None,
             1 => end.send(input.take(64)),
             2..=4 => {
@@ -25,6 +26,10 @@ pub fn run(data: &[u8]) {
                     assert!(length == request.len() && length <= MAX_FUSE_MESSAGE, "{length} bytes are said");
                     tags.push(u64::from_le_bytes(*request[8..].first_chunk().unwrap()));
                 }
+            }
+            5 => {
+                let loan = Loan { node: input.u8().into(), handle: input.u8().into() };
+                end.lend(loan, &host::file(input.take(64)));
             }
             _ => {
                 let tag = tags[usize::from(input.u8()) % tags.len()];
