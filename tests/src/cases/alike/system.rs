@@ -130,11 +130,11 @@ pub const ROWS: &[Row] = &[
     ),
     but(
         "parameters of the network",
-        "cd /proc/sys/net; for p in ipv4/ip_forward ipv4/ip_local_port_range ipv4/ip_unprivileged_port_start ipv4/ping_group_range ipv4/tcp_syncookies ipv4/tcp_keepalive_time ipv4/tcp_fin_timeout ipv4/tcp_rmem ipv4/tcp_wmem ipv4/tcp_congestion_control ipv4/ip_default_ttl ipv4/tcp_tw_reuse ipv4/tcp_max_syn_backlog core/somaxconn core/rmem_max core/wmem_max ipv4/conf/all/rp_filter ipv4/conf/all/forwarding ipv4/conf/default/rp_filter ipv6/conf/all/disable_ipv6 ipv6/conf/default/accept_ra unix/max_dgram_qlen; do echo $p $(cat $p); done",
+        "cd /proc/sys/net; for p in ipv4/ip_forward ipv4/ip_local_port_range ipv4/ip_unprivileged_port_start ipv4/ping_group_range ipv4/tcp_syncookies ipv4/tcp_keepalive_time ipv4/tcp_fin_timeout ipv4/tcp_rmem ipv4/tcp_wmem ipv4/tcp_congestion_control ipv4/ip_default_ttl ipv4/tcp_tw_reuse ipv4/tcp_max_syn_backlog core/somaxconn core/rmem_max core/wmem_max ipv4/conf/all/rp_filter ipv4/conf/all/forwarding ipv4/conf/default/rp_filter ipv6/conf/all/disable_ipv6 ipv6/conf/default/accept_ra unix/max_dgram_qlen; do set -- $p $(cat $p); case $p in *mem) set -- $1 $2 $3 $(($4 >> 20))M;; esac; echo $*; done",
         &[
             instead("ip_forward 1\n", "ip_forward 0\n", NO_NETWORK),
-            instead("tcp_rmem 4096 131072 6291456\n", "tcp_rmem 4096 131072 1896832\n", BY_MEMORY),
-            instead("tcp_wmem 4096 16384 4194304\n", "tcp_wmem 4096 16384 1896832\n", BY_MEMORY),
+            instead("tcp_rmem 4096 131072 6M\n", "tcp_rmem 4096 131072 1M\n", BY_MEMORY),
+            instead("tcp_wmem 4096 16384 4M\n", "tcp_wmem 4096 16384 1M\n", BY_MEMORY),
             instead("tcp_max_syn_backlog 256\n", "tcp_max_syn_backlog 128\n", BY_MEMORY),
             instead(
                 "cat: can't open 'core/rmem_max': No such file or directory\ncore/rmem_max\n",
