@@ -24,7 +24,7 @@ use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
 use server::{Server, ServerError, Session};
-use tree::SharedTree;
+use tree::{Rooms, SharedTree};
 
 /// Threads that serve the requests of one socket. A request that waits for the disk holds up one of them.
 const WORKERS: usize = 4;
@@ -103,12 +103,12 @@ fn run() -> Result<(), FatalError> {
     let own = enter_file_server(ROOTS_FD, &Limits { open_files, processes: PROCESSES })
         .map_err(FatalError::Jail)?;
 
+    let rooms = Rooms::of(open_files as usize);
     let serve = |fd, session| -> Result<Server, FatalError> {
         // SAFETY: the shim put the socket there for us, nobody else in this process owns it.
         let socket = UnixDatagram::from(unsafe { OwnedFd::from_raw_fd(fd) });
         let own_fds = own.own_fds.try_clone().map_err(FatalError::Descriptor)?;
-        let tree = SharedTree::new(own_fds, open_files as usize / 2, session == Session::Shared)
-            .map_err(FatalError::Tree)?;
+        let tree = SharedTree::new(own_fds, &rooms, session == Session::Shared).map_err(FatalError::Tree)?;
         Ok(Server::new(socket, tree, session))
     };
     let servers = [serve(FUSE_FD, Session::Shared)?, serve(ROOTS_FD, Session::Roots)?];

@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::{Errno, Result};
 
+use super::room::Room;
+
 /// An open file or directory.
 #[derive(Debug)]
 pub struct Handle {
@@ -23,28 +25,28 @@ pub struct Handle {
 
 /// All open files and directories. Handle numbers are never used twice.
 pub struct Handles {
-    limit: usize,
+    room: Arc<Room>,
     next: AtomicU64,
     open: Mutex<HashMap<u64, Arc<Handle>>>,
 }
 
 impl Handles {
-    /// Room for `limit` open files.
-    pub fn new(limit: usize) -> Self {
-        Handles { limit, next: AtomicU64::new(1), open: Mutex::default() }
+    /// None is open.
+    pub fn new(room: Arc<Room>) -> Self {
+        Handles { room, next: AtomicU64::new(1), open: Mutex::default() }
     }
 
     /// Fails with `ENFILE` when another open file would be too many.
     pub fn check_room(&self) -> Result<()> {
-        if self.lock().len() < self.limit { Ok(()) } else { Err(Errno::NFILE) }
+        if self.room.is_left() { Ok(()) } else { Err(Errno::NFILE) }
     }
 
     /// Keeps an open file; the number is for the guest.
     pub fn insert(&self, node: u64, file: File) -> Result<u64> {
-        let mut open = self.lock();
-        if open.len() >= self.limit {
+        if !self.room.take() {
             return Err(Errno::NFILE);
         }
+        let mut open = self.lock();
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         open.insert(number, Arc::new(Handle::new(node, file)));
         Ok(number)
@@ -63,6 +65,7 @@ impl Handles {
         match open.get(&number) {
             Some(handle) if handle.node == node => {
                 _closed = open.remove(&number);
+                self.room.give(1);
                 Ok(())
             }
             _ => Err(Errno::BADF),
@@ -71,7 +74,8 @@ impl Handles {
 
     /// Closes all.
     pub fn clear(&self) {
-        self.lock().clear();
+        let closed = std::mem::take(&mut *self.lock());
+        self.room.give(closed.len());
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<u64, Arc<Handle>>> {

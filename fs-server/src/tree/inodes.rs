@@ -17,6 +17,7 @@ use rustix::io::{Errno, Result};
 use super::host::Attributes;
 use super::mounts::Mount;
 use super::nodes::Node;
+use super::room::Room;
 use super::set_id;
 
 /// The node id of the shared directory itself (`FUSE_ROOT_ID`).
@@ -119,7 +120,7 @@ impl AsFd for Inode {
 
 /// All known inodes.
 pub struct Inodes {
-    limit: usize,
+    room: Arc<Room>,
     table: Mutex<Table>,
 }
 
@@ -136,11 +137,11 @@ struct Entry {
 }
 
 impl Inodes {
-    /// A table with the root in it, for at most `limit` inodes.
-    pub fn new(root: Inode, limit: usize) -> Self {
+    /// A table with the root in it, which is not counted.
+    pub fn new(root: Inode, room: Arc<Room>) -> Self {
         let by_key = HashMap::from([(root.key, ROOT)]);
         let by_node = HashMap::from([(ROOT, Entry { inode: Arc::new(root), lookups: 1 })]);
-        Inodes { limit, table: Mutex::new(Table { by_node, by_key, next: ROOT + 1 }) }
+        Inodes { room, table: Mutex::new(Table { by_node, by_key, next: ROOT + 1 }) }
     }
 
     /// The inode with this node id; `ESTALE` if the guest has none such.
@@ -150,7 +151,7 @@ impl Inodes {
 
     /// Fails with `ENFILE` when another inode would be too many.
     pub fn check_room(&self) -> Result<()> {
-        if self.lock().by_node.len() < self.limit { Ok(()) } else { Err(Errno::NFILE) }
+        if self.room.is_left() { Ok(()) } else { Err(Errno::NFILE) }
     }
 
     /// Counts one lookup of this file, whether it is known or new, and tells its node id and inode.
@@ -162,7 +163,7 @@ impl Inodes {
             entry.lookups = entry.lookups.saturating_add(1);
             return Ok((node, entry.inode.clone()));
         }
-        if table.by_node.len() >= self.limit {
+        if !self.room.take() {
             return Err(Errno::NFILE);
         }
         let node = table.next;
@@ -186,6 +187,7 @@ impl Inodes {
         if entry.lookups == 0 {
             _forgotten = table.by_node.remove(&node);
             if let Some(entry) = &_forgotten {
+                self.room.give(1);
                 table.by_key.remove(&entry.inode.key);
             }
         }
@@ -200,6 +202,7 @@ impl Inodes {
             .by_node
             .extract_if(|&node, entry| node != ROOT && mounts.contains(&entry.inode.mount_id()))
             .collect();
+        self.room.give(dropped.len());
         for (_, entry) in &dropped {
             table.by_key.remove(&entry.inode.key);
         }
@@ -210,7 +213,9 @@ impl Inodes {
     /// Forgets everything but the root.
     pub fn clear(&self) {
         let mut table = self.lock();
+        let before = table.by_node.len();
         table.by_node.retain(|&node, _| node == ROOT);
+        self.room.give(before - table.by_node.len());
         table.by_key.retain(|_, &mut node| node == ROOT);
     }
 

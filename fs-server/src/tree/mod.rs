@@ -19,6 +19,7 @@ mod inodes;
 mod mounts;
 mod nodes;
 mod recent;
+mod room;
 mod set_id;
 mod transfer;
 mod xattrs;
@@ -41,18 +42,12 @@ use inodes::{Inode, Inodes, Place};
 use mounts::{Mounts, Sharing};
 use nodes::Node;
 use recent::{Access, Recent};
+pub use room::Rooms;
 
 /// `FUSE_ATTR_SUBMOUNT`: the guest's kernel mounts it, by itself, as a file system of its own.
 const ATTR_SUBMOUNT: u32 = 1 << 0;
 
-/// The part of the descriptors that may be inodes; the rest may be open files, but for [`SPARE_FDS`].
-const INODE_SHARE: (usize, usize) = (3, 4);
-
-/// Descriptors that are neither: the socket, the root, one or two per request under way, and files that stand for devices
-/// on old file systems, which may be [`KEPT_SHARE`] of these.
-const SPARE_FDS: usize = 64;
-
-/// See [`SPARE_FDS`].
+/// Files that stand for devices on old file systems.
 const KEPT_SHARE: usize = 32;
 
 /// After how many transfers that the VMM asked for it is lent a file again.
@@ -83,9 +78,9 @@ pub struct CopyRange {
 }
 
 impl SharedTree {
-    /// Serves the process's root directory with at most `open_files` descriptors. `own_fds` is `/proc/self/fd`. `tells_open`: whether
-    /// the guest says when it opens and closes a file.
-    pub fn new(own_fds: OwnedFd, open_files: usize, tells_open: bool) -> Result<Self> {
+    /// Serves the process's root directory. `own_fds` is `/proc/self/fd`. `tells_open`: whether the guest says when it opens and
+    /// closes a file.
+    pub fn new(own_fds: OwnedFd, rooms: &Rooms, tells_open: bool) -> Result<Self> {
         // The guest's umask has been applied to the modes it sends.
         rustix::process::umask(rustix::fs::Mode::empty());
         let root = open_entry(rustix::fs::CWD, c"/")?;
@@ -95,11 +90,9 @@ impl SharedTree {
         let mount = mounts.get(attributes.device(), is_read_only(&root)?, Sharing::WithHost)?;
         let root = Inode::new(root, &attributes, Place::Top, mount, 0);
         nodes::limit_kept(KEPT_SHARE);
-        let room = open_files.saturating_sub(SPARE_FDS);
-        let for_inodes = room / INODE_SHARE.1 * INODE_SHARE.0;
         Ok(SharedTree {
-            inodes: Inodes::new(root, for_inodes),
-            handles: Handles::new(room - for_inodes),
+            inodes: Inodes::new(root, rooms.inodes.clone()),
+            handles: Handles::new(rooms.handles.clone()),
             recent: (!tells_open).then(Recent::default),
             mounts,
             crossings: Crossings::default(),

@@ -10,7 +10,7 @@ use rustix::io::Result;
 use super::handles::Handle;
 
 /// The most that are open at a time.
-const LIMIT: usize = 128;
+pub const LIMIT: usize = 128;
 
 /// What a file is needed for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
