@@ -300,14 +300,14 @@ impl Environment {
         self.template.as_deref().explain(|| "no template was made".into())
     }
 
-    /// The configuration file for pods of the case, if it is not the default one.
+    /// The configuration file for pods of the case, if it is not the default one. runc has none.
     ///
     /// # Errors
     /// When there is no shim host.
     pub fn config(&self) -> Outcome<Option<PathBuf>> {
-        let file = match (self.cold, self.changes_on_disk) {
-            (true, _) => COLD_CONFIG,
-            (_, true) => DISK_CONFIG,
+        let file = match (self.runtime, self.cold, self.changes_on_disk) {
+            (Runtime::Bulkhead, true, _) => COLD_CONFIG,
+            (Runtime::Bulkhead, _, true) => DISK_CONFIG,
             _ => return Ok(None),
         };
         Ok(Some(self.host()?.path().join(file)))
