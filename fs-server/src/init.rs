@@ -6,7 +6,7 @@ use bulkhead_vmm_protocol::MAX_FUSE_MESSAGE;
 use bulkhead_vmm_protocol::fuse::IN_HEADER;
 
 use crate::reply;
-use crate::server::Session;
+use crate::tree::Session;
 use bulkhead_fs::message::u32_at;
 
 const MAJOR: u32 = 7;

@@ -23,8 +23,8 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
-use server::{Server, ServerError, Session};
-use tree::{Rooms, SharedTree};
+use server::{Server, ServerError};
+use tree::{Rooms, Session, SharedTree};
 
 /// Threads that serve the requests of one socket. A request that waits for the disk holds up one of them.
 const WORKERS: usize = 4;
@@ -108,8 +108,8 @@ fn run() -> Result<(), FatalError> {
         // SAFETY: the shim put the socket there for us, nobody else in this process owns it.
         let socket = UnixDatagram::from(unsafe { OwnedFd::from_raw_fd(fd) });
         let own_fds = own.own_fds.try_clone().map_err(FatalError::Descriptor)?;
-        let tree = SharedTree::new(own_fds, &rooms, session == Session::Shared).map_err(FatalError::Tree)?;
-        Ok(Server::new(socket, tree, session))
+        let tree = SharedTree::new(own_fds, &rooms, session).map_err(FatalError::Tree)?;
+        Ok(Server::new(socket, tree))
     };
     let servers = [serve(FUSE_FD, Session::Shared)?, serve(ROOTS_FD, Session::Roots)?];
     drop(own.own_fds);

@@ -14,18 +14,8 @@ use crate::tree::{CopyRange, SharedTree};
 use crate::{init, reply};
 use bulkhead_fs::message::{Header, Verdict, check, u64_at};
 
-/// What the guest may rely on in all of a session: a property of the FUSE connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Session {
-    /// Of the whole tree: the host may change files, too.
-    Shared,
-    /// Of root file systems: nobody but the guest changes anything.
-    Roots,
-}
-
 /// A server for a tree and a socket; any number of workers may share it.
 pub struct Server {
-    session: Session,
     /// Connected, of packets that keep their bounds. The standard library's datagram type does for that.
     socket: UnixDatagram,
     tree: std::sync::Arc<SharedTree>,
@@ -48,9 +38,9 @@ pub enum ServerError {
 
 impl Server {
     /// Serves the tree on the socket.
-    pub fn new(socket: UnixDatagram, tree: SharedTree, session: Session) -> Self {
+    pub fn new(socket: UnixDatagram, tree: SharedTree) -> Self {
         let tree = std::sync::Arc::new(tree);
-        Server { session, socket, library: server::Server::new(tree.clone()), tree }
+        Server { socket, library: server::Server::new(tree.clone()), tree }
     }
 
     /// The tree it serves.
@@ -87,7 +77,7 @@ impl Server {
                     // A session begins: the guest's kernel mounts, after a reset of the device for instance. What it
                     // knew before it has forgotten without telling.
                     self.tree.clear();
-                    self.send(&init::answer(self.session, request, header.unique))
+                    self.send(&init::answer(self.tree.session(), request, header.unique))
                 }
                 opcode::READ | opcode::WRITE => {
                     self.lend(header.node, u64_at(request, IN_HEADER).unwrap_or(0));

@@ -53,11 +53,20 @@ const KEPT_SHARE: usize = 32;
 /// After how many transfers that the VMM asked for it is lent a file again.
 const LENT_AGAIN: u32 = 64;
 
+/// What the guest may rely on in all of a session: a property of the FUSE connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Session {
+    /// Of the whole tree: the host may change files, too.
+    Shared,
+    /// Of root file systems: nobody but the guest changes anything.
+    Roots,
+}
+
 /// The shared directory.
 pub struct SharedTree {
     inodes: Inodes,
     handles: Handles,
-    /// Instead of handles of files, in a session without.
+    /// Instead of handles of files, in a session of roots: in that the guest does not say when it opens and closes one.
     recent: Option<Recent>,
     mounts: Mounts,
     crossings: Crossings,
@@ -78,9 +87,8 @@ pub struct CopyRange {
 }
 
 impl SharedTree {
-    /// Serves the process's root directory. `own_fds` is `/proc/self/fd`. `tells_open`: whether the guest says when it opens and
-    /// closes a file.
-    pub fn new(own_fds: OwnedFd, rooms: &Rooms, tells_open: bool) -> Result<Self> {
+    /// Serves the process's root directory. `own_fds` is `/proc/self/fd`.
+    pub fn new(own_fds: OwnedFd, rooms: &Rooms, session: Session) -> Result<Self> {
         // The guest's umask has been applied to the modes it sends.
         rustix::process::umask(rustix::fs::Mode::empty());
         let root = open_entry(rustix::fs::CWD, c"/")?;
@@ -93,11 +101,16 @@ impl SharedTree {
         Ok(SharedTree {
             inodes: Inodes::new(root, rooms.inodes.clone()),
             handles: Handles::new(rooms.handles.clone()),
-            recent: (!tells_open).then(Recent::default),
+            recent: (session == Session::Roots).then(Recent::default),
             mounts,
             crossings: Crossings::default(),
             own_fds,
         })
+    }
+
+    /// What it is served for.
+    pub fn session(&self) -> Session {
+        if self.recent.is_some() { Session::Roots } else { Session::Shared }
     }
 
     /// Closes and forgets everything but the root.
