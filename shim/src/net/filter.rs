@@ -7,11 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use bulkhead_netlink::{Instruction, Mac, Verdict};
 
-const LOAD_32: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
-const LOAD_16: u32 = libc::BPF_LD | libc::BPF_H | libc::BPF_ABS;
-const LOAD_8: u32 = libc::BPF_LD | libc::BPF_B | libc::BPF_ABS;
-const IF_EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
-const JUMP: u32 = libc::BPF_JMP | libc::BPF_JA;
+use super::bpf::{Assembler, LOAD_8, LOAD_16, LOAD_32, Label};
 
 /// `SKF_AD_OFF + SKF_AD_VLAN_TAG_PRESENT`: whether there is a VLAN tag, which the kernel keeps outside of the packet.
 const VLAN_TAG_PRESENT: u32 = (-0x1000_i32 + 48).cast_unsigned();
@@ -109,53 +105,7 @@ pub fn nothing() -> Vec<Instruction> {
     vec![Instruction::end(Verdict::Drops)]
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Label(usize);
-
-/// Puts a program together whose jumps lead to labels.
-#[derive(Debug, Default)]
-struct Assembler {
-    code: Vec<Instruction>,
-    /// Where the labels are.
-    places: Vec<usize>,
-    /// Jumps, and the labels that they lead to.
-    jumps: Vec<(usize, Label)>,
-}
-
 impl Assembler {
-    fn new_label(&mut self) -> Label {
-        self.places.push(0);
-        Label(self.places.len() - 1)
-    }
-
-    fn place(&mut self, label: Label) {
-        self.places[label.0] = self.code.len();
-    }
-
-    fn push(&mut self, code: u32, then: u8, otherwise: u8, operand: u32) {
-        self.code.push(Instruction { code: code as u16, then, otherwise, operand });
-    }
-
-    fn load(&mut self, size: u32, offset: u32) {
-        self.push(size, 0, 0, offset);
-    }
-
-    fn jump(&mut self, to: Label) {
-        self.jumps.push((self.code.len(), to));
-        self.push(JUMP, 0, 0, 0);
-    }
-
-    // Conditional jumps reach 255 instructions only: they skip one that reaches any.
-    fn if_equal(&mut self, value: u32, to: Label) {
-        self.push(IF_EQUAL, 0, 1, value);
-        self.jump(to);
-    }
-
-    fn unless_equal(&mut self, value: u32, to: Label) {
-        self.push(IF_EQUAL, 1, 0, value);
-        self.jump(to);
-    }
-
     fn unless_mac(&mut self, offset: u32, mac: Mac, to: Label) {
         let [a, b, c, d, e, f] = mac;
         self.load(LOAD_32, offset);
@@ -165,7 +115,7 @@ impl Assembler {
     }
 
     /// Goes on at `to` if one of the addresses is at the offset.
-    fn if_ipv6(&mut self, offset: u32, addresses: &[Ipv6Addr], to: Label) {
+    pub(crate) fn if_ipv6(&mut self, offset: u32, addresses: &[Ipv6Addr], to: Label) {
         for address in addresses {
             let next = self.new_label();
             for (position, word) in (offset..).step_by(4).zip(address.octets().as_chunks::<4>().0) {
@@ -228,27 +178,14 @@ impl Assembler {
         self.unless_equal(NEIGHBOUR_SOLICITATION, deny);
         self.jump(allow);
     }
-
-    fn end(&mut self, verdict: Verdict) {
-        self.code.push(Instruction::end(verdict));
-    }
-
-    fn finish(mut self) -> Vec<Instruction> {
-        for (position, label) in self.jumps {
-            // All labels are behind the jumps to them, and programs far shorter than 4 GiB.
-            let distance = self.places[label.0].saturating_sub(position + 1);
-            self.code[position].operand = u32::try_from(distance).unwrap_or(u32::MAX);
-        }
-        self.code
-    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsRawFd;
     use std::os::unix::net::UnixDatagram;
 
     use super::*;
+    use crate::net::bpf::attach;
 
     const MAC: Mac = [2, 0, 0, 0, 0, 1];
     const OTHER: Mac = [2, 0, 0, 0, 0, 2];
@@ -256,22 +193,7 @@ mod tests {
     /// Has the kernel run the program over packets: a socket whose filter it is receives those that it matches.
     fn judge(program: &[Instruction], packet: &[u8]) -> bool {
         let (sender, receiver) = UnixDatagram::pair().unwrap();
-        let mut code: Vec<libc::sock_filter> = program
-            .iter()
-            .map(|i| libc::sock_filter { code: i.code, jt: i.then, jf: i.otherwise, k: i.operand })
-            .collect();
-        let filter = libc::sock_fprog { len: code.len() as u16, filter: code.as_mut_ptr() };
-        // SAFETY: the program is valid for the call.
-        let result = unsafe {
-            libc::setsockopt(
-                receiver.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_ATTACH_FILTER,
-                (&raw const filter).cast(),
-                size_of_val(&filter) as u32,
-            )
-        };
-        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+        attach(&receiver, program).unwrap();
         receiver.set_nonblocking(true).unwrap();
         let _ = sender.send(packet);
         receiver.recv(&mut [0; 2048]).is_ok()

@@ -5,6 +5,7 @@
 //! that the interface has been given. The host's own network stack in the namespace sees none of it. The taps live as long
 //! as the VMM has them open; what is put on the interfaces themselves is removed with the pod.
 
+pub(crate) mod bpf;
 mod filter;
 mod interface;
 mod join;

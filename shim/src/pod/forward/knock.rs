@@ -9,12 +9,15 @@ use std::io::{self, IoSlice};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
+use bulkhead_netlink::{Instruction, Verdict};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, SockaddrIn6,
     SockaddrStorage, recvfrom, sendmsg, setsockopt, socket, sockopt,
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+
+use crate::net::bpf::{Assembler, LOAD_8, LOAD_32, Label, attach};
 
 /// What segments bear that may pass. It is seen in the pod's network namespace on the host only.
 const MARK: u32 = 0x6275_0000;
@@ -203,96 +206,64 @@ fn after_ipv4_header(packet: &[u8]) -> Option<Knock> {
     Knock::read(address(12)?, address(16)?, packet.get(length..)?)
 }
 
-const LOAD_8: u32 = libc::BPF_LD | libc::BPF_B | libc::BPF_ABS;
 const LOAD_8_BEHIND: u32 = libc::BPF_LD | libc::BPF_B | libc::BPF_IND;
-const LOAD_32: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
 const LENGTH_OF_IPV4_HEADER: u32 = libc::BPF_LDX | libc::BPF_B | libc::BPF_MSH;
-const AND: u32 = libc::BPF_ALU | libc::BPF_AND | libc::BPF_K;
-const IF_EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
-const RETURN: u32 = libc::BPF_RET | libc::BPF_K;
 
 /// Where a filter finds the mark, and the IP header.
 const AT_MARK: u32 = (libc::SKF_AD_OFF + libc::SKF_AD_MARK) as u32;
 const AT_NETWORK: u32 = libc::SKF_NET_OFF as u32;
 
-/// All of it, and none.
-const PASS: u32 = u32::MAX;
-const DROP: u32 = 0;
-
-fn op(code: u32, operand: u32) -> libc::sock_filter {
-    // Codes have 16 bits.
-    libc::sock_filter { code: code as u16, jt: 0, jf: 0, k: operand }
+/// Goes on at `other` unless the byte of flags that was loaded begins a connection; then the mark is loaded.
+fn load_mark_of_first(code: &mut Assembler, other: Label) {
+    code.and((SYN | ACK).into());
+    code.unless_equal(SYN.into(), other);
+    code.load(LOAD_32, AT_MARK);
 }
 
-fn if_equal(operand: u32, then: u8, otherwise: u8) -> libc::sock_filter {
-    libc::sock_filter { jt: then, jf: otherwise, ..op(IF_EQUAL, operand) }
+/// Ends a program that has come to what it matches; `dropped` is everything else.
+fn end(mut code: Assembler, dropped: Label) -> Vec<Instruction> {
+    code.end(Verdict::Matches);
+    code.place(dropped);
+    code.end(Verdict::Passes);
+    code.finish()
 }
 
 /// For sockets that take connections, whose filter sees the TCP header first.
-fn holds() -> [libc::sock_filter; 7] {
-    [
-        op(LOAD_8, FLAGS_BYTE as u32),
-        op(AND, (SYN | ACK).into()),
-        if_equal(SYN.into(), 0, 2),
-        op(LOAD_32, AT_MARK),
-        if_equal(MARK, 0, 1),
-        op(RETURN, PASS),
-        op(RETURN, DROP),
-    ]
+fn holds() -> Vec<Instruction> {
+    let mut code = Assembler::default();
+    let (passes, dropped) = (code.new_label(), code.new_label());
+    code.load(LOAD_8, FLAGS_BYTE as u32);
+    load_mark_of_first(&mut code, passes);
+    code.unless_equal(MARK, dropped);
+    code.place(passes);
+    end(code, dropped)
 }
 
 /// For a raw socket of IPv4, whose filter sees the IP header first: of `127.0.0.0/8`.
-fn hears_ipv4() -> [libc::sock_filter; 11] {
-    [
-        op(LENGTH_OF_IPV4_HEADER, 0),
-        op(LOAD_8_BEHIND, FLAGS_BYTE as u32),
-        op(AND, (SYN | ACK).into()),
-        if_equal(SYN.into(), 0, 6),
-        op(LOAD_32, AT_MARK),
-        if_equal(MARK, 4, 0),
-        op(LOAD_32, AT_NETWORK + 16),
-        op(AND, 0xff00_0000),
-        if_equal(0x7f00_0000, 0, 1),
-        op(RETURN, PASS),
-        op(RETURN, DROP),
-    ]
+fn hears_ipv4() -> Vec<Instruction> {
+    let mut code = Assembler::default();
+    let dropped = code.new_label();
+    code.load(LENGTH_OF_IPV4_HEADER, 0);
+    code.load(LOAD_8_BEHIND, FLAGS_BYTE as u32);
+    load_mark_of_first(&mut code, dropped);
+    code.if_equal(MARK, dropped);
+    code.load(LOAD_32, AT_NETWORK + 16);
+    code.and(0xff00_0000);
+    code.unless_equal(0x7f00_0000, dropped);
+    end(code, dropped)
 }
 
 /// For a raw socket of IPv6, whose filter sees the TCP header first: of `::1`.
-fn hears_ipv6() -> [libc::sock_filter; 15] {
-    [
-        op(LOAD_8, FLAGS_BYTE as u32),
-        op(AND, (SYN | ACK).into()),
-        if_equal(SYN.into(), 0, 11),
-        op(LOAD_32, AT_MARK),
-        if_equal(MARK, 9, 0),
-        op(LOAD_32, AT_NETWORK + 24),
-        if_equal(0, 0, 7),
-        op(LOAD_32, AT_NETWORK + 28),
-        if_equal(0, 0, 5),
-        op(LOAD_32, AT_NETWORK + 32),
-        if_equal(0, 0, 3),
-        op(LOAD_32, AT_NETWORK + 36),
-        if_equal(1, 0, 1),
-        op(RETURN, PASS),
-        op(RETURN, DROP),
-    ]
-}
-
-fn attach(socket: &impl AsFd, filter: &[libc::sock_filter]) -> io::Result<()> {
-    // A dozen instructions. The kernel only reads them.
-    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
-    // SAFETY: the option's value is the program, of which the size is passed; it outlives the call.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_ATTACH_FILTER,
-            (&raw const program).cast(),
-            size_of::<libc::sock_fprog>() as u32,
-        )
-    };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+fn hears_ipv6() -> Vec<Instruction> {
+    let mut code = Assembler::default();
+    let (loopback, dropped) = (code.new_label(), code.new_label());
+    code.load(LOAD_8, FLAGS_BYTE as u32);
+    load_mark_of_first(&mut code, dropped);
+    code.if_equal(MARK, dropped);
+    code.if_ipv6(AT_NETWORK + 24, &[Ipv6Addr::LOCALHOST], loopback);
+    code.jump(dropped);
+    code.place(loopback);
+    end(code, dropped)
 }
 
 #[cfg(test)]
