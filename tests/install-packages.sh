@@ -5,7 +5,7 @@ set -euo pipefail
 # What each is for: the nested KVM host (qemu; with NESTED_CPU=intel xorriso, for what Bochs boots from), its images (cpio, e2fsprogs, kmod), the guest image (erofs-utils), and taking
 # the guest kernel out of its library (binutils), and libFuzzer (g++).
 packages=(binutils cpio e2fsprogs erofs-utils g++ kmod qemu-system-x86)
-[[ ${NESTED_CPU:-} != intel ]] || packages+=(make xorriso)
+[[ ${NESTED_CPU:-} != intel ]] || packages+=(make patch xorriso)
 (($# == 0)) || packages=("$@")
 
 missing=()

@@ -11,14 +11,11 @@ bochs_options=(--with-nogui --disable-docbook --disable-plugins --disable-readli
     --enable-cpu-level=6 --enable-x86-64 --enable-long-phy-address --enable-all-optimizations --enable-pci --enable-cdrom
     --enable-vmx=2 --enable-avx --enable-evex --enable-amx --enable-protection-keys --enable-cet --enable-memtype
     --enable-monitor-mwait)
-# Bochs 3.0 wants the descriptor of posted interrupts to begin a page, and refuses each guest of KVM's on processors that post interrupts.
-# The processor wants 64 bytes. (Bochs' issue 556.)
-bochs_fix='s/! IsValidPageAlignedPhyAddr(vm->pid_addr)/! IsValidPhyAddr(vm->pid_addr) || (vm->pid_addr \& 0x3f) != 0/'
 bochs_memory=3072 # MiB; what is touched beyond 2048 is in a file
 bochs_pid='' reader_pid=
 
-host_tools=(g++ make xorriso)
-host_files=()
+host_tools=(g++ make patch xorriso)
+host_files=(bochs.patch)
 host_kernel=linux-image-amd64 # the one for clouds has no driver for Bochs' disks
 host_modules=(kvm-intel)
 host_boot_modules=(ata_piix sd_mod crc32c_generic ext4)
@@ -26,13 +23,14 @@ host_boot_modules=(ata_piix sd_mod crc32c_generic ext4)
 host_version() { :; }
 
 host_emulator() {
-    local dir=$work/bochs stamp="${bochs_options[*]} $bochs_fix"
+    local dir=$work/bochs stamp
+    stamp="${bochs_options[*]} $(sha256sum <"$here/bochs.patch")"
     [[ $(cat "$cache/bochs.stamp" 2>/dev/null) != "$stamp" ]] || return 0
     echo "nested: building Bochs (some minutes)"
     fetch trixie "$debs/trixie-source" --source bochs
     mkdir "$dir"
     tar -x -f "$(compgen -G "$debs/trixie-source/bochs_*.orig.tar.*" | sort -V | tail -n1)" -C "$dir" --strip-components=1
-    sed -i "$bochs_fix" "$dir/cpu/vmx.cc"
+    patch -s -p1 -d "$dir" <"$here/bochs.patch" || fail "bochs.patch does not fit this Bochs"
     (cd "$dir" && CXXFLAGS="-O3 -w" CFLAGS="-O3 -w" ./configure "${bochs_options[@]}" && make -j"$(nproc)") >"$cache/bochs.log" 2>&1 ||
         fail "Bochs does not build: $(tail -n 3 "$cache/bochs.log")"
     install -s "$dir/bochs" "$cache/bochs"
