@@ -86,7 +86,7 @@ unpack() {
     mkdir -p "$2.new"
     # What is left out are bodies of drivers and texts; whatever describes options stays.
     dpkg-deb --fsys-tarfile "$1" | tar -xO --wildcards './usr/src/linux-source-*.tar.xz' |
-        tar -xJ -C "$2.new" --strip-components=1 --exclude='*.dts' --exclude='*.dtsi' --exclude='*/Documentation/*.rst' \
+        tar -xJ -C "$2.new" --strip-components=1 --exclude='*/arch/*.dts' --exclude='*/arch/*.dtsi' --exclude='*/Documentation/*.rst' \
             --exclude='*/drivers/gpu/drm/*.[ch]' --exclude='*/drivers/media/*.[ch]' --exclude='*/drivers/net/ethernet/*.[ch]' \
             --exclude='*/drivers/net/wireless/*.[ch]' --exclude='*/drivers/staging/*.[ch]' --exclude='linux-source-*/sound/*.[ch]' \
             --exclude='*/tools/testing/*' || fail "$1 is damaged; remove it and run this again"
