@@ -4,11 +4,13 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixDatagram;
 
-use bulkhead_vmm_protocol::MAX_FUSE_MESSAGE;
 use bulkhead_vmm_protocol::fuse::{IN_HEADER, is_silent, opcode};
 use bulkhead_vmm_protocol::loan::Loan;
+use bulkhead_vmm_protocol::{MAX_FUSE_MESSAGE, MessageBuffer};
 use fuse_backend_rs::api::server;
 use fuse_backend_rs::transport::{self, FuseBuf, FuseDevWriter, Reader};
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
 
 use crate::tree::{CopyRange, SharedTree};
 use crate::{init, reply};
@@ -50,25 +52,37 @@ impl Server {
 
     /// Serves requests until the other end closes the socket.
     pub fn run(&self) -> Result<(), ServerError> {
-        // One byte more than allowed, so that a packet that is too long can be told.
-        let mut request = vec![0; MAX_FUSE_MESSAGE + 1];
-        let mut reply = vec![0; MAX_FUSE_MESSAGE];
+        let (mut request, mut reply) = (MessageBuffer::default(), MessageBuffer::default());
         loop {
-            let length = match self.socket.recv(&mut request) {
+            let length = match self.receive(&mut request, &mut reply) {
                 Ok(0) => return Ok(()),
                 Ok(length) => length,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
                 Err(error) => return Err(ServerError::Receive(error)),
             };
-            if length <= MAX_FUSE_MESSAGE && !self.serve(&mut request[..length], &mut reply)? {
+            request.note(length);
+            if length <= MAX_FUSE_MESSAGE && !self.serve(&mut request.room()[..length], &mut reply)? {
                 return Ok(());
             }
         }
     }
 
+    /// Waits for the next packet. Memory that large messages took goes back before a wait.
+    fn receive(&self, request: &mut MessageBuffer, reply: &mut MessageBuffer) -> io::Result<usize> {
+        if request.is_large() || reply.is_large() {
+            match rustix::net::recv(&self.socket, request.room(), RecvFlags::DONTWAIT) {
+                Err(Errno::AGAIN) => {}
+                other => return other.map(|(_, length)| length).map_err(io::Error::from),
+            }
+            request.give_back();
+            reply.give_back();
+        }
+        self.socket.recv(request.room())
+    }
+
     /// Serves one request. `false` means that the other end is gone.
-    fn serve(&self, request: &mut [u8], reply: &mut [u8]) -> Result<bool, ServerError> {
+    fn serve(&self, request: &mut [u8], reply: &mut MessageBuffer) -> Result<bool, ServerError> {
         match check(request) {
             Verdict::Drop => Ok(true),
             Verdict::Refuse { unique, errno } => self.send(&reply::error(unique, errno)),
@@ -106,13 +120,16 @@ impl Server {
         &self,
         header: Header,
         request: &mut [u8],
-        reply: &mut [u8],
+        reply: &mut MessageBuffer,
     ) -> Result<bool, ServerError> {
         let reader = Reader::<()>::from_fuse_buffer(FuseBuf::new(request)).map_err(ServerError::Buffers)?;
-        let writer =
-            FuseDevWriter::<()>::new(self.socket.as_raw_fd(), reply).map_err(ServerError::Buffers)?;
+        let writer = FuseDevWriter::<()>::new(self.socket.as_raw_fd(), &mut reply.room()[..MAX_FUSE_MESSAGE])
+            .map_err(ServerError::Buffers)?;
         match self.library.handle_message(reader, writer.into(), None, None) {
-            Ok(_) => Ok(true),
+            Ok(length) => {
+                reply.note(length);
+                Ok(true)
+            }
             Err(_) if is_silent(header.opcode) => Ok(true),
             // A checked request is not refused by the library's decoding, so it is the reply that could not be sent:
             // the other end is gone, which this finds out; or else the guest's process must not wait for ever.

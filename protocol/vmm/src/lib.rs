@@ -8,6 +8,7 @@
 //! [`FromVmm::Event`] at any time. When either end closes, the other ends the virtual machine.
 
 mod attach;
+mod buffer;
 mod channel;
 mod config;
 mod file_systems;
@@ -21,6 +22,7 @@ mod view;
 pub use attach::{
     AttachDisk, AttachNet, DEVICE_SLOTS, MAX_PARTS, MAX_QUEUE_PAIRS, NetOffloads, PART_ALIGNMENT,
 };
+pub use buffer::MessageBuffer;
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_PACKET, Packet};
 pub use config::{
     BlockConfig, ConfigError, FdIndex, FsConfig, GuestStream, MAX_VCPUS, MIN_MEMORY_MIB, MemorySource,

@@ -157,6 +157,9 @@ impl FileSystem {
             }
             if self.requests.is_empty() {
                 // Nothing more can come.
+                if let Some(server) = &mut self.server {
+                    server.rest();
+                }
                 break;
             }
         }

@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use bulkhead_vmm_protocol::MAX_FUSE_MESSAGE;
 use bulkhead_vmm_protocol::loan::{self, Loan};
+use bulkhead_vmm_protocol::{MAX_FUSE_MESSAGE, MessageBuffer};
 
 use crate::devices::chain::IoFault;
 use crate::devices::{ChainReader, MemoryFault};
@@ -14,8 +14,7 @@ use crate::devices::{ChainReader, MemoryFault};
 #[derive(Debug)]
 pub struct Server {
     socket: OwnedFd,
-    /// Room for the longest packet and one byte, by which a longer one is told.
-    reply: Vec<u8>,
+    reply: MessageBuffer,
 }
 
 /// How sending went.
@@ -49,7 +48,7 @@ pub enum Received<'a> {
 impl Server {
     /// Takes the socket.
     pub fn new(socket: OwnedFd) -> Self {
-        Server { socket, reply: vec![0; MAX_FUSE_MESSAGE + 1] }
+        Server { socket, reply: MessageBuffer::default() }
     }
 
     /// Sends a request: its header and what is left of the guest's buffers.
@@ -67,11 +66,12 @@ impl Server {
 
     /// Takes the next packet, if there is one.
     pub fn receive(&mut self) -> Received<'_> {
-        match loan::receive(&self.socket, &mut self.reply) {
+        match loan::receive(&self.socket, self.reply.room()) {
             Ok((0, _)) => Received::Gone,
             Ok((length, _)) if length > MAX_FUSE_MESSAGE => Received::TooLong,
             Ok((length, file)) => {
-                let packet = &self.reply[..length];
+                self.reply.note(length);
+                let packet = &self.reply.room()[..length];
                 match file.zip(Loan::parse(packet)) {
                     Some((file, loan)) => Received::Lent(loan, file.into()),
                     None => Received::Packet(packet),
@@ -82,6 +82,11 @@ impl Server {
                 _ => Received::Gone,
             },
         }
+    }
+
+    /// Gives memory of large packets back: none is to come soon.
+    pub fn rest(&mut self) {
+        self.reply.give_back();
     }
 }
 
