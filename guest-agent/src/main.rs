@@ -109,6 +109,10 @@ impl Machine for ForeignMachine {
         0
     }
 
+    fn now_us(&self) -> u64 {
+        0
+    }
+
     fn set_clock(&self, _: i64) -> Result<(), String> {
         Ok(())
     }

@@ -38,6 +38,9 @@ pub trait Machine: Send + Sync {
     /// Monotonic time when the agent was ready, in microseconds.
     fn ready_us(&self) -> u64;
 
+    /// Monotonic time now, in microseconds.
+    fn now_us(&self) -> u64;
+
     /// Forgets what is cached of the files of a container that is gone, so that the host can let go of them.
     fn forget_files(&self);
 
@@ -123,6 +126,7 @@ impl<M: Machine + 'static> Agent for Service<M> {
             kernel_release: crate::sys::kernel_release(),
             ready_us: self.machine.ready_us(),
             started_us: self.machine.started_us(),
+            now_us: self.machine.now_us(),
             ..Default::default()
         })
     }

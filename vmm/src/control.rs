@@ -135,6 +135,9 @@ enum End {
 
 /// Serves requests until the machine or the shim ends, or the machine is to be saved.
 fn run(channel: &Channel, machine: &mut RunningMachine, handles: &Handles) -> Result<End, ControlError> {
+    // What it took to make the machine goes back to the host: there is one of it for each pod.
+    // SAFETY: takes a number; the allocator's own locks are all that it needs.
+    unsafe { libc::malloc_trim(0) };
     let watch = Watch::new(channel, Some(machine))?;
     loop {
         let ready = watch.wait()?;

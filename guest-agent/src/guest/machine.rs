@@ -97,6 +97,10 @@ impl Machine for GuestMachine {
         self.ready_us
     }
 
+    fn now_us(&self) -> u64 {
+        monotonic_us()
+    }
+
     fn forget_files(&self) {
         // Directory entries and inodes only: the host's file server holds a file open for each. Failing to is no harm
         // but the host's memory.

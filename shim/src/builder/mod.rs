@@ -28,6 +28,10 @@ use crate::template::{Key, Order, Recipe, StoreError, Template};
 /// From the start of the VMM until its machine is saved.
 const MACHINE_LIMIT: Duration = Duration::from_secs(60);
 
+/// What a kernel and an agent that have just begun still put off to do it soon: what they do before the machine is saved no pod does
+/// again, in memory of its own.
+const SETTLE: Duration = Duration::from_millis(500);
+
 /// A killed VMM is gone within this time.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
 
@@ -214,6 +218,10 @@ async fn save_guest(recipe: &Recipe, files: &Files, draft: &Draft) -> Result<Gre
                 .await
                 .map_err(failed)?
                 .map_err(|source| BuildError::Agent { said: said(), source })?;
+            tokio::select! {
+                () = tokio::time::sleep(SETTLE) => {}
+                _ = listener.until_ended() => return Err(BuildError::Machine(MachineError::Gone)),
+            }
             let state = [draft.state.as_fd()];
             tokio::select! {
                 biased;

@@ -1,7 +1,7 @@
 //! The first pod from a new template: shows that it can be restored, and which of its pages pods use first.
 //!
-//! The pod goes the way of every pod, up to the end of a container's first process. Its program is our own file server,
-//! which is on every node, needs no libraries, and ends at once with a complaint about its arguments.
+//! The pod goes the way of every pod, up to the end of a container's first process. Its program is as small as one can be: what
+//! a larger one would have in memory is in no pod, and pages for it would be copied in vain in each.
 
 use std::fs;
 use std::io;
@@ -103,7 +103,8 @@ async fn run(config: Config, memory: u64, directory: &Path) -> Result<Vec<u8>, R
         let path = rootfs.join(place);
         fs::create_dir_all(&path).map_err(files(&path))?;
     }
-    fs::copy(&config.fs_server, rootfs.join(PROGRAM)).map_err(files(&config.fs_server))?;
+    let path = rootfs.join(PROGRAM);
+    write_program(&path).map_err(files(&path))?;
     let pod_spec = PodSpec {
         id: ID.to_owned(),
         directory: directory.join("pod"),
@@ -138,20 +139,12 @@ async fn use_pod(
     };
     let configure = async { Ok(pod.configure(ID).await?) };
     tokio::try_join!(attach, configure)?;
-    let lower = Path::new(ROOTS_DIR).join(ID).join("rootfs").display().to_string();
-    let root = match pod.attach_changes(&changes.disk, Some(&lower), &[]).await {
-        Ok(disk) => Some(disk.mount_point()),
-        Err(error) => {
-            log::warn!("pods from this template can't have changes on disks: {}", chain(&error));
-            None
-        }
-    };
     let (number, mut output) = pod.open_stream().await?;
     let guest = spec::translate(specification()?, ID, &PodNamespaces::default())
         .map_err(|error| RehearsalError::Translate(error.into()))?;
     let request = api::CreateContainerRequest {
         container_id: ID.to_owned(),
-        spec: guest.to_json(&[], root, true).map_err(|error| RehearsalError::Translate(error.into()))?,
+        spec: guest.to_json(&[], None, true).map_err(|error| RehearsalError::Translate(error.into()))?,
         stdio: MessageField::some(api::Stdio { stderr_stream: number, ..Default::default() }),
         ..Default::default()
     };
@@ -161,7 +154,61 @@ async fn use_pod(
     // What it says does not matter, only that it does.
     let _ = (&mut output).take(MAX_OUTPUT).read_to_end(&mut said).await;
     pod.agent().wait(ID, "").await?;
-    Ok(working_set::used_pages(pod.host_pid(), memory)?)
+    let used = working_set::used_pages(pod.host_pid(), memory)?;
+    // Pages that only a disk takes are not among them: many pods have none.
+    let lower = Path::new(ROOTS_DIR).join(ID).join("rootfs").display().to_string();
+    if let Err(error) = pod.attach_changes(&changes.disk, Some(&lower), &[]).await {
+        log::warn!("pods from this template can't have changes on disks: {}", chain(&error));
+    }
+    Ok(used)
+}
+
+/// Writes an executable file of one page that says a byte on standard error and ends.
+fn write_program(path: &Path) -> io::Result<()> {
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o755).open(path)?;
+    file.write_all(&program())
+}
+
+/// The machine that it is for (`e_machine`), and its instructions: `write(2, <its first byte>, 1)`, `exit_group(0)`.
+#[cfg(target_arch = "x86_64")]
+const MACHINE: (u16, &[u8]) = (
+    62,
+    &[
+        0xb8, 1, 0, 0, 0, // mov eax, 1
+        0xbf, 2, 0, 0, 0, // mov edi, 2
+        0xbe, 0, 0, 0x40, 0, // mov esi, 0x400000
+        0xba, 1, 0, 0, 0, // mov edx, 1
+        0x0f, 0x05, // syscall
+        0xb8, 231, 0, 0, 0, // mov eax, 231
+        0x31, 0xff, // xor edi, edi
+        0x0f, 0x05, // syscall
+    ],
+);
+
+/// An ELF file (System V ABI, "Object Files") with one segment.
+fn program() -> Vec<u8> {
+    const ADDRESS: u64 = 0x40_0000;
+    const HEADERS: u64 = 64 + 56;
+    let (machine, code) = MACHINE;
+    let size = HEADERS + code.len() as u64;
+    let mut bytes = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    let halves =
+        |bytes: &mut Vec<u8>, values: &[u16]| bytes.extend(values.iter().flat_map(|n| n.to_le_bytes()));
+    let words =
+        |bytes: &mut Vec<u8>, values: &[u32]| bytes.extend(values.iter().flat_map(|n| n.to_le_bytes()));
+    let longs =
+        |bytes: &mut Vec<u8>, values: &[u64]| bytes.extend(values.iter().flat_map(|n| n.to_le_bytes()));
+    halves(&mut bytes, &[2, machine]); // ET_EXEC
+    words(&mut bytes, &[1]); // EV_CURRENT
+    longs(&mut bytes, &[ADDRESS + HEADERS, 64, 0]); // entry, program headers, no sections
+    words(&mut bytes, &[0]);
+    halves(&mut bytes, &[64, 56, 1, 64, 0, 0]);
+    words(&mut bytes, &[1, 5]); // PT_LOAD, readable and executable
+    longs(&mut bytes, &[0, ADDRESS, ADDRESS, size, size, 4096]);
+    bytes.extend(code);
+    bytes
 }
 
 /// What `ctr run` asks for.
@@ -208,6 +255,18 @@ fn mount(destination: &str, kind: &str, options: &[&str]) -> serde_json::Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_program_says_a_byte_and_ends() {
+        let directory = std::env::temp_dir().join(format!("bulkhead-rehearsal-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let path = directory.join("program");
+        write_program(&path).unwrap();
+        let output = std::process::Command::new(&path).output().unwrap();
+        fs::remove_dir_all(&directory).unwrap();
+        assert!(output.status.success());
+        assert_eq!((output.stdout, output.stderr), (vec![], vec![0x7f]));
+    }
 
     #[test]
     fn the_specification_can_be_translated() {

@@ -91,6 +91,8 @@ pub struct Greeting {
     pub started_us: u64,
     /// The guest's monotonic time when the agent was ready, microseconds.
     pub ready_us: u64,
+    /// The guest's monotonic time when it answered, microseconds.
+    pub now_us: u64,
 }
 
 /// How a process in the guest ended.
@@ -190,6 +192,7 @@ impl Agent {
             kernel: untrusted(&answer.kernel_release, 64),
             started_us: answer.started_us,
             ready_us: answer.ready_us,
+            now_us: answer.now_us,
         })
     }
 

@@ -31,6 +31,12 @@ const GUEST_CID: u32 = 3;
 const KERNEL_PARAMS: &str =
     "root=/dev/vda rootfstype=erofs ro init=/bulkhead-agent quiet dummy.numdummies=0 fb_tunnels=none";
 
+/// Tables of names and of inodes are a quarter of what the kernel would make them: a guest's first few files dirty all pages of
+/// them, which pods share until then. Of directory entries that fill all memory ten or so are to be looked at for each name.
+fn hash_tables(memory_mib: u32) -> String {
+    format!("dhash_entries={} ihash_entries={}", memory_mib.saturating_mul(32), memory_mib.saturating_mul(16))
+}
+
 /// Bytes of the guest's console that are kept.
 pub const CONSOLE_KEPT: usize = 16 * 1024;
 
@@ -142,7 +148,9 @@ pub async fn start(
     let mut fds = FdList::default();
     let config = VmConfig {
         kernel: fds.add(files.kernel.as_fd()),
-        cmdline: format!("{KERNEL_PARAMS} {}", recipe.kernel_params).trim_end().to_owned(),
+        cmdline: format!("{KERNEL_PARAMS} {} {}", hash_tables(recipe.size.memory_mib), recipe.kernel_params)
+            .trim_end()
+            .to_owned(),
         console: Some(fds.add(backends.console)),
         disks: vec![BlockConfig {
             file: fds.add(files.image.as_fd()),

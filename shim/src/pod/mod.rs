@@ -638,7 +638,7 @@ fn log_ready(how: &str, launched: Instant, greeting: &Greeting) {
     log::info!(
         "agent ready, {how}: {} us after the start of the VMM, {} us of guest time, agent {}, guest kernel {}",
         launched.elapsed().as_micros(),
-        greeting.ready_us,
+        greeting.now_us,
         greeting.version,
         greeting.kernel,
     );

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bulkhead_agent_protocol as api;
 use containerd_shim_protos::api::CreateTaskRequest;
@@ -29,6 +30,9 @@ use crate::pod::{DEATH_LIMIT, Pod, PodSpec, clock, forward, state};
 use crate::sizing::Demand;
 use crate::spec::sandbox::Role;
 use crate::spec::{self, GuestSpec, Member, PodNamespaces};
+
+/// How long after a pod has come to be its first container is sure to run, if all goes well.
+const STARTED: Duration = Duration::from_millis(250);
 
 /// What the kernel calls a VMM.
 const VMM_NAME: &str = "bulkhead-vmm";
@@ -215,8 +219,16 @@ impl Shim {
         }
         tokio::spawn(self.clone().pass_events(pod.clone()));
         tokio::spawn(clock::follow(pod.agent().clone()));
+        tokio::spawn(give_memory_back());
         forward::start(pod);
     }
+}
+
+/// Most memory that this process ever needs it needs until a pod has started; what is free of it then goes back to the host.
+async fn give_memory_back() {
+    tokio::time::sleep(STARTED).await;
+    // SAFETY: takes a number; the allocator's own locks are all that it needs.
+    unsafe { libc::malloc_trim(0) };
 }
 
 /// Where a container is made.

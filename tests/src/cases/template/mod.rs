@@ -50,7 +50,7 @@ const BUILD_LIMIT: Duration = Duration::from_secs(20);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// What the pods of [`Templates::run_pod`] do.
-const SCRIPT: &str = "nproc; grep MemTotal /proc/meminfo; echo done";
+const SCRIPT: &str = "nproc; grep -E 'MemTotal|MemAvailable' /proc/meminfo; echo done";
 
 /// A store of the case's own and a configuration that names it.
 struct Templates {

@@ -83,19 +83,19 @@ impl Saying {
         );
         let took = self.pod.shim.expect_started("restored")?;
         let log = self.pod.shim.log.until("timeline id=", CALL_LIMIT)?;
-        let saved = log_number(&log, "after the start of the VMM, ")? / 1e6;
+        let told = log_number(&log, "after the start of the VMM, ")? / 1e6;
         let answered = (log_number(&log, " agent=")? - log_number(&log, " containerd=")?) / 1e6;
         let at = |moment: Instant| (moment - self.asked).as_secs_f64();
         let mut passed = Vec::new();
         for (name, from, to) in
             [("uptime-first", self.first, self.first), ("uptime-second", second_from, second_to)]
         {
-            let guest = number(name)? - saved;
+            let guest = number(name)? - told;
             // What the guest may not have seen pass: the time until the agent had answered.
             let (least, most) = (at(from) - answered, at(to));
             ensure!(
                 guest >= least - UPTIME_TOLERANCE && guest <= most + UPTIME_TOLERANCE,
-                "{guest:.3} s have passed in the guest since it was saved, on the node {most:.3} s since the pod was asked for \
+                "{guest:.3} s have passed in the guest since it answered, on the node {most:.3} s since the pod was asked for \
                  and {least:.3} s since the agent answered ({name})"
             );
             passed.push(format!("{guest:.2} of {least:.2} to {most:.2}"));
@@ -180,11 +180,13 @@ pub fn sizes(environment: &mut Environment) -> Outcome<String> {
         let annotations = [("io.bulkhead.vcpus", vcpus), ("io.bulkhead.memory", memory)];
         let (output, took) = templates.run_pod(environment, &annotations, "restored", None)?;
         let words: Vec<&str> = output.split_whitespace().collect();
-        let [cpus, "MemTotal:", kib, "kB", "done"] = words[..] else { fail!("output {output:?}") };
+        let [cpus, "MemTotal:", kib, "kB", "MemAvailable:", available, "kB", "done"] = words[..] else {
+            fail!("output {output:?}")
+        };
         ensure_eq!(cpus, vcpus, "CPUs");
         let kib: u64 = kib.parse().explain(|| format!("memory in {output:?}"))?;
         ensure!(kib <= mib * 1024 && kib > mib * 1024 * 7 / 10, "{kib} KiB of memory in a pod of {mib} MiB");
-        evidence.push(format!("{cpus} vCPU, {kib} KiB: made in {made:.1} s, restored in {took} us"));
+        evidence.push(format!("{cpus} vCPU, {kib} KiB, {available} KiB of them available: made in {made:.1} s, restored in {took} us"));
     }
     ensure_eq!(templates.run("list", &[])?.lines().count(), 3, "templates");
     Ok(evidence.join("; "))
