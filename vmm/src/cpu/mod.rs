@@ -5,7 +5,7 @@ mod registers;
 mod state;
 
 pub use cpuid::{CpuidTemplate, MAX_CPUID_ENTRIES};
-pub use registers::{set_boot_registers, set_interrupt_pins};
+pub use registers::{set_boot_registers, set_firmware_registers};
 pub use state::{VcpuState, check_size, saved_msrs};
 
 /// Why a vCPU can't be set up.

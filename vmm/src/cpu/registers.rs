@@ -58,19 +58,20 @@ pub fn set_boot_registers(vcpu: &VcpuFd, entry: u64) -> Result<(), CpuError> {
     vcpu.set_regs(&regs).map_err(kvm_failed("set the registers"))?;
 
     let fpu = kvm_fpu { fcw: FPU_CONTROL, mxcsr: SSE_CONTROL, ..kvm_fpu::default() };
-    vcpu.set_fpu(&fpu).map_err(kvm_failed("set the floating-point state"))?;
+    vcpu.set_fpu(&fpu).map_err(kvm_failed("set the floating-point state"))
+}
+
+/// Sets any vCPU up as firmware would: local interrupt pins for external interrupts and NMIs, memory that is cached, fast strings.
+/// A kernel takes features away from an Intel CPU whose fast strings are off, though it has begun to use them on the first.
+pub fn set_firmware_registers(vcpu: &VcpuFd) -> Result<(), CpuError> {
+    let mut lapic = vcpu.get_lapic().map_err(kvm_failed("get the local APIC"))?;
+    set_delivery_mode(&mut lapic, LVT_LINT0, MODE_EXTERNAL);
+    set_delivery_mode(&mut lapic, LVT_LINT1, MODE_NMI);
+    vcpu.set_lapic(&lapic).map_err(kvm_failed("set the local APIC"))?;
     set_msrs(
         vcpu,
         &[(MSR_MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK), (MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRINGS)],
     )
-}
-
-/// Sets the local interrupt pins of any vCPU as firmware would: external interrupts and NMIs.
-pub fn set_interrupt_pins(vcpu: &VcpuFd) -> Result<(), CpuError> {
-    let mut lapic = vcpu.get_lapic().map_err(kvm_failed("get the local APIC"))?;
-    set_delivery_mode(&mut lapic, LVT_LINT0, MODE_EXTERNAL);
-    set_delivery_mode(&mut lapic, LVT_LINT1, MODE_NMI);
-    vcpu.set_lapic(&lapic).map_err(kvm_failed("set the local APIC"))
 }
 
 fn set_delivery_mode(lapic: &mut kvm_lapic_state, register: usize, mode: u32) {

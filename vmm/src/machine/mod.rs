@@ -170,7 +170,7 @@ impl Machine {
 
         let failed = |id| move |source| MachineError::Vcpu { id, source };
         for (vcpu, id) in vcpus.iter().zip(0..) {
-            cpu::set_interrupt_pins(vcpu).map_err(failed(id))?;
+            cpu::set_firmware_registers(vcpu).map_err(failed(id))?;
             // The others wait until the first one starts them by interrupt.
             if id == 0 {
                 cpu::set_boot_registers(vcpu, entry).map_err(failed(id))?;

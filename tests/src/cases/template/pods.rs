@@ -35,6 +35,7 @@ const VALUES: &str = "\
     cpu=0; while [ $cpu -lt $(nproc) ]; do mask=$((1 << cpu)); \
     echo cpu-$cpu=$(taskset $mask cut -d' ' -f39 /proc/self/stat); \
     echo random-$cpu=$(taskset $mask head -c 32 /dev/urandom | sha256sum); cpu=$((cpu + 1)); done; \
+    echo features=$(grep ^flags /proc/cpuinfo | sort -u | wc -l); \
     dd if=/dev/urandom of=/dev/shm/mine bs=64k count=16 2>/dev/null; echo file=$(sha256sum </dev/shm/mine); echo ready=; \
     read go; up second; echo clock=$(adjtimex | sed -n 's/.*tv_u*sec: *//p'); echo file-after=$(sha256sum </dev/shm/mine)";
 
@@ -146,6 +147,10 @@ pub fn unique(environment: &mut Environment) -> Outcome<String> {
         for (values, cpu) in said.iter().flat_map(|values| ["0", "1"].map(|cpu| (values, cpu))) {
             let expected = (cpu < vcpus).then(|| cpu.to_owned());
             ensure_eq!(values.get(&format!("cpu-{cpu}")), expected.as_ref(), "the CPU that was read on");
+        }
+        for values in &said {
+            let sets = values.get("features").map(String::as_str);
+            ensure_eq!(sets, Some("1"), "sets of features that the pod's CPUs have");
         }
     }
     // Whatever pods do, the template stays as it was.
