@@ -11,7 +11,8 @@ use bulkhead_base::chain;
 use bulkhead_seccomp_compiler::compile;
 
 /// File name without `.json`; the one key inside each file is the same name.
-const PROFILES: [&str; 5] = ["vmm-control", "vmm-template", "vmm-device", "vmm-vcpu", "fs-server"];
+const PROFILES: [&str; 6] =
+    ["vmm-control", "vmm-template", "vmm-device", "vmm-storage", "vmm-vcpu", "fs-server"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=build.rs");

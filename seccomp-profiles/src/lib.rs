@@ -14,8 +14,10 @@ pub enum Filter {
     VmmControl,
     /// The VMM's main thread when the machine is one that can be saved: reads vCPU state as well.
     VmmTemplate,
-    /// The VMM's device loop: moves bytes between guest memory and descriptors.
+    /// The VMM's thread for devices that never wait for the node's storage: network, sockets, console and others.
     VmmDevice,
+    /// The VMM's thread for disks and file systems.
+    VmmStorage,
     /// A VMM thread that runs a vCPU.
     VmmVcpu,
     /// The file server, all threads.
@@ -53,6 +55,7 @@ impl Filter {
             Filter::VmmControl => include_bytes!(concat!(env!("OUT_DIR"), "/vmm-control.bpf")),
             Filter::VmmTemplate => include_bytes!(concat!(env!("OUT_DIR"), "/vmm-template.bpf")),
             Filter::VmmDevice => include_bytes!(concat!(env!("OUT_DIR"), "/vmm-device.bpf")),
+            Filter::VmmStorage => include_bytes!(concat!(env!("OUT_DIR"), "/vmm-storage.bpf")),
             Filter::VmmVcpu => include_bytes!(concat!(env!("OUT_DIR"), "/vmm-vcpu.bpf")),
             Filter::FsServer => include_bytes!(concat!(env!("OUT_DIR"), "/fs-server.bpf")),
         };

@@ -52,8 +52,14 @@ fn mmap_of(descriptor: i32, sharing: i32) -> Option<i32> {
     (mapped == libc::MAP_FAILED).then_some(1)
 }
 
-const FILTERS: [Filter; 5] =
-    [Filter::VmmControl, Filter::VmmTemplate, Filter::VmmDevice, Filter::VmmVcpu, Filter::FsServer];
+const FILTERS: [Filter; 6] = [
+    Filter::VmmControl,
+    Filter::VmmTemplate,
+    Filter::VmmDevice,
+    Filter::VmmStorage,
+    Filter::VmmVcpu,
+    Filter::FsServer,
+];
 
 #[test]
 fn what_is_not_allowed_kills() {

@@ -6,7 +6,8 @@ use std::fs;
 
 use serde_json::Value;
 
-const PROFILES: [&str; 5] = ["vmm-control", "vmm-template", "vmm-device", "vmm-vcpu", "fs-server"];
+const PROFILES: [&str; 6] =
+    ["vmm-control", "vmm-template", "vmm-device", "vmm-storage", "vmm-vcpu", "fs-server"];
 
 /// Calls that no thread of ours that faces the guest may ever make, whatever its arguments.
 const NEVER: [&str; 40] = [

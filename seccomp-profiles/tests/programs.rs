@@ -19,7 +19,8 @@ use seccompiler::{BpfMap, TargetArch, compile_from_json};
 use serde_json::Value;
 use syscalls::x86_64::Sysno;
 
-const PROFILES: [&str; 5] = ["vmm-control", "vmm-template", "vmm-device", "vmm-vcpu", "fs-server"];
+const PROFILES: [&str; 6] =
+    ["vmm-control", "vmm-template", "vmm-device", "vmm-storage", "vmm-vcpu", "fs-server"];
 
 const NATIVE: u32 = Architecture::X86_64.audit();
 const AARCH64: u32 = 0xc000_00b7;

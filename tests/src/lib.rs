@@ -13,6 +13,7 @@ pub mod cri;
 pub mod docker;
 pub mod events;
 pub mod failure;
+pub mod freeze;
 pub mod layers;
 pub mod layout;
 pub mod leaks;

@@ -1,4 +1,4 @@
-//! The device thread: one event loop for all devices.
+//! A device thread: one event loop for some of the machine's devices ([`crate::device_threads`] says which).
 
 use std::collections::BTreeMap;
 use std::io;
@@ -55,7 +55,7 @@ pub struct DeviceLoop {
 /// What the thread is told.
 enum Order {
     /// Run these.
-    Start(Vec<DeviceWorker>),
+    Start(Vec<(usize, DeviceWorker)>),
     /// Run this one as well.
     Add(usize, Box<DeviceWorker>),
     /// Drop it and say so.
@@ -64,8 +64,8 @@ enum Order {
 
 /// The devices after their thread has ended.
 pub struct Stopped {
-    /// The workers that it started with, in the order in which they were given.
-    pub workers: Vec<DeviceWorker>,
+    /// The workers that it started with, each with the number that it came with.
+    pub workers: Vec<(usize, DeviceWorker)>,
     /// Whether everything that was queued is finished.
     pub at_rest: bool,
 }
@@ -113,6 +113,7 @@ impl DeviceLoop {
     /// Starts the thread, which then waits for its devices. `enter` runs in it first (it installs the thread's seccomp
     /// filter); when it or the loop fails, `failed` hears of it.
     pub fn start(
+        name: &str,
         enter: impl FnOnce() -> Result<(), String> + Send + 'static,
         failed: impl FnOnce(String) + Send + 'static,
     ) -> Result<Self, LoopError> {
@@ -127,12 +128,12 @@ impl DeviceLoop {
                 let Ok(Order::Start(workers)) = waiting.recv() else { return Ok(Stopped::idle()) };
                 manager.add_subscriber(Subscriber::Control(seen.clone()));
                 let mut ids = Vec::with_capacity(workers.len());
-                for worker in workers {
-                    ids.push(manager.add_subscriber(Subscriber::Device(worker)));
+                for (key, worker) in workers {
+                    ids.push((key, manager.add_subscriber(Subscriber::Device(worker))));
                 }
                 let at_rest = run(&mut manager, &seen, &waiting).map_err(|error| error.to_string())?;
-                let workers = ids.into_iter().filter_map(|id| match manager.remove_subscriber(id) {
-                    Ok(Subscriber::Device(worker)) => Some(worker),
+                let workers = ids.into_iter().filter_map(|(key, id)| match manager.remove_subscriber(id) {
+                    Ok(Subscriber::Device(worker)) => Some((key, worker)),
                     _ => None,
                 });
                 Ok(Stopped { workers: workers.collect(), at_rest })
@@ -146,20 +147,20 @@ impl DeviceLoop {
             }
         };
         let thread = thread::Builder::new()
-            .name("devices".into())
+            .name(name.into())
             .stack_size(THREAD_STACK)
             .spawn(body)
             .map_err(LoopError::Spawn)?;
         Ok(DeviceLoop { thread, orders, control })
     }
 
-    /// Gives the thread the devices that it runs from the start.
-    pub fn run(&self, workers: Vec<DeviceWorker>) {
+    /// Gives the thread the devices that it runs from the start, each with a number of the caller's.
+    pub fn run(&self, workers: Vec<(usize, DeviceWorker)>) {
         // A thread that has ended has reported why.
         let _ = self.orders.send(Order::Start(workers));
     }
 
-    /// Has the running thread take on another device; `key` is a number of the caller's for it.
+    /// Has the running thread take on another device; `key` is the caller's number for it.
     pub fn add(&self, key: usize, worker: DeviceWorker) {
         let _ = self.orders.send(Order::Add(key, Box::new(worker)));
         let _ = self.control.wake.write(1);

@@ -4,15 +4,16 @@
 //! message ([`control`], [`resources`]). [`machine`] builds the virtual machine from it: guest memory ([`memory`],
 //! [`layout`]), a kernel ([`boot`]), vCPUs ([`cpu`]), an IOAPIC ([`ioapic`]) and virtio devices ([`devices`]).
 //!
-//! Three kinds of threads run it, each under a seccomp filter of its own: the control thread, the device thread
-//! ([`device_loop`]) and one thread per vCPU ([`vcpu`]), whose trapped accesses go to the [`bus`].
+//! Each of its threads runs under a seccomp filter of its own: the control thread, a few for the devices, by what they may have to wait
+//! for (`device_threads`), and one for each vCPU ([`vcpu`]), whose trapped accesses go to the [`bus`].
 
 pub mod boot;
 pub mod bus;
 pub mod calibrate;
 pub mod control;
 pub mod cpu;
-pub mod device_loop;
+mod device_loop;
+mod device_threads;
 pub mod devices;
 mod growth;
 pub mod ioapic;

@@ -10,7 +10,9 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
-use bulkhead_vmm_protocol::{AttachDisk, AttachNet, ExitReason, FromVmm, NetOffloads, RefusalKind, Request};
+use bulkhead_vmm_protocol::{
+    AttachDisk, AttachNet, DiskRole, ExitReason, FromVmm, NetOffloads, RefusalKind, Request,
+};
 use common::guest::{Code, DATA, Driver, LOAD, MMIO, WINDOW};
 use common::process::{Boot, Vmm, file_with, kvm_or_skip};
 
@@ -214,6 +216,7 @@ fn disks_come_and_go_in_a_running_machine() {
 
     let disk = |slot| AttachDisk {
         slot,
+        role: DiskRole::Root,
         read_only: false,
         serial: "test".into(),
         block_size: 4096,
@@ -272,8 +275,14 @@ fn a_slot_takes_a_network_interface_after_a_disk() {
     let (mut vmm, reply) = Boot::new(&code.power_off().kernel()).start();
     reply.unwrap();
 
-    let disk =
-        AttachDisk { slot, read_only: false, serial: "test".into(), block_size: 512, parts: Vec::new() };
+    let disk = AttachDisk {
+        slot,
+        role: DiskRole::Volume,
+        read_only: false,
+        serial: "test".into(),
+        block_size: 512,
+        parts: Vec::new(),
+    };
     vmm.control.send(&Request::AttachDisk(disk), &[file_with(&[0; 4096]).as_fd()]).unwrap();
     vmm.reply().unwrap();
     // Stays for long enough to be seen.

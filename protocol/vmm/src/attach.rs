@@ -30,6 +30,8 @@ pub const PART_ALIGNMENT: u64 = 4096;
 pub struct AttachDisk {
     /// Where it goes, from 0 and below [`DEVICE_SLOTS`].
     pub slot: u8,
+    /// What hangs if it does.
+    pub role: DiskRole,
     /// As in [`crate::BlockConfig`].
     pub read_only: bool,
     /// As in [`crate::BlockConfig`].
@@ -40,6 +42,15 @@ pub struct AttachDisk {
     /// zeroes. Only for disks that are read-only. None: the disk is one file, and as large.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parts: Vec<u64>,
+}
+
+/// What a disk is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DiskRole {
+    /// Root file systems, without which no program starts.
+    Root,
+    /// A volume: only who uses it waits for it.
+    Volume,
 }
 
 /// A network interface for a running machine (virtio 1.2, section 5.1).
@@ -130,6 +141,7 @@ mod tests {
     fn disks_that_cannot_be_attached_are_refused() {
         let disk = AttachDisk {
             slot: 9,
+            role: DiskRole::Volume,
             read_only: false,
             serial: String::new(),
             block_size: 4096,
@@ -148,6 +160,7 @@ mod tests {
     fn parts_are_whole_pages_of_read_only_disks() {
         let disk = |parts: &[u64]| AttachDisk {
             slot: 0,
+            role: DiskRole::Root,
             read_only: true,
             serial: String::new(),
             block_size: 512,

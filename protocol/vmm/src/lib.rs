@@ -20,7 +20,7 @@ pub mod roots;
 mod view;
 
 pub use attach::{
-    AttachDisk, AttachNet, DEVICE_SLOTS, MAX_PARTS, MAX_QUEUE_PAIRS, NetOffloads, PART_ALIGNMENT,
+    AttachDisk, AttachNet, DEVICE_SLOTS, DiskRole, MAX_PARTS, MAX_QUEUE_PAIRS, NetOffloads, PART_ALIGNMENT,
 };
 pub use buffer::MessageBuffer;
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_PACKET, Packet};

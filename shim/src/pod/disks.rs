@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bulkhead_agent_protocol as api;
 use bulkhead_agent_protocol::{DISKS_DIR, LAYERS_DIR};
-use bulkhead_vmm_protocol::{AttachDisk, Request};
+use bulkhead_vmm_protocol::{AttachDisk, DiskRole, Request};
 use tokio::time::Instant;
 
 use super::Pod;
@@ -111,6 +111,7 @@ impl AttachedDisk {
 struct Order<'a> {
     /// What errors name.
     path: PathBuf,
+    role: DiskRole,
     read_only: bool,
     block_size: u32,
     parts: Vec<u64>,
@@ -137,6 +138,7 @@ impl Pod {
         }
         let order = Order {
             path: disk.path.clone(),
+            role: if file_system.is_some() { DiskRole::Root } else { DiskRole::Volume },
             read_only: disk.read_only,
             block_size: disk.block_size,
             parts: Vec::new(),
@@ -167,6 +169,7 @@ impl Pod {
         };
         let order = Order {
             path: disk.path.clone(),
+            role: DiskRole::Root,
             read_only: false,
             block_size: disk.block_size,
             parts: Vec::new(),
@@ -196,6 +199,7 @@ impl Pod {
         };
         let order = Order {
             path: layers.first().map(|layer| layer.path.clone()).unwrap_or_default(),
+            role: DiskRole::Root,
             read_only: true,
             block_size: FILE_BLOCKS,
             parts: request.parts.clone(),
@@ -209,9 +213,9 @@ impl Pod {
         order: Order<'_>,
         mut request: api::AddDiskRequest,
     ) -> Result<AttachedDisk, AttachError> {
-        let Order { path, read_only, block_size, parts, files } = order;
+        let Order { path, role, read_only, block_size, parts, files } = order;
         let slot = self.slots.take_for_disk().ok_or(AttachError::NoSlot)?;
-        let disk = AttachDisk { slot, read_only, block_size, serial: format!("slot{slot}"), parts };
+        let disk = AttachDisk { slot, role, read_only, block_size, serial: format!("slot{slot}"), parts };
         let attached = self.control.request("AttachDisk", &Request::AttachDisk(disk), &files).await;
         if let Err(source) = attached {
             self.slots.give_back(slot);

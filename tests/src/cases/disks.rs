@@ -2,15 +2,20 @@
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::Mount;
 use nix::libc::O_EXCL;
+use nix::mount::{MntFlags, umount2};
 use serde_json::{Value, json};
 
 use super::{Case, Container, Environment};
 use crate::bundle;
 use crate::failure::{Explain, Outcome};
+use crate::freeze::Frozen;
+use crate::layers;
+use crate::layout::Layout;
 use crate::shim::{CALL_LIMIT, CreateOptions};
 use crate::stdio::Streams;
 use crate::volume::{SIZE, Volume};
@@ -28,6 +33,7 @@ pub const CASES: &[Case] = &[
     Case::new("disk-root-file-system", root_file_system).bulkhead_only(),
     Case::new("cold-disk-root-file-system", root_file_system).cold(),
     Case::new("disk-root-file-system-damaged", damaged_root).bulkhead_only(),
+    Case::new("disk-that-hangs-holds-up-nothing-else", hangs).bulkhead_only(),
 ];
 
 fn volume(environment: &Environment) -> Outcome<Volume> {
@@ -265,4 +271,54 @@ pub(super) fn come_and_go(environment: &mut Environment) -> Outcome<String> {
     ensure_eq!(volumes[SLOTS].sector(100)?, "second", "what the second container wrote");
     pod.finish()?;
     Ok(format!("{SLOTS} disks, each let go with its container; one more: {error}"))
+}
+
+/// A volume on a file system of the node that is frozen while the container writes: its disk can't go on, the rest of the pod does.
+fn hangs(environment: &mut Environment) -> Outcome<String> {
+    let id = environment.id("disk");
+    let directory = environment.host()?.path().join(&id);
+    let mounted = Mounted::new(&environment.layout, directory)?;
+    let volume = Volume::new(&mounted.0, "volume")?;
+    let script = format!(
+        "until test -e /go; do sleep 0.02; done; echo writes; {} echo wrote",
+        write("late", "/dev/data")
+    );
+    let mut spec = bundle::spec(&id, bundle::shell(&script));
+    volume.add_to(&mut spec, "/dev/data", "rwm");
+    let container = environment.created(&id, &spec, Streams::default())?;
+    container.shim.start("")?;
+    let frozen = Frozen::new(&mounted.0)?;
+    container.exec_script("go", "touch /go")?.success()?;
+    container.stdio.stdout.until("writes", CALL_LIMIT)?;
+    for round in 0..5 {
+        std::thread::sleep(Duration::from_millis(100));
+        let since = Instant::now();
+        let said = container.exec_script(&format!("meanwhile-{round}"), "echo alive")?.success()?;
+        ensure_eq!(said, "alive\n", "what a command says meanwhile");
+        ensure!(since.elapsed() < Duration::from_secs(1), "it took {:?}", since.elapsed());
+    }
+    ensure!(!container.stdio.stdout.so_far().contains("wrote"), "the disk did not hang");
+    drop(frozen);
+    container.stdio.stdout.until("wrote", CALL_LIMIT)?;
+    container.finish()?;
+    ensure_eq!(volume.sector(100)?, "late", "what the container wrote in the end");
+    Ok("commands run in a pod whose disk hangs, and the disk goes on when the node's does".into())
+}
+
+/// An ext4 of the node's; unmounted and removed when dropped.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn new(layout: &Layout, directory: PathBuf) -> Outcome<Self> {
+        layers::mount_ext4(layout, &directory)?;
+        Ok(Self(directory))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+        let _ = fs::remove_dir(&self.0);
+        let _ = fs::remove_file(self.0.with_extension("ext4"));
+    }
 }

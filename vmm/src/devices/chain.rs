@@ -422,6 +422,25 @@ impl ChainWriter<'_> {
         self.0.advance(done);
         Ok(done)
     }
+
+    /// The same from a file at `position`, as far as it needs no waiting: `WouldBlock` for what the host has to fetch, which it begins
+    /// with then, and `EOPNOTSUPP` from file systems that can't tell.
+    pub fn read_ready_from(
+        &mut self,
+        file: BorrowedFd<'_>,
+        limit: usize,
+        position: u64,
+    ) -> Result<usize, IoFault> {
+        let mut vectors = Vectors::new();
+        self.0.add_to(&mut vectors, limit)?;
+        let (list, count) = (vectors.as_mut_ptr(), vectors.count as libc::c_int);
+        let position = file_position(position)?;
+        // SAFETY: each vector points into guest memory that `self` keeps mapped and that no Rust reference covers.
+        let result = unsafe { libc::preadv2(file.as_raw_fd(), list, count, position, libc::RWF_NOWAIT) };
+        let done = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
+        self.0.advance(done);
+        Ok(done)
+    }
 }
 
 fn file_position(position: u64) -> Result<libc::off_t, io::Error> {

@@ -79,7 +79,7 @@ impl MmioTransport {
         &self.state
     }
 
-    /// The device's state, with that of its backend. Neither vCPUs nor the device thread may run.
+    /// The device's state, with that of its backend. Neither vCPUs nor the device's thread may run.
     pub fn save(&self, backend: BackendState) -> Result<DeviceState, &'static str> {
         if self.slot.interrupt.needs_reset() {
             return Err("it has stopped until its driver resets it");
@@ -114,7 +114,7 @@ impl MmioTransport {
         if all_seen { status & !USED_BUFFER } else { status }
     }
 
-    /// Takes a saved state, which goes through the checks that its driver went through. Before the device thread starts.
+    /// Takes a saved state, which goes through the checks that its driver went through. Before the device's thread starts.
     pub fn restore(&mut self, saved: &DeviceState) -> Result<(), StateFault> {
         if saved.id != self.info.kind.id() {
             return Err(StateFault::Other("type"));

@@ -5,7 +5,7 @@
 //! - the *register face* ([`mmio::MmioTransport`]), which vCPU threads call on a trapped write. It negotiates features,
 //!   takes the driver's queue addresses, checks them, and activates or resets the device; what drivers read is in
 //!   [`registers`];
-//! - the *backend* (an implementation of [`VirtioDevice`]), which lives on the device thread inside a
+//! - the *backend* (an implementation of [`VirtioDevice`]), which lives on a thread for devices inside a
 //!   [`worker::DeviceWorker`] and is called when a queue was kicked or one of its descriptors is ready.
 //!
 //! ```text
@@ -19,7 +19,7 @@
 //!
 //! A new device is a file or folder here that implements [`VirtioDevice`] ([`rng`] is the shortest), a [`DeviceKind`], and
 //! a line in [`crate::resources`] that makes it from what the shim hands over. If it makes system calls of its own, they
-//! go into `seccomp-profiles/vmm-device.json`.
+//! go into `seccomp-profiles/vmm-device.json`, or `vmm-storage.json` if it waits for the node's storage.
 //!
 //! Guest memory can be reached only through [`Virtqueue`]s and the [`Chain`]s they hand out, and these exist only while
 //! a device is activated: a device that isn't can't be used.
@@ -163,7 +163,7 @@ impl Activated {
     }
 }
 
-/// A device's backend. All methods run on the device thread and must not block on anything but disk I/O.
+/// A device's backend. All methods run on its thread, and only those of disks and file systems may wait, for the node's storage.
 ///
 /// Whatever a method reads from guest memory is hostile. An `Err` marks the device as needing a reset
 /// (`DEVICE_NEEDS_RESET`, virtio 1.2, section 2.1.1), drops its queues and calls [`VirtioDevice::reset`].
@@ -171,7 +171,7 @@ pub trait VirtioDevice: Send {
     /// What the register face has to know; constant over the device's life.
     fn info(&self) -> DeviceInfo;
 
-    /// Called once, on the device thread, before anything else: watch descriptors that matter from the start.
+    /// Called once, on the device's thread, before anything else: watch descriptors that matter from the start.
     fn start(&mut self, events: &mut DeviceEvents<'_, '_>) -> Result<(), DeviceFault> {
         let _ = events;
         Ok(())
@@ -208,12 +208,12 @@ pub trait VirtioDevice: Send {
         Ok(())
     }
 
-    /// What a saved machine has to keep of the backend, or why it can't be saved now. The device thread has ended.
+    /// What a saved machine has to keep of the backend, or why it can't be saved now. Its thread has ended.
     fn save(&self) -> Result<BackendState, &'static str> {
         Ok(BackendState::None)
     }
 
-    /// Takes a saved state, before the device thread starts and anything else is called.
+    /// Takes a saved state, before its thread starts and anything else is called.
     fn restore(&mut self, state: BackendState) -> Result<(), StateFault> {
         match state {
             BackendState::None => Ok(()),

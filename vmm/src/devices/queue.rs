@@ -109,6 +109,15 @@ pub enum Progress {
     More,
 }
 
+/// How often a device has been given a chain of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turn {
+    /// For the first time: what would have to wait may be left.
+    First,
+    /// Once more: it has to be done.
+    Last,
+}
+
 /// An activated queue.
 #[derive(Debug)]
 pub struct Virtqueue {
@@ -254,18 +263,40 @@ impl Virtqueue {
         &mut self,
         mut serve: impl FnMut(&Chain) -> Result<u32, DeviceFault>,
     ) -> Result<Progress, DeviceFault> {
-        for served in 0..self.size() {
+        self.serve_in_turns(|chain, _| serve(chain).map(Some))
+    }
+
+    /// The same in two turns: a chain for which `serve` returns `None` in the first is served once more when all others have been.
+    pub fn serve_in_turns(
+        &mut self,
+        mut serve: impl FnMut(&Chain, Turn) -> Result<Option<u32>, DeviceFault>,
+    ) -> Result<Progress, DeviceFault> {
+        let mut progress = if self.ring.is_some() { Progress::More } else { Progress::Done };
+        let mut left = Vec::new();
+        let mut completed = false;
+        for _ in 0..self.size() {
             let Some(chain) = self.pop()? else {
-                if served > 0 {
-                    self.signal()?;
-                }
-                return Ok(Progress::Done);
+                progress = Progress::Done;
+                break;
             };
-            let written = serve(&chain)?;
-            self.complete(chain, written)?;
+            match serve(&chain, Turn::First)? {
+                Some(written) => {
+                    self.complete(chain, written)?;
+                    completed = true;
+                }
+                None => left.push(chain),
+            }
         }
-        self.signal()?;
-        Ok(if self.ring.is_some() { Progress::More } else { Progress::Done })
+        if completed {
+            self.signal()?;
+        }
+        for chain in left {
+            // A driver that waits for this one shall not wait for the next.
+            let written = serve(&chain, Turn::Last)?.unwrap_or(0);
+            self.complete(chain, written)?;
+            self.signal()?;
+        }
+        Ok(progress)
     }
 
     /// Number of descriptors; 0 when the driver left the queue unused.
@@ -386,6 +417,21 @@ mod tests {
         assert_eq!(driver.request(0, &chain), Some(6));
         assert_eq!(driver.read_bytes(BUFFERS + 0x100, 1), b"a");
         assert_eq!(driver.read_bytes(BUFFERS + 0x200, 5), b"bcdef");
+    }
+
+    #[test]
+    fn what_has_to_wait_comes_last_and_in_order() {
+        let mut driver = echo();
+        for (at, text) in [(0, "later 1"), (16, "at once"), (32, "later 2"), (48, "at once")] {
+            driver.write_bytes(BUFFERS + at, text.as_bytes());
+        }
+        let heads = [0, 16, 32, 48]
+            .map(|at| driver.add(0, &[readable(BUFFERS + at, 7), writable(BUFFERS + 0x100 + at, 7)]));
+        driver.kick(0);
+        let used: Vec<_> = std::iter::from_fn(|| driver.take_used(0)).collect();
+        let order = [1, 3, 0, 2].map(|place: usize| (u32::from(heads[place]), 7));
+        assert_eq!(used, order);
+        assert_eq!(driver.read_bytes(BUFFERS + 0x120, 7), b"later 2");
     }
 
     #[test]

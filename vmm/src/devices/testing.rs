@@ -7,6 +7,7 @@ use event_manager::{EventManager, SubscriberOps};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::mmio::MmioTransport;
+use super::queue::Turn;
 use super::registers::RegisterMemory;
 use super::slot::DeviceSlot;
 use super::worker::DeviceWorker;
@@ -108,7 +109,7 @@ impl TestDriver {
         self.run();
     }
 
-    /// Runs the device thread's loop until nothing is left to do.
+    /// Runs the thread's loop until nothing is left to do.
     pub fn run(&mut self) {
         for _ in 0..1000 {
             if self.loop_.run_with_timeout(0).unwrap() == 0 {
@@ -313,10 +314,13 @@ impl VirtioDevice for Echo {
         active: &mut Activated,
         _events: &mut DeviceEvents<'_, '_>,
     ) -> Result<Progress, DeviceFault> {
-        active.queues[queue].serve(|chain| {
+        active.queues[queue].serve_in_turns(|chain, turn| {
             let mut buffer = [0; 4096];
             let length = chain.reader().read(&mut buffer)?;
-            Ok(chain.writer().write(&buffer[..length])? as u32)
+            if turn == Turn::First && buffer[..length].starts_with(b"later") {
+                return Ok(None);
+            }
+            Ok(Some(chain.writer().write(&buffer[..length])? as u32))
         })
     }
 

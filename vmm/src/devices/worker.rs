@@ -1,4 +1,4 @@
-//! The device thread's side of a device: event dispatch, activation, faults.
+//! The side of a device that its thread runs: event dispatch, activation, faults.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
@@ -51,7 +51,7 @@ fn events(fd: BorrowedFd<'_>, token: u32, set: EventSet) -> Events {
     Events::with_data_raw(fd.as_raw_fd(), DEVICE_TOKENS.saturating_add(token), set)
 }
 
-/// Runs one device's backend on the device thread.
+/// Runs one device's backend on its thread.
 pub struct DeviceWorker {
     device: Box<dyn VirtioDevice>,
     kind: DeviceKind,
@@ -64,7 +64,7 @@ impl DeviceWorker {
         DeviceWorker { kind: device.info().kind, device, slot }
     }
 
-    /// The backend's state, when the device thread has ended.
+    /// The backend's state, when its thread has ended.
     pub fn save(&self) -> Result<BackendState, &'static str> {
         self.device.save()
     }

@@ -16,7 +16,8 @@ use kvm_ioctls::VcpuFd;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{MachineError, host_failed};
-use crate::device_loop::{DeviceLoop, THREAD_STACK};
+use crate::device_loop::THREAD_STACK;
+use crate::device_threads::DeviceThreads;
 use crate::devices::worker::DeviceWorker;
 use crate::vcpu::{self, Vcpu};
 
@@ -38,7 +39,7 @@ impl ExitReporter {
 /// Threads that wait for a machine. When they are dropped instead they end.
 pub(super) struct Crew {
     vcpus: Vec<VcpuThread>,
-    devices: DeviceLoop,
+    devices: DeviceThreads,
     stop: Arc<AtomicBool>,
     gate: Arc<Barrier>,
     exits: Receiver<ExitReason>,
@@ -53,7 +54,7 @@ struct VcpuThread {
 /// Threads that have a machine, up to the gate.
 pub(super) struct Posted {
     pub vcpus: Vec<JoinHandle<Option<VcpuFd>>>,
-    pub devices: DeviceLoop,
+    pub devices: DeviceThreads,
     pub exits: Receiver<ExitReason>,
     pub exit_event: Arc<EventFd>,
     pub stop: Arc<AtomicBool>,
@@ -61,7 +62,7 @@ pub(super) struct Posted {
 }
 
 impl Crew {
-    /// Starts the device thread and one for each vCPU, each under its seccomp filter.
+    /// Starts the threads of the devices and one for each vCPU, each under its seccomp filter.
     pub fn start(vcpus: u8) -> Result<Self, MachineError> {
         vcpu::install_kick_handler()
             .map_err(|error| host_failed("a signal handler")(io::Error::from_raw_os_error(error.errno())))?;
@@ -70,10 +71,8 @@ impl Crew {
         let reporter = ExitReporter { reasons, event: Arc::new(event) };
 
         let device_reporter = reporter.clone();
-        let devices = DeviceLoop::start(
-            || Filter::VmmDevice.install().map_err(|error| chain(&error)),
-            move |detail| device_reporter.report(ExitReason::Internal { detail }),
-        )?;
+        let devices =
+            DeviceThreads::start(move |detail| device_reporter.report(ExitReason::Internal { detail }))?;
         let gate = Arc::new(Barrier::new(usize::from(vcpus) + 1));
         let vcpus = (0..vcpus)
             .map(|_| start_vcpu(reporter.clone(), gate.clone()))

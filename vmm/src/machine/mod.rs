@@ -31,7 +31,8 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::{self, BootError};
 use crate::bus::Bus;
 use crate::cpu::{self, CpuidTemplate};
-use crate::device_loop::{DeviceLoop, THREAD_STACK};
+use crate::device_loop::THREAD_STACK;
+use crate::device_threads::DeviceThreads;
 use crate::devices::VirtioDevice;
 use crate::devices::mmio::MmioTransport;
 use crate::devices::registers::RegisterMemory;
@@ -148,7 +149,7 @@ pub struct RunningMachine {
     bus: Arc<Bus>,
     saver: Option<Saver>,
     slots: Slots,
-    devices: DeviceLoop,
+    devices: DeviceThreads,
     exits: Receiver<ExitReason>,
     exit_event: Arc<EventFd>,
 }
@@ -239,7 +240,7 @@ impl RunningMachine {
             error!("a vCPU didn't stop in time");
         }
         if self.devices.stop().is_none() {
-            error!("the device thread didn't stop in time");
+            error!("a thread of the devices didn't stop in time");
         }
         self.exits.try_recv().unwrap_or(fallback)
     }

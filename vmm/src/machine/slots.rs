@@ -13,7 +13,7 @@ use kvm_ioctls::VmFd;
 
 use super::{MachineError, host_failed};
 use crate::bus::Bus;
-use crate::device_loop::DeviceLoop;
+use crate::device_threads::{DeviceThreads, Waits};
 use crate::devices::VirtioDevice;
 use crate::devices::blk::Block;
 use crate::devices::mmio::MmioTransport;
@@ -59,8 +59,8 @@ pub enum SlotError {
         #[source]
         source: Box<MachineError>,
     },
-    /// The device thread is busy with a request of the guest.
-    #[error("the device thread does not let the device in slot {0} go")]
+    /// The device's thread is busy with a request of the guest.
+    #[error("the thread of the device in slot {0} does not let it go")]
     Stuck(u8),
     /// It would be part of the template.
     #[error("a machine that is to be saved takes no devices")]
@@ -80,7 +80,8 @@ pub(super) struct Slots {
 #[derive(Default)]
 struct Slot {
     wired: Option<Arc<DeviceSlot>>,
-    taken: bool,
+    /// By which thread the device in it is served.
+    taken: Option<Waits>,
 }
 
 impl Slots {
@@ -95,10 +96,10 @@ impl Slots {
         request: &AttachDisk,
         files: Vec<OwnedFd>,
         bus: &Bus,
-        devices: &DeviceLoop,
+        devices: &DeviceThreads,
     ) -> Result<(), SlotError> {
         request.validate(files.len())?;
-        let AttachDisk { slot, read_only, serial, block_size, parts } = request;
+        let AttachDisk { slot, role, read_only, serial, block_size, parts } = request;
         let make = || {
             let mut files = files.into_iter();
             let contents = match (parts.as_slice(), files.next()) {
@@ -110,7 +111,7 @@ impl Slots {
             let contents = contents.map_err(|source| SlotError::Disk { serial: serial.clone(), source })?;
             Ok(Block::new(contents, *read_only, serial, *block_size))
         };
-        self.attach(*slot, make, bus, devices)
+        self.attach(*slot, (*role).into(), make, bus, devices)
     }
 
     /// Puts a network interface into a free slot.
@@ -119,22 +120,24 @@ impl Slots {
         request: &AttachNet,
         queues: Vec<OwnedFd>,
         bus: &Bus,
-        devices: &DeviceLoop,
+        devices: &DeviceThreads,
     ) -> Result<(), SlotError> {
         request.validate(queues.len())?;
-        self.attach(request.slot, || Net::new(request, queues).map_err(SlotError::Tap), bus, devices)
+        let make = || Net::new(request, queues).map_err(SlotError::Tap);
+        self.attach(request.slot, Waits::Never, make, bus, devices)
     }
 
     /// Puts what `make` makes into a free slot.
     fn attach<D: VirtioDevice + 'static>(
         &mut self,
         number: u8,
+        waits: Waits,
         make: impl FnOnce() -> Result<D, SlotError>,
         bus: &Bus,
-        devices: &DeviceLoop,
+        devices: &DeviceThreads,
     ) -> Result<(), SlotError> {
         let (index, slot) = self.find(number)?;
-        if slot.taken {
+        if slot.taken.is_some() {
             return Err(SlotError::Taken(number));
         }
         let device = make()?;
@@ -148,27 +151,26 @@ impl Slots {
                 wired
             }
         };
-        let slot = &mut self.slots[usize::from(number)];
-        *slot = Slot { wired: Some(wired.clone()), taken: true };
+        self.slots[usize::from(number)] = Slot { wired: Some(wired.clone()), taken: Some(waits) };
         let info = device.info();
-        devices.add(index, DeviceWorker::new(Box::new(device), wired.clone()));
+        devices.add(index, waits, DeviceWorker::new(Box::new(device), wired.clone()));
         bus.set_device(index, Some(MmioTransport::new(info, wired, self.ram.clone())));
         Ok(())
     }
 
     /// Takes the device out of a slot and closes what is behind it.
-    pub fn detach(&mut self, number: u8, bus: &Bus, devices: &DeviceLoop) -> Result<(), SlotError> {
+    pub fn detach(&mut self, number: u8, bus: &Bus, devices: &DeviceThreads) -> Result<(), SlotError> {
         let (index, slot) = self.find(number)?;
-        let Some(wired) = slot.wired.clone().filter(|_| slot.taken) else {
+        let (Some(wired), Some(waits)) = (slot.wired.clone(), slot.taken) else {
             return Err(SlotError::Empty(number));
         };
         // First the guest can't reach it any more, then nobody serves it.
         bus.set_device(index, None);
-        if !devices.remove(index) {
+        if !devices.remove(index, waits) {
             return Err(SlotError::Stuck(number));
         }
         wired.clear();
-        self.slots[usize::from(number)].taken = false;
+        self.slots[usize::from(number)].taken = None;
         Ok(())
     }
 
