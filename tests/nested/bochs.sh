@@ -50,8 +50,8 @@ host_finish() {
     # A restart is a triple fault, which ends Bochs. Newer processors name a frequency that Bochs' counter does not have, and all
     # waiting would cost several times as much. Those with AMX have it without XFD, which Linux does not expect: it goes without.
     # Bochs has no IA32_MISC_ENABLE, so Linux takes fast strings (ERMS) for switched off, and the short ones (FSRM) of newer processors
-    # for on; its memmove, before 6.4, then runs away.
-    printf 'default nested\nprompt 0\nlabel nested\n kernel vmlinuz\n append initrd=initrd.img reboot=t tsc_early_khz=1000000 clearcpuid=amx_tile,fsrm %s\n' "$nested_command_line" >"$dir/iso/isolinux.cfg"
+    # for on; the memmove of 6.1 then runs away. And it does not come back from system management mode to five levels of page tables.
+    printf 'default nested\nprompt 0\nlabel nested\n kernel vmlinuz\n append initrd=initrd.img reboot=t tsc_early_khz=1000000 clearcpuid=amx_tile,fsrm no5lvl %s\n' "$nested_command_line" >"$dir/iso/isolinux.cfg"
     xorriso -as mkisofs -quiet -o "$dir/boot.iso" -b isolinux.bin -c boot.cat -no-emul-boot -boot-load-size 4 -boot-info-table "$dir/iso" >"$dir/xorriso.log" 2>&1 ||
         fail "cannot make the boot disk: $(tail -n 3 "$dir/xorriso.log")"
     mv "$dir/boot.iso" "$cache/" # running ones keep the one that they have
