@@ -17,5 +17,3 @@ pub mod server;
 pub mod service;
 pub mod stdio;
 pub mod sys;
-
-pub use bulkhead_base::chain as error_chain;

@@ -63,7 +63,7 @@ impl Options {
 }
 
 fn serve(options: Options) -> Result<(), String> {
-    let text = |error: &dyn std::error::Error| bulkhead_agent::error_chain(error);
+    let text = |error: &dyn std::error::Error| bulkhead_base::chain(error);
     let inherited = |fd: RawFd| {
         // SAFETY: the caller of the program says that these descriptors are ours; each is taken over once.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };

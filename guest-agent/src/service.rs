@@ -11,10 +11,10 @@ use bulkhead_agent_protocol::{
     PidsResponse, ProcessRequest, ReadyResponse, ResizePtyRequest, SetClockRequest, SignalRequest,
     StatsResponse, UpdateRequest, WaitResponse,
 };
+use bulkhead_base::chain;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, get_status};
 
-use crate::error_chain;
 use crate::pod::{ErrorClass, Pod, PodError};
 
 /// What the agent does to the machine that it runs on, which tests leave alone.
@@ -115,7 +115,7 @@ fn status(error: PodError) -> ttrpc::Error {
         ErrorClass::InvalidArgument => Code::INVALID_ARGUMENT,
         ErrorClass::Internal => Code::INTERNAL,
     };
-    rpc_error(code, error_chain(&error))
+    rpc_error(code, chain(&error))
 }
 
 #[async_trait]

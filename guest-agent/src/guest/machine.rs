@@ -11,10 +11,10 @@ use async_trait::async_trait;
 use bulkhead_agent_protocol::{
     AddDiskRequest, AddDiskResponse, AddInterfaceRequest, ConfigureRequest, ROOTS_DIR, SHARED_DIR,
 };
+use bulkhead_base::chain;
 use tokio::time::timeout;
 
 use super::{clock, disks, filesystems, interfaces, layers, parameters, power};
-use crate::error_chain;
 use crate::reaper::Reaper;
 use crate::service::{ConfigureFailure, Machine};
 use crate::sys::process::{CloneOptions, clone_process, exit_now};
@@ -79,7 +79,7 @@ impl Machine for GuestMachine {
         for (tag, place) in [(&request.shared_tag, SHARED_DIR), (&request.roots_tag, ROOTS_DIR)] {
             if !tag.is_empty() {
                 filesystems::mount_shared(tag, Path::new(place))
-                    .map_err(|error| ConfigureFailure { invalid: false, message: error_chain(&error) })?;
+                    .map_err(|error| ConfigureFailure { invalid: false, message: chain(&error) })?;
             }
         }
         Ok(())
@@ -110,15 +110,15 @@ impl Machine for GuestMachine {
     }
 
     async fn add_disk(&self, request: &AddDiskRequest) -> Result<AddDiskResponse, String> {
-        disks::add(request, &self.reaper).await.map_err(|error| error_chain(&error))
+        disks::add(request, &self.reaper).await.map_err(|error| chain(&error))
     }
 
     async fn remove_disk(&self, slot: u32) -> Result<(), String> {
-        disks::remove(slot, &self.reaper).await.map_err(|error| error_chain(&error))
+        disks::remove(slot, &self.reaper).await.map_err(|error| chain(&error))
     }
 
     async fn add_interface(&self, request: &AddInterfaceRequest) -> Result<(), String> {
-        interfaces::add(request, &self.reaper).await.map_err(|error| error_chain(&error))
+        interfaces::add(request, &self.reaper).await.map_err(|error| chain(&error))
     }
 
     async fn power_off(&self) {

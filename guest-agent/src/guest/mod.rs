@@ -20,12 +20,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_agent_protocol::{AGENT_PORT, STDIO_PORT};
+use bulkhead_base::chain;
 
 use crate::pod::{Pod, PodError};
 use crate::reaper::Reaper;
 use crate::service::{Machine as _, Service};
 use crate::stdio::Streams;
-use crate::{error_chain, logging, server};
+use crate::{logging, server};
 
 pub(crate) use filesystems::CGROUPS;
 use filesystems::FileSystemError;
@@ -62,7 +63,7 @@ pub fn run() -> ! {
         Err(source) => GuestError::System { what: "make a runtime", source },
     };
     // The end of the connection is how a host that was killed says so.
-    log::error!("powering off: {}", error_chain(&error));
+    log::error!("powering off: {}", chain(&error));
     power::off()
 }
 
@@ -105,7 +106,7 @@ async fn serve_host() -> Result<Infallible, GuestError> {
             Err(source) => GuestError::System { what: "accept streams", source },
         },
     };
-    log::error!("{}", error_chain(&error));
+    log::error!("{}", chain(&error));
     pod.end_everything().await;
     machine.power_off().await;
     Err(error)

@@ -55,7 +55,7 @@ impl Container {
         if created.is_err()
             && let Err(error) = cgroup.remove().await
         {
-            log::warn!("container {id}: {}", crate::error_chain(&error));
+            log::warn!("container {id}: {}", bulkhead_base::chain(&error));
         }
         created
     }
@@ -84,7 +84,7 @@ impl Container {
         let group = cgroup.clone();
         let on_exit = move || {
             if outlived && let Err(error) = group.kill() {
-                log::warn!("{}", crate::error_chain(&error));
+                log::warn!("{}", bulkhead_base::chain(&error));
             }
             group.oom_kills() > 0
         };

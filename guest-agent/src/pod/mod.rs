@@ -146,7 +146,7 @@ impl Pod {
             if let Slot::Ready(container) = slot
                 && let Err(error) = container.cgroup().remove().await
             {
-                log::warn!("container {}: {}", container.id(), crate::error_chain(&error));
+                log::warn!("container {}: {}", container.id(), bulkhead_base::chain(&error));
             }
         }
     }

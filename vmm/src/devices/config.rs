@@ -3,6 +3,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_CONFIG_GENERATION;
+use vm_memory::ByteValued;
 
 use super::registers::Registers;
 
@@ -24,6 +25,11 @@ impl ConfigSpace {
     /// A space with the given first contents. Its size never changes.
     pub fn new(bytes: Vec<u8>) -> Self {
         ConfigSpace(Mutex::new(Contents { bytes, ..Contents::default() }))
+    }
+
+    /// A space with the structure that the device's section of the specification gives.
+    pub fn of(structure: &impl ByteValued) -> Self {
+        Self::new(structure.as_slice().to_vec())
     }
 
     /// Shows the space, and from now on every change, to the driver.

@@ -9,6 +9,8 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 
+use bulkhead_base::chain;
+
 use super::messages::{FailureKind, MAX_MESSAGE, Message, START};
 use super::terminal::{Terminal, TerminalError};
 use super::{Job, Setup};
@@ -20,7 +22,6 @@ use crate::container::plan::ContainerPlan;
 use crate::container::rootfs::{self, BuiltRoot, OpenedRoot, RootError};
 use crate::container::sysctl::{self, SysctlError};
 use crate::container::user::{self, UserError};
-use crate::error_chain;
 use crate::sys::process::{
     CloneOptions, clone_process, exit_now, join_namespaces, prctl, reset_signals, unshare,
 };
@@ -114,7 +115,7 @@ pub fn run(setup: Setup<'_>, socket: OwnedFd, two_steps: bool) -> ! {
         Err(error) => error,
     };
     // Without an agent there is no one left to tell.
-    let _ = agent.tell(&Message::Failed { kind: error.kind(), message: error_chain(&error) });
+    let _ = agent.tell(&Message::Failed { kind: error.kind(), message: chain(&error) });
     exit_now(1)
 }
 

@@ -396,7 +396,7 @@ impl VirtioDevice for Block {
             features,
             required: 0,
             queue_sizes: vec![QUEUE_SIZE],
-            config: Arc::new(ConfigSpace::new(self.config().as_slice().to_vec())),
+            config: Arc::new(ConfigSpace::of(&self.config())),
         }
     }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use bulkhead_vmm_protocol::fuse::{IN_HEADER, OUT_HEADER};
 use event_manager::EventSet;
 use log::{debug, error};
+use vm_memory::{ByteValued, Le32};
 
 use super::loans::Loans;
 use super::message::{ReplyHeader, RequestHeader};
@@ -21,6 +22,17 @@ const QUEUE_SIZES: [u16; 2] = [64, 128];
 
 /// Bytes of the tag in the configuration space.
 const TAG_SIZE: usize = 36;
+
+/// `struct virtio_fs_config` (section 5.11.4).
+#[repr(C, packed)]
+#[derive(Clone, Copy)]
+struct Config {
+    tag: [u8; TAG_SIZE],
+    num_request_queues: Le32,
+}
+
+// SAFETY: only integers and arrays of them, without padding: any bytes are a value.
+unsafe impl ByteValued for Config {}
 
 /// Requests or replies moved in one go, before other devices have a turn.
 const BATCH: usize = 32;
@@ -47,12 +59,10 @@ impl FileSystem {
         if !(1..=TAG_SIZE).contains(&tag.len()) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "a tag has 1 to 36 bytes"));
         }
-        // struct virtio_fs_config: the tag, and the number of request queues.
-        let mut config = tag.as_bytes().to_vec();
-        config.resize(TAG_SIZE, 0);
-        config.extend(1u32.to_le_bytes());
+        let mut config = Config { tag: [0; TAG_SIZE], num_request_queues: 1.into() };
+        config.tag[..tag.len()].copy_from_slice(tag.as_bytes());
         Ok(FileSystem {
-            config: Arc::new(ConfigSpace::new(config)),
+            config: Arc::new(ConfigSpace::of(&config)),
             server: Some(Server::new(server)),
             loans: Loans::default(),
             requests: InFlight::default(),

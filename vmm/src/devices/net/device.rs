@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::mem::offset_of;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -14,6 +15,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
     VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
+use vm_memory::{ByteValued, Le16};
 
 use super::check::{Limits, MAX_PACKET, frame_size};
 use super::control;
@@ -30,8 +32,19 @@ use crate::devices::{
 const QUEUE_SIZE: u16 = 256;
 /// Descriptors of the control queue.
 const CONTROL_SIZE: u16 = 16;
-/// Where the status is in the configuration space.
-const STATUS_AT: usize = 6;
+
+/// `struct virtio_net_config` (section 5.1.4), as far as the features of this device go.
+#[repr(C, packed)]
+#[derive(Default, Clone, Copy)]
+struct Config {
+    mac: [u8; 6],
+    status: Le16,
+    max_virtqueue_pairs: Le16,
+    mtu: Le16,
+}
+
+// SAFETY: only integers and arrays of them, without padding: any bytes are a value.
+unsafe impl ByteValued for Config {}
 
 /// The device.
 pub struct Net {
@@ -57,13 +70,14 @@ impl Net {
     pub fn new(request: &AttachNet, queues: Vec<OwnedFd>) -> io::Result<Net> {
         queues.iter().try_for_each(set_nonblocking)?;
         let max_pairs = queues.len();
-        // struct virtio_net_config: address, status, most queue pairs, MTU.
-        let mut config = request.mac.to_vec();
-        config.extend((VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
-        config.extend(u16::from(request.queue_pairs).to_le_bytes());
-        config.extend(request.mtu.to_le_bytes());
+        let config = Config {
+            mac: request.mac,
+            status: (VIRTIO_NET_S_LINK_UP as u16).into(),
+            max_virtqueue_pairs: u16::from(request.queue_pairs).into(),
+            mtu: request.mtu.into(),
+        };
         Ok(Net {
-            config: Arc::new(ConfigSpace::new(config)),
+            config: Arc::new(ConfigSpace::of(&config)),
             offloads: request.offloads,
             mtu: request.mtu.into(),
             max_pairs,
@@ -213,7 +227,7 @@ impl Net {
         error!("the tap of a network interface is gone: its link is down");
         self.taps.iter().try_for_each(|tap| tap.stop(events))?;
         self.taps.clear();
-        self.config.update(STATUS_AT, &0u16.to_le_bytes());
+        self.config.update(offset_of!(Config, status), &0u16.to_le_bytes());
         Ok(true)
     }
 
