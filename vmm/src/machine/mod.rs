@@ -88,6 +88,16 @@ impl Prepared {
         let vcpus = vm::create_vcpus(&kvm, &vm, &cpuid, config.vcpus)?;
         Ok(Prepared { kvm, vm, memory, memory_mib, ram, registers, cpuid, vcpus, crew })
     }
+
+    /// The machine, when its vCPUs are set and its devices wired.
+    fn into_machine(self, parts: DeviceParts, ioapic: IoApic) -> Result<Machine, MachineError> {
+        let Prepared { kvm, vm, memory, memory_mib, ram, registers, cpuid, vcpus, crew } = self;
+        let DeviceParts { transports, workers, .. } = parts;
+        let slots = Slots::new(vm.clone(), ram.clone(), registers.clone(), transports.len());
+        let bus = Arc::new(Bus::new(transports, DEVICE_SLOTS, registers, ioapic));
+        let saver = Saver::new(memory_mib, &memory, &kvm, vm, &cpuid)?;
+        Ok(Machine { vcpus, crew, bus, ram, workers, slots, saver })
+    }
 }
 
 /// Maps the working set while the kernel takes its time with the machine.
@@ -161,13 +171,13 @@ impl Machine {
         config: &VmConfig,
         fds: Vec<OwnedFd>,
     ) -> Result<(Self, Handles), MachineError> {
-        let Prepared { kvm, vm, memory, memory_mib, ram, registers, cpuid, vcpus, crew } = prepared;
         let Resources { start: mut kernel, devices, handles } = Resources::take(config, config.kernel, fds)?;
+        let Prepared { vm, ram, vcpus, crew, .. } = &prepared;
 
         let command_line = boot::command_line(devices.len(), DEVICE_SLOTS, &config.cmdline)
             .map_err(BootError::CommandLine)?;
         let windows = devices.len() + DEVICE_SLOTS;
-        let entry = boot::load(&ram, &mut kernel, &command_line, crew.vcpus(), windows)?;
+        let entry = boot::load(ram, &mut kernel, &command_line, crew.vcpus(), windows)?;
 
         let failed = |id| move |source| MachineError::Vcpu { id, source };
         for (vcpu, id) in vcpus.iter().zip(0..) {
@@ -178,14 +188,11 @@ impl Machine {
             }
         }
 
-        let parts = DeviceParts::new(devices, &ram, &registers)?;
-        vm::wire(&vm, 0, &parts.slots)?;
-        let router = KvmRouter { vm: vm.clone(), slots: parts.slots };
+        let parts = DeviceParts::new(devices, ram, &prepared.registers)?;
+        vm::wire(vm, 0, &parts.slots)?;
+        let router = KvmRouter { vm: vm.clone(), slots: parts.slots.clone() };
         let ioapic = IoApic::new(crew.vcpus(), Box::new(router));
-        let slots = Slots::new(vm.clone(), ram.clone(), registers.clone(), parts.transports.len());
-        let bus = Arc::new(Bus::new(parts.transports, DEVICE_SLOTS, registers, ioapic));
-        let saver = Saver::new(memory_mib, &memory, &kvm, vm, &cpuid)?;
-        Ok((Machine { vcpus, crew, bus, ram, workers: parts.workers, slots, saver }, handles))
+        Ok((prepared.into_machine(parts, ioapic)?, handles))
     }
 
     /// Gives the threads their work and puts the calling one under the control thread's filter. The guest's first

@@ -1,19 +1,14 @@
 //! Restoring a saved machine.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
 use bulkhead_vmm_protocol::RestoreConfig;
 use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::{VcpuFd, VmFd};
 
-use super::save::Saver;
-use super::slots::Slots;
 use super::{DeviceParts, Machine, MachineError, Prepared};
-use crate::bus::Bus;
 use crate::devices::{DeviceState, VirtioDevice};
 use crate::ioapic::IoApic;
-use crate::layout::DEVICE_SLOTS;
 use crate::memory::Memory;
 use crate::resources::{Handles, Resources};
 use crate::template::{self, MachineState, TemplateError};
@@ -26,7 +21,7 @@ impl Machine {
         config: &RestoreConfig,
         fds: Vec<OwnedFd>,
     ) -> Result<(Self, Handles), MachineError> {
-        let Prepared { kvm, vm, memory, memory_mib, ram, registers, cpuid, vcpus, crew } = prepared;
+        let Prepared { vm, memory, memory_mib, ram, registers, cpuid, vcpus, .. } = &prepared;
         let RestoreConfig { config, state } = config;
         let Resources { start: mut file, mut devices, handles } = Resources::take(config, *state, fds)?;
         if matches!(memory, Memory::Anonymous) {
@@ -34,7 +29,7 @@ impl Machine {
         }
         let mut state = template::read(&mut file).map_err(TemplateError::from)?;
         let mismatch = |what| Err(TemplateError::Mismatch(what).into());
-        if state.memory_mib != memory_mib {
+        if state.memory_mib != *memory_mib {
             return mismatch("memory size");
         }
         if state.vcpus.len() != vcpus.len() {
@@ -47,27 +42,22 @@ impl Machine {
             return mismatch("CPU features");
         }
         restore_backends(&mut devices, &mut state.devices)?;
-        let mut parts = DeviceParts::new(devices, &ram, &registers)?;
+        let mut parts = DeviceParts::new(devices, ram, registers)?;
         for (index, (transport, saved)) in parts.transports.iter_mut().zip(&state.devices).enumerate() {
             transport.restore(saved).map_err(|fault| device_failed(index, &fault))?;
         }
-        let wired = parts.slots;
-        let router = KvmRouter { vm: vm.clone(), slots: wired.clone() };
+        let router = KvmRouter { vm: vm.clone(), slots: parts.slots.clone() };
         // Routes before the lines that follow them.
         let ioapic = IoApic::restored(state.ioapic.clone(), Box::new(router));
-        vm::wire(&vm, 0, &wired)?;
-        restore_vcpus(&vm, &vcpus, &state)?;
+        vm::wire(vm, 0, &parts.slots)?;
+        restore_vcpus(vm, vcpus, &state)?;
         // What was pending may or may not have reached a local APIC; once more does no harm.
-        for (slot, saved) in wired.iter().zip(&state.devices) {
+        for (slot, saved) in parts.slots.iter().zip(&state.devices) {
             if saved.interrupt_status != 0 {
                 slot.interrupt().raise_again();
             }
         }
-
-        let slots = Slots::new(vm.clone(), ram.clone(), registers.clone(), parts.transports.len());
-        let bus = Arc::new(Bus::new(parts.transports, DEVICE_SLOTS, registers, ioapic));
-        let saver = Saver::new(memory_mib, &memory, &kvm, vm, &cpuid)?;
-        Ok((Machine { vcpus, crew, bus, ram, workers: parts.workers, slots, saver }, handles))
+        Ok((prepared.into_machine(parts, ioapic)?, handles))
     }
 }
 
