@@ -20,8 +20,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bulkhead_vmm_protocol::{
-    BlockConfig, Channel, Event, ExitReason, FdIndex, FromVmm, FsConfig, GuestStream, MemorySource,
-    PrepareConfig, Request, VmConfig, VsockConfig,
+    BlockConfig, Channel, Event, ExitReason, FdIndex, FromVmm, FsConfig, GuestStream, PrepareConfig, Request,
+    VmConfig, VsockConfig,
 };
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -173,13 +173,7 @@ fn boot(control: &Channel, kernel: &str, image: &str, fuse: OwnedFd, report: Own
         },
     };
     let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm").unwrap();
-    let preparation = PrepareConfig {
-        kvm: FdIndex(0),
-        vcpus: 1,
-        memory_mib: 256,
-        memory: MemorySource::Anonymous,
-        working_set: None,
-    };
+    let preparation = PrepareConfig::anonymous(FdIndex(0), 1, 256);
     control.set_timeout(Some(Duration::from_secs(60))).unwrap();
     control.send(&Request::Prepare(preparation), &[kvm.as_fd()]).unwrap();
     assert_eq!(control.receive::<FromVmm>().unwrap().message, FromVmm::Reply(Ok(())));

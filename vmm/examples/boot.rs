@@ -13,9 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use bulkhead_vmm_protocol::{
-    BlockConfig, Channel, Event, ExitReason, FdIndex, FromVmm, Request, VmConfig, VsockConfig,
-};
+use bulkhead_vmm_protocol::{BlockConfig, Channel, Event, ExitReason, FdIndex, FromVmm, Request, VmConfig};
 
 use support::{millis, prepare, spawn};
 
@@ -43,9 +41,8 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         fds.push(fd);
         FdIndex(fds.len() as u8 - 1)
     };
+    let kernel = pass(File::open(&options.kernel)?.into());
     let config = VmConfig {
-        kernel: pass(File::open(&options.kernel)?.into()),
-        cmdline: options.cmdline,
         console: Some(pass(console_end.into())),
         disks: options
             .disks
@@ -55,8 +52,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
                 Ok(BlockConfig { file: pass(file.into()), read_only: *read_only, serial: "disk".into() })
             })
             .collect::<Result<_, std::io::Error>>()?,
-        fs: Vec::new(),
-        vsock: VsockConfig { guest_cid: 3, guest_streams: Vec::new() },
+        ..VmConfig::new(kernel, options.cmdline)
     };
     let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
     ours.set_timeout(Some(Duration::from_secs(options.limit)))?;

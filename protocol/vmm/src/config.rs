@@ -18,6 +18,9 @@ pub const MIN_MEMORY_MIB: u32 = 64;
 /// The most guest memory, in MiB: 1 TiB.
 const MAX_MEMORY_MIB: u32 = 1024 * 1024;
 
+/// The first vsock context id that is a guest's (virtio 1.2, section 5.10.4).
+pub const FIRST_GUEST_CID: u32 = 3;
+
 /// Marks pages that guests write to, in a working set's file.
 pub const PAGES_WRITTEN: u32 = 1 << 31;
 
@@ -112,7 +115,7 @@ pub struct FsConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockConfig {
-    /// The guest's context id, 3 or more.
+    /// The guest's context id, [`FIRST_GUEST_CID`] or more.
     pub guest_cid: u32,
     /// The only connections that the guest may open to the host: each once, to the given port.
     pub guest_streams: Vec<GuestStream>,
@@ -198,6 +201,11 @@ pub enum ConfigError {
 }
 
 impl PrepareConfig {
+    /// A size, and memory of the machine's own.
+    pub fn anonymous(kvm: FdIndex, vcpus: u8, memory_mib: u32) -> Self {
+        PrepareConfig { kvm, vcpus, memory_mib, memory: MemorySource::Anonymous, working_set: None }
+    }
+
     /// Checks both limits, and that each descriptor index is below `fd_count`.
     pub fn validate(&self, fd_count: usize) -> Result<(), ConfigError> {
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {
@@ -226,13 +234,25 @@ pub(crate) fn check_serial(serial: &str) -> Result<(), ConfigError> {
 }
 
 impl VmConfig {
+    /// A kernel with its parameters, and no devices but those that every machine has.
+    pub fn new(kernel: FdIndex, cmdline: impl Into<String>) -> Self {
+        VmConfig {
+            kernel,
+            cmdline: cmdline.into(),
+            console: None,
+            disks: Vec::new(),
+            fs: Vec::new(),
+            vsock: VsockConfig { guest_cid: FIRST_GUEST_CID, guest_streams: Vec::new() },
+        }
+    }
+
     /// Checks every limit, and that each descriptor index is below `fd_count`.
     pub fn validate(&self, fd_count: usize) -> Result<(), ConfigError> {
         if let Some(fs) = self.fs.iter().find(|fs| !(1..=36).contains(&fs.tag.len())) {
             return Err(ConfigError::Tag(fs.tag.len()));
         }
         self.disks.iter().try_for_each(|disk| check_serial(&disk.serial))?;
-        if self.vsock.guest_cid < 3 {
+        if self.vsock.guest_cid < FIRST_GUEST_CID {
             return Err(ConfigError::Cid(self.vsock.guest_cid));
         }
         check_indices(self.fds(), fd_count)
@@ -253,24 +273,12 @@ mod tests {
     use super::*;
 
     fn config() -> VmConfig {
-        VmConfig {
-            kernel: FdIndex(0),
-            cmdline: String::new(),
-            console: None,
-            disks: vec![BlockConfig { file: FdIndex(1), read_only: true, serial: "image".into() }],
-            fs: Vec::new(),
-            vsock: VsockConfig { guest_cid: 3, guest_streams: Vec::new() },
-        }
+        let disk = BlockConfig { file: FdIndex(1), read_only: true, serial: "image".into() };
+        VmConfig { disks: vec![disk], ..VmConfig::new(FdIndex(0), "") }
     }
 
     fn preparation() -> PrepareConfig {
-        PrepareConfig {
-            kvm: FdIndex(0),
-            vcpus: MAX_VCPUS,
-            memory_mib: 128,
-            memory: MemorySource::Anonymous,
-            working_set: None,
-        }
+        PrepareConfig::anonymous(FdIndex(0), MAX_VCPUS, 128)
     }
 
     #[test]

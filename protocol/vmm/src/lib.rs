@@ -25,8 +25,8 @@ pub use attach::{
 pub use buffer::MessageBuffer;
 pub use channel::{Channel, ChannelError, MAX_FDS, MAX_PACKET, Packet};
 pub use config::{
-    BlockConfig, ConfigError, FdIndex, FsConfig, GuestStream, MAX_VCPUS, MIN_MEMORY_MIB, MemorySource,
-    PAGES_WRITTEN, PrepareConfig, RestoreConfig, VmConfig, VsockConfig,
+    BlockConfig, ConfigError, FIRST_GUEST_CID, FdIndex, FsConfig, GuestStream, MAX_VCPUS, MIN_MEMORY_MIB,
+    MemorySource, PAGES_WRITTEN, PrepareConfig, RestoreConfig, VmConfig, VsockConfig,
 };
 pub use file_systems::{is_shareable, is_shareable_name};
 pub use message::{Event, ExitReason, FromVmm, Refusal, RefusalKind, Request};

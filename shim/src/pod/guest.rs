@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use bulkhead_agent_protocol::{AGENT_PORT, Parameter};
 use bulkhead_vmm_protocol::{
-    BlockConfig, FdIndex, FsConfig, GuestStream, MemorySource, PrepareConfig, Request, RestoreConfig,
-    VmConfig, VsockConfig,
+    BlockConfig, FIRST_GUEST_CID, FdIndex, FsConfig, GuestStream, MemorySource, PrepareConfig, Request,
+    RestoreConfig, VmConfig, VsockConfig,
 };
 
 use super::PodError;
@@ -24,7 +24,7 @@ pub const FS_TAG: &str = "shared";
 pub const ROOTS_TAG: &str = "roots";
 
 /// Every guest's context id: each has a socket device of its own, so they never meet.
-const GUEST_CID: u32 = 3;
+const GUEST_CID: u32 = FIRST_GUEST_CID;
 
 /// Kernel parameters of every guest; the VMM adds those for its devices. Of its own making the kernel has no network
 /// interface but loopback.

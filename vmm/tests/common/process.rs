@@ -8,8 +8,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use bulkhead_vmm_protocol::{
-    BlockConfig, CONTROL_FD, Channel, ChannelError, Event, ExitReason, FdIndex, FromVmm, MemorySource,
-    PrepareConfig, Refusal, Request, VmConfig, VsockConfig,
+    BlockConfig, CONTROL_FD, Channel, ChannelError, Event, ExitReason, FdIndex, FromVmm, PrepareConfig,
+    Refusal, Request, VmConfig,
 };
 
 /// How long anything may take.
@@ -57,22 +57,9 @@ impl Boot {
     pub fn new(kernel: &[u8]) -> Self {
         let (console, console_end) = std::io::pipe().unwrap();
         let mut boot = Boot {
-            prepare: PrepareConfig {
-                kvm: FdIndex(0),
-                vcpus: 1,
-                memory_mib: 64,
-                memory: MemorySource::Anonymous,
-                working_set: None,
-            },
+            prepare: PrepareConfig::anonymous(FdIndex(0), 1, 64),
             prepare_fds: vec![open_kvm().unwrap()],
-            config: VmConfig {
-                kernel: FdIndex(0),
-                cmdline: String::new(),
-                console: Some(FdIndex(1)),
-                disks: Vec::new(),
-                fs: Vec::new(),
-                vsock: VsockConfig { guest_cid: 3, guest_streams: Vec::new() },
-            },
+            config: VmConfig { console: Some(FdIndex(1)), ..VmConfig::new(FdIndex(0), "") },
             fds: Vec::new(),
             console,
         };

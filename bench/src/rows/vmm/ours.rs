@@ -8,8 +8,7 @@ use std::process::{Child, Command, Stdio};
 
 use bulkhead_base::parts;
 use bulkhead_vmm_protocol::{
-    BlockConfig, CONTROL_FD, Channel, FdIndex, FromVmm, MemorySource, PrepareConfig, Request, VmConfig,
-    VsockConfig,
+    BlockConfig, CONTROL_FD, Channel, FdIndex, FromVmm, PrepareConfig, Request, VmConfig,
 };
 
 use super::{
@@ -46,13 +45,7 @@ impl Parts {
             .open("/dev/kvm")
             .map_err(|source| VmmError::Io { step: "open /dev/kvm", source })?;
         control.set_timeout(Some(BOOT_LIMIT))?;
-        let preparation = PrepareConfig {
-            kvm: FdIndex(0),
-            vcpus: 1,
-            memory_mib: GUEST_MEMORY_MIB,
-            memory: MemorySource::Anonymous,
-            working_set: None,
-        };
+        let preparation = PrepareConfig::anonymous(FdIndex(0), 1, GUEST_MEMORY_MIB);
         control.send(&Request::Prepare(preparation), &[kvm.as_fd()])?;
         expect_reply(&control)?;
         let descriptors: [OwnedFd; 3] = [
@@ -61,12 +54,9 @@ impl Parts {
             open("open the image", &self.image)?.into(),
         ];
         let config = VmConfig {
-            kernel: FdIndex(0),
-            cmdline: KERNEL_PARAMETERS.to_owned(),
             console: Some(FdIndex(1)),
             disks: vec![BlockConfig { file: FdIndex(2), read_only: true, serial: "image".to_owned() }],
-            fs: Vec::new(),
-            vsock: VsockConfig { guest_cid: 3, guest_streams: Vec::new() },
+            ..VmConfig::new(FdIndex(0), KERNEL_PARAMETERS)
         };
         control.send(&Request::Boot(Box::new(config)), &descriptors.each_ref().map(AsFd::as_fd))?;
         expect_reply(&control)?;
