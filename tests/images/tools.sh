@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # tools.sh: make target/images/tools/rootfs, the test image's busybox with tools of Debian 13 that ask much of a kernel: iptables of both
-# kinds, nft, wg, conntrack, ip, chrt, ipcmk.
+# kinds, nft, wg, conntrack, ipset, ip, chrt, ipcmk.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -8,8 +8,8 @@ root=$(cd "$here/../.." && pwd)
 out=$root/target/images/tools
 packages=(busybox-static libc6 iptables libxtables12 libip4tc2 libip6tc2 libnftnl11 libmnl0 libnfnetlink0 libnetfilter-conntrack3 nftables libnftables1
     libjansson4 libgmp10 libedit2 libbsd0 libmd0 libtinfo6 wireguard-tools conntrack util-linux libcap-ng0 libsmartcols1 iproute2
-    libbpf1 libelf1t64 libcap2 libselinux1 libpcre2-8-0 zlib1g libzstd1)
-programs=(usr/sbin/{xtables-nft-multi,xtables-legacy-multi,nft,conntrack} usr/bin/{ip,wg,chrt,ipcmk})
+    ipset libipset13t64 libbpf1 libelf1t64 libcap2 libselinux1 libpcre2-8-0 zlib1g libzstd1)
+programs=(usr/sbin/{xtables-nft-multi,xtables-legacy-multi,nft,conntrack,ipset} usr/bin/{ip,wg,chrt,ipcmk})
 digest=$(sha256sum "$here/build.sh" "$here/tools.sh" | sha256sum | cut -d' ' -f1)
 [[ $(cat "$out/stamp" 2>/dev/null) != "$digest" ]] || exit 0
 

@@ -12,14 +12,15 @@ cache=$root/target/$nested_directory
 debs=$root/target/debs
 
 modules=(irqbypass kvm "${host_modules[@]}" tun fuse overlay erofs loop veth bridge
-    sch_ingress cls_bpf act_mirred vsock unix_diag af_packet_diag)
+    sch_ingress cls_bpf act_mirred vsock unix_diag af_packet_diag
+    ip_tables ip6_tables) # by whatever set up the node's own rules: for a container the kernel loads tables, and not these
 # Loaded by the kernel itself when something asks for them, as on any node: connection tracking costs each packet.
 modules_at_hand=(macvlan ipvlan dummy ip{,6}table_nat ip{,6}table_filter xt_nat xt_MASQUERADE xt_addrtype xt_comment xt_conntrack xt_mark
     xt_multiport xt_tcpudp
     # What the cases about the guest's kernel ask of the node's, under runc.
     ip{,6}table_{mangle,raw} ip{,6}t_REJECT xt_{CT,REDIRECT,TPROXY,connmark,limit,owner,recent,set,socket,state,statistic} nf_tables
     nft_{chain_nat,compat,ct,fib_inet,limit,log,masq,nat,numgen,redir,reject_inet} nf_log_syslog nf_conntrack_netlink br_netfilter
-    8021q vxlan wireguard)
+    8021q vxlan wireguard ip_set_hash_{ip,ipport,net} tls)
 bookworm=(busybox-static)
 trixie=(runc crun libc6 libseccomp2 libcap2 libyajl2 libsystemd0 # bookworm's crun refuses containerd 2.1's specs
     iptables libxtables12 libip4tc2 libip6tc2)

@@ -12,6 +12,7 @@ pub mod containerd;
 pub mod cri;
 pub mod docker;
 pub mod events;
+pub mod facilities;
 pub mod failure;
 pub mod freeze;
 pub mod layers;

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use bulkhead_tests::cases::{self, Environment, Runtime};
 use bulkhead_tests::cleanup;
 use bulkhead_tests::cri;
+use bulkhead_tests::facilities;
 use bulkhead_tests::failure::{Failure, Outcome};
 use bulkhead_tests::layout::Layout;
 use bulkhead_tests::runner::{self, Selection};
@@ -41,6 +42,10 @@ fn run() -> Outcome<bool> {
                 return Ok(true);
             }
             // What it does in a container; see the module.
+            "--facilities" => {
+                facilities::command();
+                return Ok(true);
+            }
             "--segments" => return segments::command(&arguments.collect::<Vec<_>>()).map(|()| true),
             "--reference" => runtime = Runtime::Runc,
             "--shard" => selection.set_shard(&arguments.next().unwrap_or_default())?,

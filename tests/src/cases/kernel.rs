@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{Case, Ended, Environment};
 use crate::bundle::{self, Bundle};
 use crate::failure::{Explain, Outcome};
-use crate::{ensure, ensure_eq};
+use crate::{ensure, ensure_eq, fail};
 
 /// The cases of this theme.
 pub const CASES: &[Case] = &[
@@ -24,6 +24,9 @@ pub const CASES: &[Case] = &[
         .own_kernel(),
     Case::new("kernel-services-nft", services).with_image("tools").own_kernel(),
     Case::new("kernel-wireguard", wireguard).with_image("tools").own_kernel(),
+    Case::new("kernel-sets", sets).with_image("tools").own_kernel(),
+    Case::new("kernel-facilities", facilities).with_image("tools").own_kernel(),
+    Case::new("kernel-options", options).with_image("tools").own_kernel().bulkhead_only(),
     Case::new("kernel-docker", docker).with_image("tools").own_kernel().cold().within(90),
 ];
 
@@ -252,6 +255,67 @@ fn wireguard(environment: &mut Environment) -> Outcome<String> {
         "through the tunnel: {said:?}"
     );
     Ok("a tunnel between two namespaces".into())
+}
+
+fn sets(environment: &mut Environment) -> Outcome<String> {
+    let script = format!(
+        "{NEIGHBOUR}
+        mkdir /run/w; echo there >/run/w/index.html; $there httpd -p 80 -h /run/w
+        ipset create refused hash:ip; ipset create ports hash:ip,port; ipset create nets hash:net
+        wget -T 5 -qO- http://10.9.0.2/
+        for kind in legacy nft; do
+            ipset add refused 10.9.0.2
+            iptables-$kind -A OUTPUT -m set --match-set refused dst -p tcp -j REJECT --reject-with tcp-reset
+            wget -T 5 -qO- http://10.9.0.2/ 2>&1 | grep -o refused
+            ipset del refused 10.9.0.2
+            wget -T 5 -qO- http://10.9.0.2/
+        done
+        ipset list -n | wc -l"
+    );
+    let said = run_script(environment, "sets", &script)?;
+    ensure_eq!(said, "there\nrefused\nthere\nrefused\nthere\n3\n", "an address in the set and out of it");
+    Ok("ipset: addresses, with ports, networks; a match on one with iptables of both kinds".into())
+}
+
+fn facilities(environment: &mut Environment) -> Outcome<String> {
+    let id = environment.id("facilities");
+    let mut spec = able(&id, "/facilities --facilities");
+    let program = std::env::current_exe().explain(|| "the program that this is".into())?;
+    if let Some(mounts) = spec["mounts"].as_array_mut() {
+        mounts.push(bundle::bind(&program, "/facilities", &["rbind", "ro"]));
+    }
+    let said = run(environment, &id, &spec)?.success()?;
+    let names = crate::facilities::names();
+    let expected: String = names.iter().map(|name| format!("{name} yes\n")).collect();
+    ensure_eq!(said, expected, "what the kernel was asked for");
+    Ok(names.join(", "))
+}
+
+/// Options that no other case shows, by their use or their absence.
+const ON: &str = "EROFS_FS_ZIP EROFS_FS_ZIP_ZSTD SQUASHFS SQUASHFS_ZSTD EXT4_FS FUSE_FS PTP_1588_CLOCK_KVM PAGE_REPORTING BINFMT_MISC PSI \
+    MEMCG BLK_CGROUP CPUSETS CGROUP_PIDS CGROUP_HUGETLB CGROUP_MISC CFS_BANDWIDTH TIME_NS HUGETLBFS BPF_JIT_ALWAYS_ON SYSVIPC";
+const OFF: &str = "MODULES PCI ACPI USB_SUPPORT DRM SOUND KEXEC HIBERNATION DEBUG_FS DEVMEM KPROBES FTRACE MAGIC_SYSRQ NFS_FS CIFS XFS_FS \
+    BTRFS_FS N_GSM SCTP RDS TIPC CRYPTO_USER_API NET_KEY NET_CLS";
+
+fn options(environment: &mut Environment) -> Outcome<String> {
+    // binfmt_misc of a user namespace: a format that a user registers for itself.
+    let script = "exec 2>&1; zcat /proc/config.gz | grep '=y' | cut -d= -f1 | sed s/CONFIG_// >/tmp/on
+        for name in $ON; do grep -qx $name /tmp/on || echo lacks $name; done
+        for name in $OFF; do ! grep -qx $name /tmp/on || echo has $name; done
+        grep -c . /tmp/on
+        su user -c 'unshare -U -r -m sh -ec \"
+            mount -t binfmt_misc none /proc/sys/fs/binfmt_misc; cd /tmp
+            echo :own:M::OWN::/bin/cat: >/proc/sys/fs/binfmt_misc/register
+            printf \\\"OWN format\\n\\\" >own; chmod 755 own; ./own\"'";
+    let id = environment.id("options");
+    let mut spec = able(&id, &format!("ON='{ON}' OFF='{OFF}'\n{script}"));
+    spec["process"]["noNewPrivileges"] = json!(false);
+    spec["linux"]["maskedPaths"] = json!([]);
+    let said = run(environment, &id, &spec)?.success()?;
+    let Some((count, "OWN format")) = said.trim_end().split_once('\n') else {
+        fail!("options, and a format of a user's: {said:?}")
+    };
+    Ok(format!("{count} options on; a user's own binary format"))
 }
 
 /// A daemon of Docker in the container, prepared like Docker's own image of it, and a container in its container.
