@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # tools.sh: make target/images/tools/rootfs, the test image's busybox with tools of Debian 13 that ask much of a kernel: iptables of both
-# kinds, nft, wg, conntrack, ipset, ip, chrt, ipcmk.
+# kinds, nft, wg, conntrack, ipset, ip, chrt, ipcmk, buildah.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -8,8 +8,10 @@ root=$(cd "$here/../.." && pwd)
 out=$root/target/images/tools
 packages=(busybox-static libc6 iptables libxtables12 libip4tc2 libip6tc2 libnftnl11 libmnl0 libnfnetlink0 libnetfilter-conntrack3 nftables libnftables1
     libjansson4 libgmp10 libedit2 libbsd0 libmd0 libtinfo6 wireguard-tools conntrack util-linux libcap-ng0 libsmartcols1 iproute2
-    ipset libipset13t64 libbpf1 libelf1t64 libcap2 libselinux1 libpcre2-8-0 zlib1g libzstd1)
-programs=(usr/sbin/{xtables-nft-multi,xtables-legacy-multi,nft,conntrack,ipset} usr/bin/{ip,wg,chrt,ipcmk})
+    ipset libipset13t64 libbpf1 libelf1t64 libcap2 libselinux1 libpcre2-8-0 zlib1g libzstd1
+    buildah uidmap libgpgme11t64 libassuan9 libgpg-error0 libseccomp2 libsqlite3-0 libsubid5 libacl1 libattr1 libaudit1 libcrypt1 libpam0g
+    libsemanage2 libsepol2 libbz2-1.0)
+programs=(usr/sbin/{xtables-nft-multi,xtables-legacy-multi,nft,conntrack,ipset} usr/bin/{ip,wg,chrt,ipcmk,buildah,newuidmap,newgidmap})
 digest=$(sha256sum "$here/build.sh" "$here/tools.sh" | sha256sum | cut -d' ' -f1)
 [[ $(cat "$out/stamp" 2>/dev/null) != "$digest" ]] || exit 0
 
@@ -42,6 +44,7 @@ for program in "${programs[@]}"; do
     cp --remove-destination "$work/$program" "$out/rootfs/bin/"
     copy_libraries "$work/$program"
 done
+chmod 4755 "$out/rootfs/bin"/new{u,g}idmap
 cp -a "$work/usr/$libraries/xtables" "$out/rootfs/usr/$libraries/"
 find "$out/rootfs/usr/$libraries/xtables" -type f -name '*.so' | while read -r file; do copy_libraries "$file"; done
 cp -L "$(find "$work" -name ld-linux-x86-64.so.2 -print -quit)" "$out/rootfs/lib64/"

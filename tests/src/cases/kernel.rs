@@ -27,6 +27,7 @@ pub const CASES: &[Case] = &[
     Case::new("kernel-sets", sets).with_image("tools").own_kernel(),
     Case::new("kernel-facilities", facilities).with_image("tools").own_kernel(),
     Case::new("kernel-options", options).with_image("tools").own_kernel().bulkhead_only(),
+    Case::new("kernel-buildah", buildah).with_image("tools"),
     Case::new("kernel-docker", docker).with_image("tools").own_kernel().cold().within(90),
 ];
 
@@ -289,6 +290,28 @@ fn facilities(environment: &mut Environment) -> Outcome<String> {
     let expected: String = names.iter().map(|name| format!("{name} yes\n")).collect();
     ensure_eq!(said, expected, "what the kernel was asked for");
     Ok(names.join(", "))
+}
+
+/// A build without root, by buildah as a user calls it: with a range of ids of the user's, and a root file system of its own.
+const BUILD: &str = "exec 2>&1; set -e
+    echo user:100000:65536 | tee /etc/subuid >/etc/subgid
+    mkdir -p /usr/libexec/podman; ln -sf /bin/true /usr/libexec/podman/netavark # looked for, and of no use without networks
+    mkdir -p /etc/containers /home/.config /tmp/run; chown -R user /home /tmp/run; chmod 700 /tmp/run
+    echo '{\"default\":[{\"type\":\"insecureAcceptAnything\"}]}' >/etc/containers/policy.json
+    cd /home; cp /bin/busybox .
+    printf 'FROM scratch\\nCOPY busybox /bin/busybox\\nRUN [\"/bin/busybox\", \"sh\", \"-c\", \"echo ran as $(busybox id -u) >/made; busybox chown 5:6 /made\"]\\n' >Dockerfile
+    su user -c 'set -e; export HOME=/home XDG_RUNTIME_DIR=/tmp/run TMPDIR=/tmp
+        buildah --storage-driver vfs build --isolation chroot --quiet -t built . >/tmp/id
+        buildah --storage-driver vfs from --name there built
+        buildah --storage-driver vfs unshare sh -c \"cat \\$(buildah --storage-driver vfs mount there)/made; stat -c %u:%g \\$(buildah --storage-driver vfs mount there)/made\"'";
+
+fn buildah(environment: &mut Environment) -> Outcome<String> {
+    let id = environment.id("buildah");
+    let mut spec = able(&id, BUILD);
+    spec["process"]["noNewPrivileges"] = json!(false);
+    let said = run(environment, &id, &spec)?.success()?;
+    ensure_eq!(said, "there\nran as 0\n5:6\n", "what buildah built");
+    Ok("Debian's buildah builds from a Dockerfile as a user, with owners of its own".into())
 }
 
 /// Options that no other case shows, by their use or their absence.
