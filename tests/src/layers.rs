@@ -23,7 +23,7 @@ const OPAQUE: &std::ffi::CStr = c"trusted.overlay.opaque";
 /// Layers of one image, each mounted on the node. Dropping it unmounts and removes them.
 #[derive(Debug)]
 pub struct Layers {
-    directory: PathBuf,
+    file_system: Ext4,
     mkfs: PathBuf,
     search_path: std::ffi::OsString,
     count: usize,
@@ -44,15 +44,43 @@ pub fn mount_ext4(layout: &Layout, directory: &Path) -> Outcome<PathBuf> {
     Ok(image)
 }
 
+/// An ext4 mounted on a directory of its own. Dropping it unmounts and removes both.
+#[derive(Debug)]
+pub struct Ext4(PathBuf);
+
+impl Ext4 {
+    /// As [`mount_ext4`].
+    ///
+    /// # Errors
+    /// When it can't be had.
+    pub fn new(layout: &Layout, directory: PathBuf) -> Outcome<Self> {
+        mount_ext4(layout, &directory)?;
+        Ok(Self(directory))
+    }
+
+    /// Where it is mounted.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Ext4 {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+        let _ = fs::remove_dir(&self.0);
+        let _ = fs::remove_file(self.0.with_extension("ext4"));
+    }
+}
+
 impl Layers {
     /// An image without layers, in a directory that is made.
     ///
     /// # Errors
     /// When there is no `mkfs.erofs`, or no directory.
     pub fn new(layout: &Layout, directory: PathBuf) -> Outcome<Self> {
-        mount_ext4(layout, &directory)?;
+        let file_system = Ext4::new(layout, directory)?;
         let (mkfs, search_path) = (layout.find("mkfs.erofs")?, layout.search_path());
-        Ok(Self { directory, mkfs, search_path, count: 0 })
+        Ok(Self { file_system, mkfs, search_path, count: 0 })
     }
 
     /// Adds a layer with what is in `source`, on top of the others.
@@ -60,7 +88,7 @@ impl Layers {
     /// # Errors
     /// When it can't be made or mounted.
     pub fn add(&mut self, source: &Path) -> Outcome {
-        let layer = self.directory.join(self.count.to_string());
+        let layer = self.file_system.path().join(self.count.to_string());
         let point = layer.join("fs");
         fs::create_dir_all(&point).explain(|| format!("make {}", point.display()))?;
         let blob = layer.join("layer.erofs");
@@ -72,19 +100,19 @@ impl Layers {
 
     /// Where they are; there is room for other things.
     pub fn directory(&self) -> &Path {
-        &self.directory
+        self.file_system.path()
     }
 
     /// The file with a layer, counted from the lowest.
     pub fn blob(&self, number: usize) -> PathBuf {
-        self.directory.join(number.to_string()).join("layer.erofs")
+        self.file_system.path().join(number.to_string()).join("layer.erofs")
     }
 
     /// The overlay that the snapshotter asks for, with these directories for changes.
     pub fn mounts(&self, upper: &Path, work: &Path) -> Vec<Mount> {
         let lower: Vec<String> = (0..self.count)
             .rev()
-            .map(|number| self.directory.join(number.to_string()).join("fs").display().to_string())
+            .map(|number| self.file_system.path().join(number.to_string()).join("fs").display().to_string())
             .collect();
         vec![Mount {
             type_: "overlay".into(),
@@ -108,11 +136,8 @@ impl Layers {
 impl Drop for Layers {
     fn drop(&mut self) {
         for number in 0..self.count {
-            let _ = umount2(&self.directory.join(number.to_string()).join("fs"), MntFlags::empty());
+            let _ = umount2(&self.file_system.path().join(number.to_string()).join("fs"), MntFlags::empty());
         }
-        let _ = umount2(&self.directory, MntFlags::empty());
-        let _ = fs::remove_dir(&self.directory);
-        let _ = fs::remove_file(self.directory.with_extension("ext4"));
     }
 }
 

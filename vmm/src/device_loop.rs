@@ -71,7 +71,8 @@ pub struct Stopped {
 }
 
 impl Stopped {
-    fn idle() -> Self {
+    /// Without devices there is nothing left to do.
+    pub fn idle() -> Self {
         Stopped { workers: Vec::new(), at_rest: true }
     }
 }

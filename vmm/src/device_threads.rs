@@ -8,7 +8,7 @@ use bulkhead_base::chain;
 use bulkhead_seccomp::{Filter, FilterError};
 use bulkhead_vmm_protocol::DiskRole;
 
-use crate::device_loop::{DeviceLoop, LoopError};
+use crate::device_loop::{DeviceLoop, LoopError, Stopped};
 use crate::devices::DeviceKind;
 use crate::devices::worker::DeviceWorker;
 
@@ -54,14 +54,6 @@ pub struct DeviceThreads {
     for_volumes: DeviceLoop,
 }
 
-/// The devices that a machine started with, after the threads have ended.
-pub struct DevicesAtEnd {
-    /// In the order in which they were given.
-    pub workers: Vec<DeviceWorker>,
-    /// Whether everything that was queued is finished.
-    pub at_rest: bool,
-}
-
 impl DeviceThreads {
     /// Starts the threads, each under its seccomp filter; they wait for their devices. When one fails, `failed` hears of it.
     pub fn start(failed: impl FnOnce(String) + Clone + Send + 'static) -> Result<Self, LoopError> {
@@ -76,15 +68,10 @@ impl DeviceThreads {
         })
     }
 
-    /// Gives the threads the devices that they run from the start.
+    /// Gives the threads the devices that they run from the start, which have their places as numbers.
     pub fn run(&self, workers: Vec<DeviceWorker>) {
-        let (mut never, mut for_files) = (Vec::new(), Vec::new());
-        for (place, worker) in workers.into_iter().enumerate() {
-            match Waits::of(worker.kind()) {
-                Waits::Never => never.push((place, worker)),
-                Waits::ForFiles | Waits::ForVolumes => for_files.push((place, worker)),
-            }
-        }
+        let (never, for_files) =
+            workers.into_iter().enumerate().partition(|(_, worker)| Waits::of(worker.kind()) == Waits::Never);
         self.never.run(never);
         self.for_files.run(for_files);
         self.for_volumes.run(Vec::new());
@@ -100,17 +87,18 @@ impl DeviceThreads {
         self.thread(waits).remove(key)
     }
 
-    /// Lets the devices finish what is queued, then stops the threads. `None`: one failed, or didn't end in time.
-    pub fn stop(self) -> Option<DevicesAtEnd> {
+    /// Lets the devices finish what is queued, then stops the threads: all devices that they ran from the start, by their numbers.
+    /// `None`: a thread failed, or didn't end in time.
+    pub fn stop(self) -> Option<Stopped> {
         let stopped = [self.never, self.for_files, self.for_volumes].map(DeviceLoop::stop);
-        let (mut workers, mut at_rest) = (Vec::new(), true);
+        let mut all = Stopped::idle();
         for thread in stopped {
             let thread = thread?;
-            at_rest &= thread.at_rest;
-            workers.extend(thread.workers);
+            all.at_rest &= thread.at_rest;
+            all.workers.extend(thread.workers);
         }
-        workers.sort_unstable_by_key(|(place, _)| *place);
-        Some(DevicesAtEnd { workers: workers.into_iter().map(|(_, worker)| worker).collect(), at_rest })
+        all.workers.sort_unstable_by_key(|(place, _)| *place);
+        Some(all)
     }
 
     fn thread(&self, waits: Waits) -> &DeviceLoop {

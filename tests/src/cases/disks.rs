@@ -2,20 +2,18 @@
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::Mount;
 use nix::libc::O_EXCL;
-use nix::mount::{MntFlags, umount2};
 use serde_json::{Value, json};
 
 use super::{Case, Container, Environment};
 use crate::bundle;
 use crate::failure::{Explain, Outcome};
 use crate::freeze::Frozen;
-use crate::layers;
-use crate::layout::Layout;
+use crate::layers::Ext4;
 use crate::shim::{CALL_LIMIT, CreateOptions};
 use crate::stdio::Streams;
 use crate::volume::{SIZE, Volume};
@@ -277,8 +275,8 @@ pub(super) fn come_and_go(environment: &mut Environment) -> Outcome<String> {
 fn hangs(environment: &mut Environment) -> Outcome<String> {
     let id = environment.id("disk");
     let directory = environment.host()?.path().join(&id);
-    let mounted = Mounted::new(&environment.layout, directory)?;
-    let volume = Volume::new(&mounted.0, "volume")?;
+    let file_system = Ext4::new(&environment.layout, directory)?;
+    let volume = Volume::new(file_system.path(), "volume")?;
     let script = format!(
         "until test -e /go; do sleep 0.02; done; echo writes; {} echo wrote",
         write("late", "/dev/data")
@@ -287,7 +285,7 @@ fn hangs(environment: &mut Environment) -> Outcome<String> {
     volume.add_to(&mut spec, "/dev/data", "rwm");
     let container = environment.created(&id, &spec, Streams::default())?;
     container.shim.start("")?;
-    let frozen = Frozen::new(&mounted.0)?;
+    let frozen = Frozen::new(file_system.path())?;
     container.exec_script("go", "touch /go")?.success()?;
     container.stdio.stdout.until("writes", CALL_LIMIT)?;
     for round in 0..5 {
@@ -303,22 +301,4 @@ fn hangs(environment: &mut Environment) -> Outcome<String> {
     container.finish()?;
     ensure_eq!(volume.sector(100)?, "late", "what the container wrote in the end");
     Ok("commands run in a pod whose disk hangs, and the disk goes on when the node's does".into())
-}
-
-/// An ext4 of the node's; unmounted and removed when dropped.
-struct Mounted(PathBuf);
-
-impl Mounted {
-    fn new(layout: &Layout, directory: PathBuf) -> Outcome<Self> {
-        layers::mount_ext4(layout, &directory)?;
-        Ok(Self(directory))
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
-        let _ = fs::remove_dir(&self.0);
-        let _ = fs::remove_file(self.0.with_extension("ext4"));
-    }
 }

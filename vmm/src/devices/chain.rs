@@ -406,21 +406,13 @@ impl ChainWriter<'_> {
         limit: usize,
         position: Option<u64>,
     ) -> Result<usize, IoFault> {
-        let mut vectors = Vectors::new();
-        self.0.add_to(&mut vectors, limit)?;
-        let (list, count) = (vectors.as_mut_ptr(), vectors.count as libc::c_int);
-        let result = match position {
+        let position = position.map(file_position).transpose()?;
+        self.fill(limit, |list, count| match position {
             // SAFETY: each vector points into guest memory that `self` keeps mapped and that no Rust reference covers.
             None => unsafe { libc::readv(fd.as_raw_fd(), list, count) },
-            Some(position) => {
-                let position = file_position(position)?;
-                // SAFETY: as above.
-                unsafe { libc::preadv(fd.as_raw_fd(), list, count, position) }
-            }
-        };
-        let done = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
-        self.0.advance(done);
-        Ok(done)
+            // SAFETY: as above.
+            Some(position) => unsafe { libc::preadv(fd.as_raw_fd(), list, count, position) },
+        })
     }
 
     /// The same from a file at `position`, as far as it needs no waiting: `WouldBlock` for what the host has to fetch, which it begins
@@ -431,12 +423,22 @@ impl ChainWriter<'_> {
         limit: usize,
         position: u64,
     ) -> Result<usize, IoFault> {
+        let position = file_position(position)?;
+        self.fill(limit, |list, count| {
+            // SAFETY: as in `read_from`.
+            unsafe { libc::preadv2(file.as_raw_fd(), list, count, position, libc::RWF_NOWAIT) }
+        })
+    }
+
+    /// Has `read`, a system call that tells how many bytes it read, fill up to `limit` bytes from here on.
+    fn fill(
+        &mut self,
+        limit: usize,
+        read: impl FnOnce(*const libc::iovec, libc::c_int) -> libc::ssize_t,
+    ) -> Result<usize, IoFault> {
         let mut vectors = Vectors::new();
         self.0.add_to(&mut vectors, limit)?;
-        let (list, count) = (vectors.as_mut_ptr(), vectors.count as libc::c_int);
-        let position = file_position(position)?;
-        // SAFETY: each vector points into guest memory that `self` keeps mapped and that no Rust reference covers.
-        let result = unsafe { libc::preadv2(file.as_raw_fd(), list, count, position, libc::RWF_NOWAIT) };
+        let result = read(vectors.as_mut_ptr(), vectors.count as libc::c_int);
         let done = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
         self.0.advance(done);
         Ok(done)

@@ -9,7 +9,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use super::{MachineError, RunningMachine};
 use crate::cpu::{self, CpuidTemplate, VcpuState};
-use crate::device_threads::DevicesAtEnd;
+use crate::device_loop::Stopped;
 use crate::devices::DeviceState;
 use crate::memory::Memory;
 use crate::template::{self, MachineState, Raw, TemplateError};
@@ -51,9 +51,9 @@ impl RunningMachine {
             .and_then(|vcpus| vcpus.into_iter().collect())
             .ok_or(TemplateError::NotStopped)?;
         // Nothing comes from the guest any more: the devices finish what they have.
-        let DevicesAtEnd { workers, at_rest } = self.devices.stop().ok_or(TemplateError::NotStopped)?;
+        let Stopped { workers, at_rest } = self.devices.stop().ok_or(TemplateError::NotStopped)?;
         let mut devices: Vec<DeviceState> = Vec::new();
-        for (index, worker) in workers.iter().enumerate() {
+        for (index, worker) in workers {
             let busy = |why| TemplateError::Busy { kind: worker.kind(), why };
             if !at_rest {
                 return Err(busy("devices don't come to rest"));

@@ -226,13 +226,14 @@ impl Block {
         let mut position = self.position(sector, length as u64)?;
         let mut left = length;
         while left > 0 {
+            let waits = turn == Turn::Last || !self.tells_what_waits;
             let done = match self.disk.at(position) {
                 Some(Piece::File(file, position, most)) => {
                     let most = usize::try_from(most).unwrap_or(usize::MAX).min(left);
-                    if turn == Turn::First && self.tells_what_waits {
-                        writer.read_ready_from(file.as_fd(), most, position)
-                    } else {
+                    if waits {
                         writer.read_from(file.as_fd(), most, Some(position))
+                    } else {
+                        writer.read_ready_from(file.as_fd(), most, position)
                     }
                 }
                 Some(Piece::Zeroes(most)) => {
@@ -248,10 +249,11 @@ impl Block {
                     left -= done;
                     position += done as u64;
                 }
-                Err(IoFault::Host(error))
-                    if turn == Turn::First && error.kind() == io::ErrorKind::WouldBlock =>
-                {
+                Err(IoFault::Host(error)) if !waits && error.kind() == io::ErrorKind::WouldBlock => {
                     return Err(Failure::NotYet);
+                }
+                Err(IoFault::Host(error)) if !waits && error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                    self.tells_what_waits = false;
                 }
                 Err(fault) => self.retry("read", fault)?,
             }
@@ -358,12 +360,6 @@ impl Block {
     fn retry(&mut self, what: &'static str, fault: IoFault) -> Result<(), Failure> {
         match fault {
             IoFault::Host(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
-            IoFault::Host(error)
-                if error.raw_os_error() == Some(libc::EOPNOTSUPP) && self.tells_what_waits =>
-            {
-                self.tells_what_waits = false;
-                Ok(())
-            }
             IoFault::Host(error) => Err(self.failed(what, &error)),
             IoFault::Memory(fault) => Err(fault.into()),
         }
