@@ -6,12 +6,12 @@
 
 use std::io;
 use std::net::SocketAddrV4;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use crate::sys::bpf::{
-    self, CONTEXT, EXIT, Instruction, JUMP_NOT_EQUAL, LOAD_WORD, MOVE_32, RESULT, instruction,
-};
+use bulkhead_bpf::code::{CONTEXT, EXIT, JUMP_NOT_EQUAL_32, LOAD_WORD, MOVE_32, RESULT, STORE_WORD};
+use bulkhead_bpf::{Instruction, Moment, ProgramKind, instruction};
+
 use crate::sys::path;
 
 /// Attached programs.
@@ -29,21 +29,19 @@ impl Redirection {
         let group = path::open_directory(cgroups)?;
         let there = program(from, port);
         let back = program(SocketAddrV4::new(*from.ip(), port), from.port());
-        let links = [(CONNECT, &there), (SEND, &there), (RECEIVE, &back), (PEER, &back)];
-        let links = links.map(|(moment, program)| link(&load(program, moment)?, &group, moment));
+        let links = [
+            (Moment::Connect, &there),
+            (Moment::Send, &there),
+            (Moment::Receive, &back),
+            (Moment::Peer, &back),
+        ];
+        let links =
+            links.map(|(moment, program)| bulkhead_bpf::link(&load(program, moment)?, group.as_fd(), moment));
         Ok(Redirection { _links: links.into_iter().collect::<io::Result<_>>()? })
     }
 }
 
-/// Moments (`enum bpf_attach_type`).
-const CONNECT: u32 = 10;
-const SEND: u32 = 14;
-const RECEIVE: u32 = 19;
-const PEER: u32 = 29;
-
 const SCRATCH: u8 = 2;
-
-const STORE_WORD: u8 = 0x63;
 
 /// Places in `struct bpf_sock_addr`, both in network order.
 const ADDRESS: i16 = 4;
@@ -54,9 +52,9 @@ fn program(from: SocketAddrV4, to: u16) -> [Instruction; 8] {
     let number = |port: u16| u32::from(port.to_be());
     [
         instruction(LOAD_WORD, SCRATCH, CONTEXT, ADDRESS, 0),
-        instruction(JUMP_NOT_EQUAL, SCRATCH, 0, 4, u32::from_ne_bytes(from.ip().octets())),
+        instruction(JUMP_NOT_EQUAL_32, SCRATCH, 0, 4, u32::from_ne_bytes(from.ip().octets())),
         instruction(LOAD_WORD, SCRATCH, CONTEXT, PORT, 0),
-        instruction(JUMP_NOT_EQUAL, SCRATCH, 0, 2, number(from.port())),
+        instruction(JUMP_NOT_EQUAL_32, SCRATCH, 0, 2, number(from.port())),
         instruction(MOVE_32, SCRATCH, 0, 0, number(to)),
         instruction(STORE_WORD, CONTEXT, SCRATCH, PORT, 0),
         instruction(MOVE_32, RESULT, 0, 0, 1),
@@ -64,27 +62,8 @@ fn program(from: SocketAddrV4, to: u16) -> [Instruction; 8] {
     ]
 }
 
-const BPF_LINK_CREATE: libc::c_long = 28;
-const BPF_PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
-
-/// The part of `union bpf_attr` for a link.
-#[repr(C)]
-struct LinkAttribute {
-    program: u32,
-    target: u32,
-    attach_type: u32,
-    flags: u32,
-}
-
-fn load(program: &[Instruction], moment: u32) -> io::Result<OwnedFd> {
-    bpf::load(BPF_PROG_TYPE_CGROUP_SOCK_ADDR, moment, program)
-}
-
-fn link(program: &OwnedFd, group: &OwnedFd, moment: u32) -> io::Result<OwnedFd> {
-    let number = |fd: &OwnedFd| fd.as_raw_fd().unsigned_abs();
-    let attribute =
-        LinkAttribute { program: number(program), target: number(group), attach_type: moment, flags: 0 };
-    bpf::bpf_fd(BPF_LINK_CREATE, &attribute)
+fn load(program: &[Instruction], moment: Moment) -> io::Result<OwnedFd> {
+    bulkhead_bpf::load(ProgramKind::CgroupSockAddr, moment, "", program)
 }
 
 #[cfg(test)]
@@ -93,7 +72,7 @@ mod tests {
 
     #[test]
     fn the_kernel_accepts_the_programs() {
-        for moment in [CONNECT, SEND, RECEIVE, PEER] {
+        for moment in [Moment::Connect, Moment::Send, Moment::Receive, Moment::Peer] {
             load(&program("127.0.0.11:53".parse().unwrap(), 40_000), moment).unwrap();
         }
     }

@@ -2,7 +2,6 @@
 //!
 //! Nothing here knows about containers. Every wrapper turns a failure into an [`io::Error`] with the kernel's number.
 
-pub(crate) mod bpf;
 pub mod fd;
 pub(crate) mod mount;
 pub(crate) mod network;

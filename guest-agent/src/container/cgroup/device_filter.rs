@@ -4,13 +4,16 @@
 //! the first that fits decides. What no rule fits is refused.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
+
+use bulkhead_bpf::code::{
+    AND_32, CONTEXT, EXIT, JUMP_EQUAL_32, JUMP_NOT_EQUAL_32, LOAD_WORD, MOVE_32, MOVE_REGISTER_32, RESULT,
+    SHIFT_RIGHT_32,
+};
+use bulkhead_bpf::{Instruction, Moment, ProgramKind, instruction};
 
 use super::super::spec;
 use super::Cgroup;
-use crate::sys::bpf::{
-    self, CONTEXT, EXIT, Instruction, JUMP_NOT_EQUAL, LOAD_WORD, MOVE_32, RESULT, instruction,
-};
 
 /// Kinds of access, from `linux/bpf.h`.
 const MKNOD: u32 = 1;
@@ -125,7 +128,8 @@ impl DeviceFilter {
     pub fn attach(&self, cgroup: &Cgroup) -> Result<Option<AttachedFilter>, DeviceFilterError> {
         let Some(rules) = &self.rules else { return Ok(None) };
         let program = load(&compile(rules)).map_err(DeviceFilterError::Load)?;
-        attach(&program, cgroup).map_err(DeviceFilterError::Attach)?;
+        bulkhead_bpf::attach(&program, cgroup.directory(), Moment::Device)
+            .map_err(DeviceFilterError::Attach)?;
         Ok(Some(AttachedFilter { program }))
     }
 }
@@ -139,8 +143,8 @@ pub struct AttachedFilter {
 impl AttachedFilter {
     /// Takes the filter off the group again, after another one has been attached.
     pub fn detach(self, cgroup: &Cgroup) -> Result<(), DeviceFilterError> {
-        let attribute = AttachAttribute::new(&self.program, cgroup, 0);
-        bpf::bpf(BPF_PROG_DETACH, &attribute).map(drop).map_err(DeviceFilterError::Attach)
+        bulkhead_bpf::detach(&self.program, cgroup.directory(), Moment::Device)
+            .map_err(DeviceFilterError::Attach)
     }
 }
 
@@ -150,11 +154,6 @@ const ACCESS: u8 = 3;
 const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
 const SCRATCH: u8 = 1;
-
-const MOVE_REGISTER_32: u8 = 0xbc;
-const AND_32: u8 = 0x54;
-const SHIFT_RIGHT_32: u8 = 0x74;
-const JUMP_EQUAL: u8 = 0x16;
 
 /// Translates the rules into a program (`struct bpf_cgroup_dev_ctx`: access << 16 | kind, major, minor).
 fn compile(rules: &[Rule]) -> Vec<Instruction> {
@@ -185,68 +184,37 @@ fn result(allow: bool) -> [Instruction; 2] {
 fn compile_rule(rule: &Rule) -> Vec<Instruction> {
     let mut block = Vec::new();
     if let Some(kind) = rule.kind {
-        block.push(instruction(JUMP_NOT_EQUAL, KIND, 0, 0, kind));
+        block.push(instruction(JUMP_NOT_EQUAL_32, KIND, 0, 0, kind));
     }
     if rule.access != READ | WRITE | MKNOD {
         block.push(instruction(MOVE_REGISTER_32, SCRATCH, ACCESS, 0, 0));
         if rule.allow {
             // Every access asked for has to be among the rule's.
             block.push(instruction(AND_32, SCRATCH, 0, 0, !rule.access));
-            block.push(instruction(JUMP_NOT_EQUAL, SCRATCH, 0, 0, 0));
+            block.push(instruction(JUMP_NOT_EQUAL_32, SCRATCH, 0, 0, 0));
         } else {
             // One of them is enough for a refusal.
             block.push(instruction(AND_32, SCRATCH, 0, 0, rule.access));
-            block.push(instruction(JUMP_EQUAL, SCRATCH, 0, 0, 0));
+            block.push(instruction(JUMP_EQUAL_32, SCRATCH, 0, 0, 0));
         }
     }
     for (register, number) in [(MAJOR, rule.major), (MINOR, rule.minor)] {
         if let Some(number) = number {
-            block.push(instruction(JUMP_NOT_EQUAL, register, 0, 0, number));
+            block.push(instruction(JUMP_NOT_EQUAL_32, register, 0, 0, number));
         }
     }
     block.extend(result(rule.allow));
     let length = block.len();
     for (position, instruction) in block.iter_mut().enumerate() {
-        if matches!(instruction.code, JUMP_NOT_EQUAL | JUMP_EQUAL) {
+        if matches!(instruction.code, JUMP_NOT_EQUAL_32 | JUMP_EQUAL_32) {
             instruction.offset = (length - position - 1) as i16;
         }
     }
     block
 }
 
-const BPF_PROG_ATTACH: libc::c_long = 8;
-const BPF_PROG_DETACH: libc::c_long = 9;
-const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
-const BPF_CGROUP_DEVICE: u32 = 6;
-const BPF_F_ALLOW_MULTI: u32 = 2;
-
-/// The part of `union bpf_attr` for attaching a program.
-#[repr(C)]
-struct AttachAttribute {
-    target: u32,
-    program: u32,
-    attach_type: u32,
-    flags: u32,
-}
-
-impl AttachAttribute {
-    fn new(program: &OwnedFd, cgroup: &Cgroup, flags: u32) -> Self {
-        let number = |fd: libc::c_int| u32::try_from(fd).unwrap_or(u32::MAX);
-        Self {
-            target: number(cgroup.directory().as_raw_fd()),
-            program: number(program.as_raw_fd()),
-            attach_type: BPF_CGROUP_DEVICE,
-            flags,
-        }
-    }
-}
-
 fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
-    bpf::load(BPF_PROG_TYPE_CGROUP_DEVICE, 0, program)
-}
-
-fn attach(program: &OwnedFd, cgroup: &Cgroup) -> io::Result<()> {
-    bpf::bpf(BPF_PROG_ATTACH, &AttachAttribute::new(program, cgroup, BPF_F_ALLOW_MULTI)).map(drop)
+    bulkhead_bpf::load(ProgramKind::CgroupDevice, Moment::Device, "", program)
 }
 
 #[cfg(test)]
@@ -275,9 +243,9 @@ mod tests {
                 MOVE_REGISTER_32 => registers[to] = registers[from],
                 AND_32 => registers[to] &= immediate,
                 SHIFT_RIGHT_32 => registers[to] >>= immediate,
-                JUMP_NOT_EQUAL if registers[to] != immediate => position += jump,
-                JUMP_EQUAL if registers[to] == immediate => position += jump,
-                JUMP_NOT_EQUAL | JUMP_EQUAL => {}
+                JUMP_NOT_EQUAL_32 if registers[to] != immediate => position += jump,
+                JUMP_EQUAL_32 if registers[to] == immediate => position += jump,
+                JUMP_NOT_EQUAL_32 | JUMP_EQUAL_32 => {}
                 EXIT => return registers[0] != 0,
                 _ => panic!("instruction {code:#x}"),
             }
