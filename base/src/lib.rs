@@ -1,5 +1,6 @@
 //! What several parts have to say alike, each fact once. This crate depends on nothing, so that every other may depend on it.
 
+pub mod capabilities;
 pub mod clone;
 pub mod guest;
 pub mod id;

@@ -3,28 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use bulkhead_base::capabilities::DEFAULT;
 use containerd_shim_protos::api::Mount;
 use serde_json::{Value, json};
 
 use crate::failure::{Explain, Outcome};
-
-/// Capabilities that containerd gives a container by default.
-const CAPABILITIES: [&str; 14] = [
-    "CAP_CHOWN",
-    "CAP_DAC_OVERRIDE",
-    "CAP_FSETID",
-    "CAP_FOWNER",
-    "CAP_MKNOD",
-    "CAP_NET_RAW",
-    "CAP_SETGID",
-    "CAP_SETUID",
-    "CAP_SETFCAP",
-    "CAP_SETPCAP",
-    "CAP_NET_BIND_SERVICE",
-    "CAP_SYS_CHROOT",
-    "CAP_KILL",
-    "CAP_AUDIT_WRITE",
-];
 
 /// The OCI process object for a command, as `ctr` writes it.
 pub fn process(command: &[&str]) -> Value {
@@ -33,10 +16,15 @@ pub fn process(command: &[&str]) -> Value {
         "args": command,
         "env": ["PATH=/bin"],
         "cwd": "/",
-        "capabilities": { "bounding": CAPABILITIES, "effective": CAPABILITIES, "permitted": CAPABILITIES },
+        "capabilities": capabilities(&DEFAULT),
         "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024 }],
         "noNewPrivileges": true
     })
+}
+
+/// The sets of a process with these capabilities, none of them inheritable.
+pub fn capabilities(names: &[&str]) -> Value {
+    json!({ "bounding": names, "effective": names, "permitted": names })
 }
 
 /// A shell script as a command.

@@ -8,7 +8,9 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::ensure;
 use crate::failure::{Explain, Outcome};
+use crate::process::eventually;
 
 /// One process.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -101,6 +103,17 @@ pub fn makes_template(command: &str) -> bool {
 /// When there is no such process.
 pub fn kill_hard(pid: i32) -> Outcome {
     kill(Pid::from_raw(pid), Signal::SIGKILL).explain(|| format!("kill process {pid}"))
+}
+
+/// Waits until a process is over; a parent that takes no notice of it is no matter.
+///
+/// # Errors
+/// When it is there at the end of the limit.
+pub fn wait_for_end(what: &str, pid: i32, limit: Duration) -> Outcome {
+    eventually(&format!("{what} ends"), limit, || {
+        ensure!(process(pid).is_none_or(|process| process.state == 'Z'), "process {pid} is still there");
+        Ok(())
+    })
 }
 
 /// Where something is mounted, in mount order.

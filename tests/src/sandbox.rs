@@ -24,7 +24,6 @@ use crate::bundle::Bundle;
 use crate::ensure;
 use crate::failure::{Explain, Outcome};
 use crate::node;
-use crate::process::eventually;
 use crate::shim::{CALL_LIMIT, CallError, ShimHost, call};
 use crate::stdio::{Reader, Reading};
 
@@ -212,13 +211,7 @@ impl Sandbox {
             Err(error) if error.code != Code::UNKNOWN => return Err(error.into()),
             _ => {}
         }
-        eventually("the shim ends after the shutdown", Duration::from_secs(5), || {
-            ensure!(
-                node::process(shim).is_none_or(|process| process.state == 'Z'),
-                "process {shim} is still there"
-            );
-            Ok(())
-        })?;
+        node::wait_for_end("the shim", shim, Duration::from_secs(5))?;
         let deleted = host.delete(&self.bundle)?;
         fs::remove_dir_all(&self.bundle.path).explain(|| format!("remove {}", self.bundle.path.display()))?;
         Ok(deleted)

@@ -2,53 +2,10 @@
 
 use std::io;
 
+use bulkhead_base::capabilities::NAMES;
+
 use super::spec::{self, items};
 use crate::sys::{check, process};
-
-/// Names by number, from `linux/capability.h`.
-const NAMES: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
 
 const SYS_ADMIN: u64 = 1 << 21;
 const VERSION_3: u32 = 0x2008_0522;
@@ -140,7 +97,6 @@ impl CapabilitySets {
 }
 
 fn number(name: &str) -> Option<u32> {
-    let name = name.strip_prefix("CAP_")?;
     NAMES.iter().position(|&known| known == name).and_then(|position| position.try_into().ok())
 }
 

@@ -15,6 +15,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bulkhead_agent_protocol::*;
+use bulkhead_base::capabilities::DEFAULT;
 use serde_json::{Value, json};
 use ttrpc::Code;
 use ttrpc::asynchronous::Client;
@@ -437,22 +438,6 @@ fn spawn_agent(connection: OwnedFd, listener: OwnedFd, cgroups: &Path) -> Child 
 }
 
 fn default_spec() -> Value {
-    let capabilities = json!([
-        "CAP_CHOWN",
-        "CAP_DAC_OVERRIDE",
-        "CAP_FSETID",
-        "CAP_FOWNER",
-        "CAP_MKNOD",
-        "CAP_NET_RAW",
-        "CAP_SETGID",
-        "CAP_SETUID",
-        "CAP_SETFCAP",
-        "CAP_SETPCAP",
-        "CAP_NET_BIND_SERVICE",
-        "CAP_SYS_CHROOT",
-        "CAP_KILL",
-        "CAP_AUDIT_WRITE"
-    ]);
     json!({
         "ociVersion": "1.2.0",
         "process": {
@@ -460,7 +445,7 @@ fn default_spec() -> Value {
             "args": ["true"],
             "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
             "cwd": "/",
-            "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
+            "capabilities": {"bounding": DEFAULT, "effective": DEFAULT, "permitted": DEFAULT},
             "noNewPrivileges": true,
         },
         "root": {"path": ""},

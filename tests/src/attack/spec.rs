@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
+use bulkhead_base::capabilities::NAMES;
 use nix::sys::stat::{major, minor};
 use serde_json::{Value, json};
 
@@ -12,12 +13,9 @@ use crate::{bundle, node};
 
 /// Every capability there is.
 pub(super) fn all_capabilities() -> Value {
-    let names = "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE \
-                 NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN \
-                 SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE \
-                 MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE";
-    let all: Vec<String> = names.split_whitespace().map(|name| format!("CAP_{name}")).collect();
-    json!({ "bounding": all, "effective": all, "permitted": all, "inheritable": all })
+    let mut all = bundle::capabilities(&NAMES);
+    all["inheritable"] = all["permitted"].clone();
+    all
 }
 
 /// The specification of a container with a process.

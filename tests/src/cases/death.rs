@@ -3,6 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use bulkhead_base::capabilities::NAMES;
 use serde_json::json;
 
 use super::ctr::IMAGE;
@@ -78,29 +79,7 @@ fn of_the_guest(environment: &mut Environment) -> Outcome<String> {
     let script = "mknod /tmp/port c 1 4 && echo found; read go; \
                   printf '\\376' | dd of=/tmp/port bs=1 seek=100 conv=notrunc; exec sleep 100000";
     let mut process = bundle::shell(script);
-    let all = json!([
-        "CAP_SYS_PTRACE",
-        "CAP_SYS_ADMIN",
-        "CAP_DAC_OVERRIDE",
-        "CAP_KILL",
-        "CAP_SETUID",
-        "CAP_SETGID",
-        "CAP_NET_RAW",
-        "CAP_CHOWN",
-        "CAP_FOWNER",
-        "CAP_FSETID",
-        "CAP_MKNOD",
-        "CAP_SETFCAP",
-        "CAP_SETPCAP",
-        "CAP_NET_BIND_SERVICE",
-        "CAP_SYS_CHROOT",
-        "CAP_AUDIT_WRITE",
-        "CAP_SYS_MODULE",
-        "CAP_SYS_RAWIO",
-        "CAP_SYS_BOOT",
-        "CAP_NET_ADMIN"
-    ]);
-    process["capabilities"] = json!({ "bounding": all, "effective": all, "permitted": all });
+    process["capabilities"] = bundle::capabilities(&NAMES);
     let mut spec = bundle::spec(&id, process);
     spec["linux"]["resources"]["devices"] = json!([{ "allow": true, "access": "rwm" }]);
     if let Some(mounts) = spec["mounts"].as_array_mut() {
@@ -121,13 +100,7 @@ fn of_the_shim(environment: &mut Environment) -> Outcome<String> {
     let (container, shim) = running(environment)?;
     let helpers = [node::descendants(shim, "bulkhead-vmm"), node::descendants(shim, "bulkhead-fs")].concat();
     node::kill_hard(shim)?;
-    eventually("the shim is gone", CALL_LIMIT, || {
-        ensure!(
-            node::process(shim).is_none_or(|process| process.state == 'Z'),
-            "process {shim} is still there"
-        );
-        Ok(())
-    })?;
+    node::wait_for_end("the shim", shim, CALL_LIMIT)?;
     let deleted = environment.host()?.delete(&container.bundle)?;
     ensure_eq!(deleted.exit_status, 137, "exit status that the shim's delete reports");
     for helper in &helpers {

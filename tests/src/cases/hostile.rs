@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use bulkhead_base::capabilities::NAMES;
 use serde_json::{Value, json};
 
 use super::{Case, Container, Environment, status};
@@ -28,31 +29,7 @@ const CORE_PATTERN: &str = "/proc/sys/kernel/core_pattern";
 
 /// Every capability that a container can have, in the guest.
 fn privileged(mut process: Value) -> Value {
-    let names = [
-        "AUDIT_WRITE",
-        "CHOWN",
-        "DAC_OVERRIDE",
-        "DAC_READ_SEARCH",
-        "FOWNER",
-        "FSETID",
-        "KILL",
-        "MKNOD",
-        "NET_ADMIN",
-        "NET_BIND_SERVICE",
-        "NET_RAW",
-        "SETFCAP",
-        "SETGID",
-        "SETPCAP",
-        "SETUID",
-        "SYS_ADMIN",
-        "SYS_BOOT",
-        "SYS_CHROOT",
-        "SYS_MODULE",
-        "SYS_PTRACE",
-        "SYS_RAWIO",
-    ];
-    let all: Vec<String> = names.iter().map(|name| format!("CAP_{name}")).collect();
-    process["capabilities"] = json!({ "bounding": all, "effective": all, "permitted": all });
+    process["capabilities"] = bundle::capabilities(&NAMES);
     process
 }
 

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use bulkhead_base::capabilities::NAMES;
 use serde_json::{Value, json};
 
 use super::{Case, Ended, Environment};
@@ -360,10 +361,9 @@ const DAEMON: &str = "set -e
 fn docker(environment: &mut Environment) -> Outcome<String> {
     let id = environment.id("docker");
     let mut spec = able(&id, DAEMON);
-    let all: Vec<String> = ALL_CAPABILITIES.split(' ').map(|name| format!("CAP_{name}")).collect();
-    for set in ["bounding", "effective", "permitted", "inheritable"] {
-        spec["process"]["capabilities"][set] = json!(all);
-    }
+    let mut all = bundle::capabilities(&NAMES);
+    all["inheritable"] = all["permitted"].clone();
+    spec["process"]["capabilities"] = all;
     spec["process"]["noNewPrivileges"] = json!(false);
     spec["process"]["rlimits"] = json!([{ "type": "RLIMIT_NOFILE", "hard": 65536, "soft": 65536 }]);
     spec["linux"]["maskedPaths"] = json!([]);
@@ -389,9 +389,3 @@ fn docker(environment: &mut Environment) -> Outcome<String> {
     Ok("Debian's dockerd: overlay2, a network with iptables-nft, limits, one container that pings another"
         .into())
 }
-
-/// The names of all capabilities.
-const ALL_CAPABILITIES: &str = "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE \
-    NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT \
-    SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE \
-    MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE";

@@ -10,7 +10,6 @@ use super::{COLD_CONFIG, Case, Container, Environment};
 use crate::bundle;
 use crate::failure::{Explain, Outcome};
 use crate::node;
-use crate::process::eventually;
 use crate::sandbox::{PodSettings, Sandbox};
 use crate::shim::{CALL_LIMIT, CallError, CreateOptions, Shim};
 use crate::stdio::Streams;
@@ -194,13 +193,7 @@ fn death_of_the_shim(environment: &mut Environment) -> Outcome<String> {
     let container = created(environment, &sandbox, pid, "sleep 1000")?;
     container.shim.start("")?;
     node::kill_hard(shim)?;
-    eventually("the shim is gone", CALL_LIMIT, || {
-        ensure!(
-            node::process(shim).is_none_or(|process| process.state == 'Z'),
-            "process {shim} is still there"
-        );
-        Ok(())
-    })?;
+    node::wait_for_end("the shim", shim, CALL_LIMIT)?;
     let host = environment.host()?;
     host.delete(&sandbox.bundle)?;
     ensure!(

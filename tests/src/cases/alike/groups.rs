@@ -1,8 +1,10 @@
 //! The groups.
 
+use bulkhead_base::capabilities::NAMES;
 use serde_json::{Value, json};
 
 use super::{Case, Environment, Group, compare, files, system};
+use crate::bundle;
 use crate::failure::Outcome;
 
 /// Each is a case.
@@ -50,60 +52,13 @@ const PRIVILEGED: Group = Group {
     places: &["/tmp"],
     rows: &[system::PRIVILEGED],
     configure: |spec| {
-        let all: Vec<String> = CAPABILITIES.iter().map(|name| format!("CAP_{name}")).collect();
-        for set in ["bounding", "effective", "permitted"] {
-            spec["process"]["capabilities"][set] = json!(all);
-        }
+        spec["process"]["capabilities"] = bundle::capabilities(&NAMES);
         spec["process"]["noNewPrivileges"] = false.into();
         spec["linux"]["maskedPaths"] = json!([]);
         spec["linux"]["readonlyPaths"] = json!([]);
         spec["linux"]["resources"]["devices"] = json!([{ "allow": true, "access": "rwm" }]);
     },
 };
-
-const CAPABILITIES: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
 
 fn add_cgroups(spec: &mut Value, options: &[&str]) {
     if let Some(mounts) = spec["mounts"].as_array_mut() {
