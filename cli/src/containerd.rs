@@ -314,7 +314,7 @@ mod tests {
     #[test]
     fn what_is_written_is_found_again_in_every_version() {
         for number in [2, 3, 4] {
-            let root = Directory::new(&format!("containerd-{number}"));
+            let root = Directory::new();
             let text = format!("version = {number}\nimports = [\"conf.d/*.toml\"]\n");
             let configuration = configuration(&root, &text);
             assert!(configuration.imports(Path::new(DROP_IN)));
@@ -332,7 +332,7 @@ mod tests {
 
     #[test]
     fn version_2_keeps_what_the_main_file_says() {
-        let root = Directory::new("containerd-section");
+        let root = Directory::new();
         let text = "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\n  sandbox_image = \"pause:9\"\n\
                     [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc.options]\n  SystemdCgroup = true\n";
         let configuration = configuration(&root, text);
@@ -368,7 +368,7 @@ mod tests {
 
     #[test]
     fn what_can_not_work_is_told() {
-        let root = Directory::new("containerd-wrong");
+        let root = Directory::new();
         let load = || Configuration::load(root.path(), Path::new(DEFAULT_FILE));
         assert!(load().unwrap().is_none());
         for (text, said) in [("", "version 1"), ("version = 9", "version 9"), ("version =", "wrong")] {

@@ -2,29 +2,28 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+
+use tempfile::TempDir;
 
 /// A directory that is removed again.
 #[derive(Debug)]
-pub struct Directory(PathBuf);
+pub struct Directory(TempDir);
 
 impl Directory {
     /// Makes it.
-    pub fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("bulkhead-cli-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
+    pub fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
     }
 
     /// Where it is.
     pub fn path(&self) -> &Path {
-        &self.0
+        self.0.path()
     }
 
     /// Writes a file in it.
     pub fn write(&self, place: &str, content: impl AsRef<[u8]>) {
-        let path = self.0.join(place);
+        let path = self.0.path().join(place);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, content).unwrap();
     }
@@ -32,17 +31,17 @@ impl Directory {
     /// Writes a program in it.
     pub fn write_program(&self, place: &str, content: impl AsRef<[u8]>) {
         self.write(place, content);
-        fs::set_permissions(self.0.join(place), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::set_permissions(self.0.path().join(place), fs::Permissions::from_mode(0o755)).unwrap();
     }
 
     /// Every file and directory in it.
     pub fn list(&self) -> Vec<String> {
         let mut found = Vec::new();
-        let mut pending = vec![self.0.clone()];
+        let mut pending = vec![self.0.path().to_owned()];
         while let Some(directory) = pending.pop() {
             for entry in fs::read_dir(directory).unwrap() {
                 let path = entry.unwrap().path();
-                found.push(path.strip_prefix(&self.0).unwrap().display().to_string());
+                found.push(path.strip_prefix(self.0.path()).unwrap().display().to_string());
                 if path.is_dir() {
                     pending.push(path);
                 }
@@ -50,11 +49,5 @@ impl Directory {
         }
         found.sort();
         found
-    }
-}
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }

@@ -1,8 +1,8 @@
 //! Enters the jail in a forked child and looks around from inside.
 #![allow(clippy::expect_used, reason = "a test that can't be set up has failed")]
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use bulkhead_jail::{Jail, JailError, Limits, Root, enter};
 use nix::sys::resource::{Resource, getrlimit};
@@ -93,15 +93,18 @@ fn no_privilege_is_left() {
 
 #[test]
 fn the_current_directory_can_become_the_root() {
+    let directory = tempfile::tempdir().expect("make a directory");
+    let dir = directory.path();
+    fs::create_dir(dir.join("inside")).expect("make a directory in it");
+    // For whoever the child becomes.
+    fs::set_permissions(dir, Permissions::from_mode(0o755)).expect("open the directory");
     in_child(|| {
-        let dir = std::env::temp_dir().join(format!("bulkhead-jail-{}", std::process::id()));
-        fs::create_dir_all(dir.join("inside")).map_err(|error| error.to_string())?;
-        let outside = fs::metadata(&dir).map_err(|error| error.to_string())?.ino();
+        let outside = fs::metadata(dir).map_err(|error| error.to_string())?.ino();
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).map_err(|error| error.to_string())?;
         let none = None::<&str>;
         let bind = nix::mount::MsFlags::MS_BIND;
-        nix::mount::mount(Some(&dir), &dir, none, bind, none).map_err(|error| error.to_string())?;
-        std::env::set_current_dir(&dir).map_err(|error| error.to_string())?;
+        nix::mount::mount(Some(dir), dir, none, bind, none).map_err(|error| error.to_string())?;
+        std::env::set_current_dir(dir).map_err(|error| error.to_string())?;
 
         enter(&Jail { root: Root::CurrentDirectory, ..JAIL }).map_err(|error| error.to_string())?;
 
@@ -109,11 +112,6 @@ fn the_current_directory_can_become_the_root() {
         check(fs::metadata("/inside").is_ok(), "the directory's contents are missing")?;
         check(fs::metadata("/etc").is_err(), "the host's files are there")
     });
-    for entry in fs::read_dir(std::env::temp_dir()).expect("read the temporary directory").flatten() {
-        if entry.file_name().to_string_lossy().starts_with("bulkhead-jail-") {
-            fs::remove_dir_all(entry.path()).expect("remove the test's directory");
-        }
-    }
 }
 
 #[test]

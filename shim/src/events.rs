@@ -226,7 +226,6 @@ impl Forwarder {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
     use std::sync::Mutex;
 
     use async_trait::async_trait;
@@ -257,12 +256,6 @@ mod tests {
         }
     }
 
-    fn socket(name: &str) -> PathBuf {
-        let path = std::env::temp_dir().join(format!("bulkhead-events-{name}-{}", std::process::id()));
-        let _ = std::fs::remove_file(&path);
-        path
-    }
-
     async fn serve(path: &std::path::Path) -> (Server, Arc<Containerd>) {
         let _ = std::fs::remove_file(path);
         let containerd = Arc::new(Containerd::default());
@@ -284,7 +277,8 @@ mod tests {
 
     #[tokio::test]
     async fn events_arrive_in_order_and_a_refused_one_does_not_stop_the_rest() {
-        let path = socket("order");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
         let (_server, containerd) = serve(&path).await;
         let publisher = Publisher::start(path.to_str().unwrap(), "ns");
         for id in ["1", "refused", "2", "3"] {
@@ -297,7 +291,8 @@ mod tests {
 
     #[tokio::test]
     async fn events_wait_for_a_containerd_that_restarts() {
-        let path = socket("restart");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
         let publisher = Publisher::start(path.to_str().unwrap(), "ns");
         publisher.publish(start("before"));
         let (mut server, first) = serve(&path).await;

@@ -314,30 +314,24 @@ fn last_words(mut output: File) -> String {
 
 #[cfg(test)]
 mod tests {
+    use tempfile::TempDir;
+
     use super::*;
 
-    struct Bundle(PathBuf);
+    struct Bundle(TempDir);
 
     impl Bundle {
-        fn new(name: &str) -> Bundle {
-            let path = std::env::temp_dir().join(format!("bulkhead-hooks-{name}-{}", std::process::id()));
-            fs::create_dir_all(&path).unwrap();
-            Bundle(path)
+        fn new() -> Bundle {
+            Bundle(tempfile::tempdir().unwrap())
         }
 
         fn hooks(&self, hooks: serde_json::Value) -> Option<HostHooks> {
             let spec = json!({"ociVersion": "1.2.1", "annotations": {"a": "b"}, "hooks": hooks});
-            HostHooks::of(&serde_json::from_value(spec).unwrap(), "c1", &self.0)
+            HostHooks::of(&serde_json::from_value(spec).unwrap(), "c1", self.0.path())
         }
 
         fn read(&self, name: &str) -> String {
-            fs::read_to_string(self.0.join(name)).unwrap_or_default()
-        }
-    }
-
-    impl Drop for Bundle {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
+            fs::read_to_string(self.0.path().join(name)).unwrap_or_default()
         }
     }
 
@@ -347,7 +341,7 @@ mod tests {
 
     #[tokio::test]
     async fn hooks_run_in_order_and_hear_of_the_container() {
-        let bundle = Bundle::new("order");
+        let bundle = Bundle::new();
         let hooks = bundle.hooks(json!({
             "createRuntime": [shell("echo $WORD >>order; cat >state")],
             "prestart": [shell("echo first; echo prestart $0 $HOME >>order")],
@@ -356,13 +350,13 @@ mod tests {
         }));
         let hooks = hooks.unwrap();
         hooks.create(42).await.unwrap();
-        started(&bundle.0, 42).await;
-        finish(&bundle.0).await;
+        started(bundle.0.path(), 42).await;
+        finish(bundle.0.path()).await;
         // Once is enough.
-        finish(&bundle.0).await;
+        finish(bundle.0.path()).await;
         assert_eq!(bundle.read("order"), "prestart hook\nfrom the hook\npoststart\npoststop\nlast\n");
         let state: serde_json::Value = serde_json::from_str(&bundle.read("state")).unwrap();
-        let expected = json!({"ociVersion": "1.2.1", "id": "c1", "status": "creating", "pid": 42, "bundle": bundle.0,
+        let expected = json!({"ociVersion": "1.2.1", "id": "c1", "status": "creating", "pid": 42, "bundle": bundle.0.path(),
                               "annotations": {"a": "b"}});
         assert_eq!(state, expected);
         let state: serde_json::Value = serde_json::from_str(&bundle.read("stopped")).unwrap();
@@ -371,7 +365,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_hook_that_fails_ends_the_creation_with_its_words() {
-        let bundle = Bundle::new("fails");
+        let bundle = Bundle::new();
         let hooks = bundle.hooks(json!({
             "prestart": [shell("echo no network left >&2; exit 3"), shell("echo reached >reached")],
             "poststop": [shell("echo poststop >stopped")],
@@ -381,7 +375,7 @@ mod tests {
             assert!(error.contains(words), "{error}");
         }
         assert_eq!(bundle.read("reached"), "");
-        finish(&bundle.0).await;
+        finish(bundle.0.path()).await;
         assert_eq!(bundle.read("stopped"), "poststop\n");
 
         let missing = bundle.hooks(json!({"createRuntime": [{"path": "/nonexistent/hook"}]})).unwrap();
@@ -391,7 +385,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_hook_that_hangs_is_killed_with_what_it_started() {
-        let bundle = Bundle::new("hangs");
+        let bundle = Bundle::new();
         let mut hook = shell("sleep 1000 & echo $! >pid; echo waiting; wait");
         hook["timeout"] = 1.into();
         let error = chain(&bundle.hooks(json!({"prestart": [hook]})).unwrap().create(1).await.unwrap_err());
@@ -410,7 +404,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_a_hook_leaves_in_the_background_holds_nothing_up() {
-        let bundle = Bundle::new("background");
+        let bundle = Bundle::new();
         let started = Instant::now();
         let hooks = bundle.hooks(json!({"prestart": [shell("sleep 5 & exit 0")]})).unwrap();
         hooks.create(1).await.unwrap();
@@ -419,8 +413,8 @@ mod tests {
 
     #[test]
     fn a_container_without_hooks_for_the_host_has_none() {
-        let bundle = Bundle::new("none");
+        let bundle = Bundle::new();
         assert!(bundle.hooks(json!({"startContainer": [shell("true")], "prestart": []})).is_none());
-        finish_within(&bundle.0, Duration::ZERO);
+        finish_within(bundle.0.path(), Duration::ZERO);
     }
 }

@@ -150,10 +150,9 @@ mod tests {
 
     #[test]
     fn the_image_holds_together() {
-        let workload = std::env::temp_dir().join(format!("bulkhead-bench-image-{}", std::process::id()));
-        std::fs::write(&workload, b"binary").unwrap();
-        let image = Image::build(&workload).unwrap();
-        std::fs::remove_file(&workload).unwrap();
+        let workload = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(workload.path(), b"binary").unwrap();
+        let image = Image::build(workload.path()).unwrap();
 
         let manifest: serde_json::Value = serde_json::from_slice(&image.manifest.data).unwrap();
         assert_eq!(manifest["layers"][0]["digest"], image.snapshot());

@@ -291,17 +291,18 @@ pub(crate) mod tests {
 
     #[test]
     fn what_was_written_is_read() {
-        let directory = std::env::temp_dir().join(format!("bulkhead-bench-report-{}", std::process::id()));
+        let scratch = tempfile::tempdir().unwrap();
+        let directory = scratch.path().join("report");
         let report = sample();
         report.write(&directory).unwrap();
         assert_eq!(Report::read(&directory.join("report.json")).unwrap(), report);
         assert!(directory.join("report.html").exists());
-        fs::remove_dir_all(directory).unwrap();
     }
 
     #[test]
     fn other_files_are_refused() {
-        let path = std::env::temp_dir().join(format!("bulkhead-bench-other-{}", std::process::id()));
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("report.json");
         assert!(matches!(Report::read(&path), Err(ReportError::Read { .. })));
         fs::write(&path, "{}").unwrap();
         assert!(matches!(Report::read(&path), Err(ReportError::Parse { .. })));
@@ -309,7 +310,6 @@ pub(crate) mod tests {
         report.format = 99;
         fs::write(&path, report.to_json()).unwrap();
         assert!(matches!(Report::read(&path), Err(ReportError::Format { found: 99, .. })));
-        fs::remove_file(path).unwrap();
     }
 
     #[test]

@@ -128,10 +128,10 @@ mod tests {
 
     #[test]
     fn every_quantity_is_measured() {
-        let root = std::env::temp_dir().join(format!("bulkhead-bench-rootfs-{}", std::process::id()));
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path();
         let mut layer = Archive::default();
         files::add_tree(&mut layer).unwrap();
-        fs::create_dir(&root).unwrap();
         let layer = layer.finish();
         for entry in entries(&layer) {
             match entry {
@@ -143,7 +143,7 @@ mod tests {
         assert_eq!(walk(&root.join("tree")).unwrap(), files::TREE_DIRECTORIES * files::TREE_FILES);
 
         let mut printed = Vec::new();
-        measure(&mut Samples { out: &mut printed }, &root).unwrap();
+        measure(&mut Samples { out: &mut printed }, root).unwrap();
         let printed = String::from_utf8(printed).unwrap();
         for row in [
             "rootfs-walk ms",
@@ -154,6 +154,5 @@ mod tests {
         ] {
             assert_eq!(printed.lines().filter(|line| line.starts_with(row)).count(), SAMPLES, "{printed}");
         }
-        fs::remove_dir_all(root).unwrap();
     }
 }

@@ -99,7 +99,7 @@ mod tests {
 
     #[test]
     fn each_thing_that_is_wrong_has_a_name() {
-        let root = Directory::new("check-containerd");
+        let root = Directory::new();
         let verdicts = |registered: &Registered| -> Vec<Verdict> {
             registered.findings.iter().map(|finding| finding.verdict).collect()
         };

@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn a_sound_host() {
-        let root = Directory::new("host-sound");
+        let root = Directory::new();
         root.write("proc/sys/kernel/osrelease", "6.12.48+deb13-cloud-amd64\n");
         root.write("sys/devices/system/cpu/vulnerabilities/mds", "Not affected\n");
         root.write(
@@ -172,7 +172,7 @@ mod tests {
 
     #[test]
     fn a_host_that_is_not() {
-        let root = Directory::new("host-bad");
+        let root = Directory::new();
         root.write("proc/sys/kernel/osrelease", "4.18.0-553.el8.x86_64\n");
         root.write(
             "sys/devices/system/cpu/vulnerabilities/mds",

@@ -88,7 +88,7 @@ mod tests {
     #[test]
     fn settings_of_either_vendor_are_judged() {
         for (module, paging) in [("kvm_amd", "npt"), ("kvm_intel", "ept")] {
-            let root = Directory::new(&format!("modules-{module}"));
+            let root = Directory::new();
             assert_eq!(check(root.path()), []);
             let parameters = format!("sys/module/{module}/parameters");
             root.write(&format!("{parameters}/{paging}"), "Y\n");

@@ -118,7 +118,7 @@ mod tests {
 
     #[test]
     fn files_that_were_changed_are_named() {
-        let root = Directory::new("parts-altered");
+        let root = Directory::new();
         let prefix = Path::new("/usr/local");
         assert_eq!(unaltered(root.path(), prefix).verdict, Verdict::Ok);
         let digest = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae";
@@ -138,15 +138,15 @@ mod tests {
 
     #[test]
     fn nothing_installed() {
-        let prefix = Directory::new("parts-nothing");
+        let prefix = Directory::new();
         assert_eq!(verdicts(&prefix), [Verdict::Fail; 5]);
         assert!(checked(&prefix, "")[0].evidence.contains("bin/containerd-shim-bulkhead-v1"));
     }
 
     #[test]
     fn what_the_configuration_names_is_looked_at() {
-        let prefix = Directory::new("parts-elsewhere");
-        let elsewhere = Directory::new("parts-other-kernel");
+        let prefix = Directory::new();
+        let elsewhere = Directory::new();
         elsewhere.write("vmlinux", b"\x7fELF");
         let kernel = elsewhere.path().join("vmlinux");
         let findings = checked(&prefix, &format!("kernel = {kernel:?}"));
@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn everything_installed() {
-        let prefix = Directory::new("parts-everything");
+        let prefix = Directory::new();
         for place in PROGRAMS {
             prefix.write_program(place, "#!");
         }
@@ -166,7 +166,7 @@ mod tests {
 
     #[test]
     fn wrong_and_truncated_parts() {
-        let prefix = Directory::new("parts-wrong");
+        let prefix = Directory::new();
         for place in PROGRAMS {
             prefix.write(place, "#!");
         }

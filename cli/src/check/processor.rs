@@ -99,7 +99,7 @@ mod tests {
 
     #[test]
     fn flags_and_modules_are_read() {
-        let root = Directory::new("processor");
+        let root = Directory::new();
         assert_eq!(Processor::here(root.path()).extension, Extension::Unknown);
         root.write("sys/module/kvm/parameters/ignore_msrs", "N\n");
         root.write("sys/module/kvm_intel/parameters/ept", "Y\n");

@@ -13,11 +13,8 @@ struct Stage {
 }
 
 impl Stage {
-    fn set(name: &str) -> Self {
-        let stage = Self {
-            root: Directory::new(&format!("install-{name}-root")),
-            from: Directory::new(&format!("install-{name}-from")),
-        };
+    fn set() -> Self {
+        let stage = Self { root: Directory::new(), from: Directory::new() };
         for part in [
             "bin/containerd-shim-bulkhead-v1",
             "bin/bulkhead",
@@ -57,7 +54,7 @@ fn install_with(options: &Options) -> Result<String, InstallError> {
 
 #[test]
 fn what_has_changed_since_is_told() {
-    let stage = Stage::set("altered");
+    let stage = Stage::set();
     let altered = || altered(stage.root.path(), &Options::default().prefix).unwrap();
     assert_eq!(altered(), None);
     stage.install().unwrap();
@@ -72,7 +69,7 @@ fn what_has_changed_since_is_told() {
 
 #[test]
 fn what_is_installed_is_taken_away_again_and_nothing_else() {
-    let stage = Stage::set("whole");
+    let stage = Stage::set();
     stage.root.write("usr/local/share/other", "somebody else's");
     let before = stage.root.list();
     let said = stage.install().unwrap();
@@ -98,7 +95,7 @@ fn what_is_installed_is_taken_away_again_and_nothing_else() {
 
 #[test]
 fn what_was_there_before_stays() {
-    let stage = Stage::set("before");
+    let stage = Stage::set();
     stage.root.write("usr/local/bin/bulkhead", "the bin/bulkhead");
     stage.root.write("usr/local/libexec/bulkhead/bulkhead-vmm", "an older one");
     stage.install().unwrap();
@@ -109,7 +106,7 @@ fn what_was_there_before_stays() {
 
 #[test]
 fn again_changes_nothing_and_an_update_replaces() {
-    let stage = Stage::set("again");
+    let stage = Stage::set();
     stage.install().unwrap();
     let said = stage.install().unwrap();
     assert!(said.lines().all(|line| line.starts_with("unchanged")), "{said}");
@@ -124,7 +121,7 @@ fn again_changes_nothing_and_an_update_replaces() {
 
 #[test]
 fn a_dry_run_does_nothing() {
-    let stage = Stage::set("dry");
+    let stage = Stage::set();
     let before = stage.root.list();
     let said = install_with(&Options { dry_run: true, ..stage.options() }).unwrap();
     assert_eq!(said.matches("would install").count(), 7, "{said}");
@@ -140,7 +137,7 @@ fn a_dry_run_does_nothing() {
 
 #[test]
 fn what_others_have_changed_stays() {
-    let stage = Stage::set("foreign");
+    let stage = Stage::set();
     stage.install().unwrap();
     stage.root.write("usr/local/bin/bulkhead", "somebody's own");
     let said = stage.uninstall().unwrap();
@@ -154,7 +151,7 @@ fn what_others_have_changed_stays() {
 
 #[test]
 fn an_installation_that_was_cut_off_is_taken_away_whole() {
-    let stage = Stage::set("cut");
+    let stage = Stage::set();
     stage.install().unwrap();
     stage.from.write("bin/bulkhead", "a newer one");
     // It ends after the record and before that file.
@@ -168,7 +165,7 @@ fn an_installation_that_was_cut_off_is_taken_away_whole() {
 
 #[test]
 fn what_is_left_to_do_is_said() {
-    let stage = Stage::set("todo");
+    let stage = Stage::set();
     stage.root.write("etc/containerd/config.toml", "version = 2\n");
     let said = stage.install().unwrap();
     assert!(said.contains("imports = ['/etc/containerd/conf.d/*.toml']"), "{said}");
@@ -179,7 +176,7 @@ fn what_is_left_to_do_is_said() {
 
 #[test]
 fn what_can_not_be_installed_is_told_before_anything_is_touched() {
-    let stage = Stage::set("missing");
+    let stage = Stage::set();
     let before = stage.root.list();
     fs::remove_file(stage.from.path().join("share/bulkhead/guest.erofs")).unwrap();
     assert!(matches!(stage.install(), Err(InstallError::File(FileError::Missing(_)))));

@@ -14,6 +14,10 @@ use bulkhead_vmm_protocol::loan::{self, Loan};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
+use tempfile::TempDir;
+
+/// `FATTR_UID` and `FATTR_GID`: that a request changes both.
+pub const FATTR_UID_GID: u32 = 0b110;
 
 /// The node id of the shared directory.
 pub const ROOT: u64 = 1;
@@ -22,7 +26,7 @@ pub const ROOT: u64 = 1;
 ///
 /// The calling thread gets a mount namespace of its own, which the kernel takes down with it.
 pub struct Server {
-    pub shared: PathBuf,
+    pub shared: TempDir,
     child: Child,
     /// The session of the shared tree.
     pub fuse: Fuse,
@@ -41,10 +45,10 @@ impl Server {
         unshare(CloneFlags::CLONE_NEWNS).unwrap();
         let none = None::<&str>;
         mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none).unwrap();
-        let shared = std::env::temp_dir().join(format!("bulkhead-fs-test-{}", std::process::id()));
-        std::fs::create_dir_all(&shared).unwrap();
-        mount_tmpfs(&shared);
-        mount(none, &shared, none, MsFlags::MS_SHARED, none).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let shared = directory.path();
+        mount_tmpfs(shared);
+        mount(none, shared, none, MsFlags::MS_SHARED, none).unwrap();
         for directory in ["c1/rootfs", "c1/mounts/0"] {
             std::fs::create_dir_all(shared.join(directory)).unwrap();
             mount_tmpfs(&shared.join(directory));
@@ -54,7 +58,7 @@ impl Server {
             || socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
         let [(fuse, shared_end), (roots, roots_end)] = [pair(), pair()];
         let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-fs"));
-        command.current_dir(&shared).stdin(Stdio::null()).stdout(Stdio::null()).env_clear();
+        command.current_dir(shared).stdin(Stdio::null()).stdout(Stdio::null()).env_clear();
         let sockets = [shared_end.as_raw_fd(), roots_end.as_raw_fd()];
         // SAFETY: only system calls between fork and exec.
         unsafe {
@@ -73,7 +77,7 @@ impl Server {
         };
         let child = command.spawn().unwrap();
         drop((shared_end, roots_end));
-        let mut server = Server { shared, child, fuse: Fuse::new(fuse), roots: Fuse::new(roots) };
+        let mut server = Server { shared: directory, child, fuse: Fuse::new(fuse), roots: Fuse::new(roots) };
         server.fuse.init();
         server.roots.init();
         server
@@ -90,7 +94,7 @@ impl Server {
     }
 
     pub fn path(&self, below: &str) -> PathBuf {
-        self.shared.join(below)
+        self.shared.path().join(below)
     }
 
     pub fn pid(&self) -> u32 {
@@ -121,8 +125,7 @@ impl Drop for Server {
     fn drop(&mut self) {
         let _gone = self.child.kill();
         let _gone = self.child.wait();
-        let _busy = nix::mount::umount2(&self.shared, nix::mount::MntFlags::MNT_DETACH);
-        let _gone = std::fs::remove_dir(&self.shared);
+        let _busy = nix::mount::umount2(self.shared.path(), nix::mount::MntFlags::MNT_DETACH);
     }
 }
 

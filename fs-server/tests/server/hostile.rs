@@ -75,7 +75,7 @@ fn the_hosts_kernel_interfaces_are_not_entered() {
         fs::create_dir(server.path("c1/mounts/0").join(name)).unwrap();
     }
     fs::write(server.path("c1/mounts/0/file"), "").unwrap();
-    let at = |name: &str| server.shared.join("c1/mounts/0").join(name);
+    let at = |name: &str| server.shared.path().join("c1/mounts/0").join(name);
     for (kind, name) in [
         ("proc", "proc"),
         ("sysfs", "sys"),

@@ -58,8 +58,8 @@ mod tests {
 
     #[test]
     fn a_tree_is_copied_with_its_modes_and_links() {
-        let base = std::env::temp_dir().join(format!("bulkhead-copyup-{}", std::process::id()));
-        let (from, to) = (base.join("from"), base.join("to"));
+        let base = tempfile::tempdir().unwrap();
+        let (from, to) = (base.path().join("from"), base.path().join("to"));
         fs::create_dir_all(from.join("sub")).unwrap();
         fs::create_dir_all(&to).unwrap();
         fs::write(from.join("sub/file"), "text").unwrap();
@@ -71,6 +71,5 @@ mod tests {
         assert_eq!(fs::read_to_string(to.join("link")).unwrap(), "text");
         assert_eq!(fs::metadata(to.join("sub/file")).unwrap().mode() & 0o7777, 0o4711);
         assert_eq!(fs::read_link(to.join("link")).unwrap(), Path::new("sub/file"));
-        fs::remove_dir_all(base).unwrap();
     }
 }

@@ -226,14 +226,14 @@ mod tests {
 
     #[test]
     fn a_block_device_is_found_below_its_window() {
-        let window = std::env::temp_dir().join(format!("bulkhead-disks-{}", std::process::id()));
+        let directory = tempfile::tempdir().unwrap();
+        let window = directory.path();
         let disk = window.join("virtio5/block/vdb");
         fs::create_dir_all(&disk).unwrap();
         fs::create_dir_all(window.join("power")).unwrap();
         fs::write(disk.join("dev"), "254:16\n").unwrap();
-        let found = block_device(&window);
-        fs::remove_dir_all(&window).unwrap();
-        assert_eq!(found.unwrap(), Some(BlockDevice { name: "vdb".into(), major: 254, minor: 16 }));
+        let found = block_device(window).unwrap();
+        assert_eq!(found, Some(BlockDevice { name: "vdb".into(), major: 254, minor: 16 }));
     }
 
     #[test]

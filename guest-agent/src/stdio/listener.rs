@@ -203,12 +203,13 @@ mod tests {
     use std::io::Write;
     use std::os::unix::net::{UnixListener, UnixStream};
 
+    use tempfile::TempPath;
+
     use super::*;
 
-    async fn streams(name: &str) -> (Arc<Streams>, std::path::PathBuf) {
-        let path = std::env::temp_dir().join(format!("bulkhead-streams-{name}-{}", std::process::id()));
-        let _ = std::fs::remove_file(&path);
-        let listener = UnixListener::bind(&path).unwrap();
+    async fn streams() -> (Arc<Streams>, TempPath) {
+        let socket = tempfile::Builder::new().make(|path| UnixListener::bind(path)).unwrap();
+        let (listener, path) = socket.into_parts();
         let streams = Arc::new(Streams::default());
         let accepting = streams.clone();
         tokio::spawn(async move { accepting.accept(listener.into()).await });
@@ -217,7 +218,7 @@ mod tests {
 
     #[tokio::test(flavor = "current_thread")]
     async fn streams_are_claimed_by_number_in_any_order() {
-        let (streams, path) = streams("claim").await;
+        let (streams, path) = streams().await;
         let mut first = UnixStream::connect(&path).unwrap();
         let mut second = UnixStream::connect(&path).unwrap();
         second.write_all(&8u64.to_le_bytes()).unwrap();
@@ -227,23 +228,21 @@ mod tests {
         assert!(claim.await.unwrap().is_some());
         assert!(streams.claim(8).await.unwrap().is_some());
         assert!(streams.claim(0).await.unwrap().is_none());
-        std::fs::remove_file(path).unwrap();
     }
 
     #[tokio::test(flavor = "current_thread")]
     async fn only_those_that_wait_are_counted() {
-        let (streams, path) = streams("count").await;
+        let (streams, path) = streams().await;
         for number in 1..=2 * MAX_WAITING as u64 {
             let mut stream = UnixStream::connect(&path).unwrap();
             stream.write_all(&number.to_le_bytes()).unwrap();
             assert!(streams.claim(number).await.unwrap().is_some());
         }
-        std::fs::remove_file(path).unwrap();
     }
 
     #[tokio::test(flavor = "current_thread", start_paused = true)]
     async fn neither_side_waits_for_ever() {
-        let (streams, path) = streams("limit").await;
+        let (streams, path) = streams().await;
         assert!(matches!(streams.claim(9).await, Err(StreamError::Missing { number: 9 })));
         let mut late = UnixStream::connect(&path).unwrap();
         late.write_all(&9u64.to_le_bytes()).unwrap();
@@ -252,6 +251,5 @@ mod tests {
         }
         tokio::time::sleep(CLAIM_LIMIT * 2).await;
         assert!(streams.lock().is_empty());
-        std::fs::remove_file(path).unwrap();
     }
 }

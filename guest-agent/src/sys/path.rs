@@ -232,33 +232,29 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::symlink;
 
+    use tempfile::TempDir;
+
     use super::*;
 
-    struct TestRoot(PathBuf);
+    struct TestRoot(TempDir);
 
     impl TestRoot {
-        fn new(name: &str) -> Self {
-            let path = std::env::temp_dir().join(format!("bulkhead-path-{name}-{}", std::process::id()));
-            fs::create_dir_all(path.join("root")).unwrap();
-            Self(path)
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            fs::create_dir(directory.path().join("root")).unwrap();
+            Self(directory)
         }
         fn root(&self) -> PathBuf {
-            self.0.join("root")
+            self.0.path().join("root")
         }
         fn handle(&self) -> OwnedFd {
             open_directory(&self.root()).unwrap()
         }
     }
 
-    impl Drop for TestRoot {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
-        }
-    }
-
     #[test]
     fn missing_directories_and_files_are_created() {
-        let test = TestRoot::new("create");
+        let test = TestRoot::new();
         create_in_root(test.handle().as_fd(), Path::new("/a/b/../c"), Missing::Directory).unwrap();
         create_in_root(test.handle().as_fd(), Path::new("/a/d/file"), Missing::File).unwrap();
         assert!(test.root().join("a/b").is_dir() && test.root().join("a/c").is_dir());
@@ -267,21 +263,25 @@ mod tests {
 
     #[test]
     fn links_out_of_the_root_stay_inside() {
-        let test = TestRoot::new("links");
-        fs::create_dir(test.0.join("outside")).unwrap();
+        let test = TestRoot::new();
+        fs::create_dir(test.0.path().join("outside")).unwrap();
         symlink("../outside", test.root().join("relative")).unwrap();
-        symlink(test.0.join("outside"), test.root().join("absolute")).unwrap();
+        symlink(test.0.path().join("outside"), test.root().join("absolute")).unwrap();
         create_in_root(test.handle().as_fd(), Path::new("/relative/x"), Missing::Directory).unwrap();
         create_in_root(test.handle().as_fd(), Path::new("/absolute/y"), Missing::File).unwrap();
         assert!(test.root().join("outside/x").is_dir(), "`..` of the root is the root");
-        assert_eq!(fs::read_dir(test.0.join("outside")).unwrap().count(), 0, "nothing was made outside");
-        let inside = test.root().join(test.0.strip_prefix("/").unwrap()).join("outside/y");
+        assert_eq!(
+            fs::read_dir(test.0.path().join("outside")).unwrap().count(),
+            0,
+            "nothing was made outside"
+        );
+        let inside = test.root().join(test.0.path().strip_prefix("/").unwrap()).join("outside/y");
         assert!(inside.is_file(), "an absolute link starts at the root");
     }
 
     #[test]
     fn a_loop_of_links_is_an_error() {
-        let test = TestRoot::new("loop");
+        let test = TestRoot::new();
         symlink("b", test.root().join("a")).unwrap();
         symlink("a", test.root().join("b")).unwrap();
         let error = create_in_root(test.handle().as_fd(), Path::new("/a/x"), Missing::File).unwrap_err();
@@ -295,11 +295,11 @@ mod tests {
     /// The kernel refuses to follow `..` while others rename; the look-up has to go on all the same.
     #[test]
     fn renames_elsewhere_do_not_disturb() {
-        let test = TestRoot::new("busy");
+        let test = TestRoot::new();
         fs::create_dir_all(test.root().join("a/b")).unwrap();
         let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
         let renaming = stop.clone();
-        let (from, to) = (test.0.join("from"), test.0.join("to"));
+        let (from, to) = (test.0.path().join("from"), test.0.path().join("to"));
         fs::create_dir(&from).unwrap();
         let renamer = std::thread::spawn(move || {
             while !renaming.load(std::sync::atomic::Ordering::Relaxed) {
@@ -316,7 +316,7 @@ mod tests {
 
     #[test]
     fn a_file_in_the_way_is_an_error() {
-        let test = TestRoot::new("file");
+        let test = TestRoot::new();
         fs::write(test.root().join("file"), "").unwrap();
         let error = create_in_root(test.handle().as_fd(), Path::new("/file/x"), Missing::File).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOTDIR));

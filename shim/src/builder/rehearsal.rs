@@ -258,12 +258,10 @@ mod tests {
 
     #[test]
     fn the_program_says_a_byte_and_ends() {
-        let directory = std::env::temp_dir().join(format!("bulkhead-rehearsal-{}", std::process::id()));
-        fs::create_dir_all(&directory).unwrap();
-        let path = directory.join("program");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("program");
         write_program(&path).unwrap();
         let output = std::process::Command::new(&path).output().unwrap();
-        fs::remove_dir_all(&directory).unwrap();
         assert!(output.status.success());
         assert_eq!((output.stdout, output.stderr), (vec![], vec![0x7f]));
     }

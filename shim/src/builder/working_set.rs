@@ -197,9 +197,7 @@ mod tests {
     #[test]
     fn a_process_of_ours_is_read() {
         use std::os::unix::fs::MetadataExt;
-        let path = std::env::temp_dir().join(format!("bulkhead-pages-{}", std::process::id()));
-        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
-        fs::remove_file(&path).unwrap();
+        let file = tempfile::tempfile().unwrap();
         file.set_len(8 * PAGE).unwrap();
         let inode = file.metadata().unwrap().ino();
         let pid = std::process::id();

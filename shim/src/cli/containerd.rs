@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     /// A file with two sections: names, and build information that says `info`.
-    fn program(name: &str, info: &[u8]) -> std::path::PathBuf {
+    fn program(info: &[u8]) -> tempfile::NamedTempFile {
         let names = b"\0.go.buildinfo\0";
         let (names_at, info_at, table_at) =
             (64u64, 64 + names.len() as u64, 64 + (names.len() + info.len()) as u64);
@@ -83,9 +83,9 @@ mod tests {
             entry[32..40].copy_from_slice(&(size as u64).to_le_bytes());
             bytes.extend(entry);
         }
-        let path = std::env::temp_dir().join(format!("bulkhead-elf-{name}-{}", std::process::id()));
-        std::fs::write(&path, bytes).unwrap();
-        path
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), bytes).unwrap();
+        file
     }
 
     #[test]
@@ -103,9 +103,8 @@ mod tests {
             ),
         ];
         for (name, info, expected) in cases {
-            let path = program(name, info);
-            assert_eq!(is_version_2(&path), expected, "{name}");
-            std::fs::remove_file(path).unwrap();
+            let file = program(info);
+            assert_eq!(is_version_2(file.path()), expected, "{name}");
         }
     }
 
@@ -118,18 +117,18 @@ mod tests {
 
     #[test]
     fn a_damaged_program_is_only_an_error() {
-        let path = program("damaged", b"github.com/containerd/containerd/v2");
-        let sound = std::fs::read(&path).unwrap();
+        let file = program(b"github.com/containerd/containerd/v2");
+        let path = file.path();
+        let sound = std::fs::read(path).unwrap();
         for position in 0..sound.len() {
             let mut damaged = sound.clone();
             damaged[position] ^= 0xff;
-            std::fs::write(&path, damaged).unwrap();
-            is_version_2(&path);
+            std::fs::write(path, damaged).unwrap();
+            is_version_2(path);
         }
         for length in 0..sound.len() {
-            std::fs::write(&path, &sound[..length]).unwrap();
-            is_version_2(&path);
+            std::fs::write(path, &sound[..length]).unwrap();
+            is_version_2(path);
         }
-        std::fs::remove_file(path).unwrap();
     }
 }

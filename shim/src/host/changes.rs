@@ -125,8 +125,8 @@ mod tests {
 
     #[test]
     fn a_disk_is_made_where_nothing_has_been_changed() {
-        let upper = std::env::temp_dir().join(format!("bulkhead-disk-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&upper);
+        let directory = tempfile::tempdir().unwrap();
+        let upper = directory.path().join("upper");
         assert!(matches!(ChangesDisk::make(&upper), Err(ChangesError::Look { .. })));
         fs::create_dir(&upper).unwrap();
         let first = ChangesDisk::make(&upper).unwrap();
@@ -139,6 +139,5 @@ mod tests {
         assert!(!second.disk.path.exists());
         fs::write(upper.join("etc"), "").unwrap();
         assert!(matches!(ChangesDisk::make(&upper), Err(ChangesError::NotEmpty(_))));
-        fs::remove_dir_all(&upper).unwrap();
     }
 }

@@ -142,10 +142,10 @@ mod tests {
 
     #[test]
     fn an_image_is_opened_and_other_files_are_refused() {
-        let path = std::env::temp_dir().join(format!("bulkhead-disk-{}", std::process::id()));
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image");
         std::fs::write(&path, [0; 4096]).unwrap();
-        let disk = OpenDisk::open_path(path.clone(), false).unwrap();
-        std::fs::remove_file(path).unwrap();
+        let disk = OpenDisk::open_path(path, false).unwrap();
         assert_eq!((disk.read_only, disk.block_size), (false, 512));
         let refused = OpenDisk::open_path("/dev/null".into(), true);
         assert!(matches!(refused, Err(DiskError::Kind(_))), "{refused:?}");

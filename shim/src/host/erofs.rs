@@ -189,7 +189,8 @@ mod tests {
 
     #[test]
     fn only_what_others_cannot_change_is_a_layer() {
-        let path = std::env::temp_dir().join(format!("bulkhead-layer-{}", std::process::id()));
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("layer");
         fs::write(&path, [0; 5000]).unwrap();
         let mode = |mode| fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
         mode(0o600);

@@ -319,15 +319,13 @@ mod tests {
     fn others_find_nothing_to_mend() {
         let upper = Owner { uid: 100_000, gid: 200_001, mode: 0o1751 };
         for groups in [1, 2, 3, 17, 64, 127, 512, MAX_GROUPS] {
-            let path = std::env::temp_dir().join(format!("bulkhead-ext4-{groups}-{}", std::process::id()));
-            let file =
-                File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
-            make(&file, groups * GROUP, upper, 1_700_000_000).unwrap();
+            let image = tempfile::NamedTempFile::new().unwrap();
+            let (file, path) = (image.as_file(), image.path());
+            make(file, groups * GROUP, upper, 1_700_000_000).unwrap();
             let taken = file.metadata().unwrap().blocks() * 512;
-            let checked = tool("e2fsck", &["-fn"], &path);
-            let shown = tool("debugfs", &["-R", "stat upper"], &path);
-            let summary = tool("dumpe2fs", &["-h"], &path);
-            std::fs::remove_file(&path).unwrap();
+            let checked = tool("e2fsck", &["-fn"], path);
+            let shown = tool("debugfs", &["-R", "stat upper"], path);
+            let summary = tool("dumpe2fs", &["-h"], path);
             assert!(checked.0, "{groups} groups: {}", checked.1);
             assert!(shown.1.contains("Mode:  01751"), "{}", shown.1);
             assert!(shown.1.contains("User: 100000   Group: 200001"), "{}", shown.1);

@@ -132,8 +132,8 @@ mod tests {
 
     #[test]
     fn directories_with_a_note_are_opaque_to_the_host() {
-        let top = std::env::temp_dir().join(format!("bulkhead-opaque-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&top);
+        let directory = tempfile::tempdir().unwrap();
+        let top = directory.path().join("top");
         for name in ["a/b/c", "plain/sub", "odd"] {
             fs::create_dir_all(top.join(name)).unwrap();
         }
@@ -153,11 +153,10 @@ mod tests {
 
     #[test]
     fn there_is_an_end_to_depth() {
-        let top = std::env::temp_dir().join(format!("bulkhead-deep-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&top);
+        let directory = tempfile::tempdir().unwrap();
+        let top = directory.path().join("top");
         let deep: PathBuf = std::iter::repeat_n("d", MAX_DEPTH + 1).collect();
         fs::create_dir_all(top.join(deep)).unwrap();
         assert!(matches!(tell_host(&top), Err(OpaqueError::TooMuch(_))));
-        fs::remove_dir_all(&top).unwrap();
     }
 }

@@ -114,23 +114,22 @@ pub fn mount_id(path: impl AsRef<Path>) -> io::Result<u64> {
 mod tests {
     use super::*;
     use std::fs;
-    use std::path::PathBuf;
 
-    struct Layers(PathBuf);
+    use tempfile::TempDir;
+
+    struct Layers(TempDir);
 
     impl Layers {
-        fn new(name: &str) -> Layers {
-            let directory =
-                std::env::temp_dir().join(format!("bulkhead-overlay-{name}-{}", std::process::id()));
-            let _ = fs::remove_dir_all(&directory);
+        fn new() -> Layers {
+            let directory = tempfile::tempdir().unwrap();
             for layer in ["1/fs", "2/fs", "3/fs", "3/work"] {
-                fs::create_dir_all(directory.join(layer)).unwrap();
+                fs::create_dir_all(directory.path().join(layer)).unwrap();
             }
             Layers(directory)
         }
 
         fn request(&self) -> MountRequest {
-            let path = self.0.display();
+            let path = self.0.path().display();
             MountRequest {
                 kind: "overlay".into(),
                 source: "overlay".into(),
@@ -145,23 +144,17 @@ mod tests {
         }
     }
 
-    impl Drop for Layers {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
-        }
-    }
-
     #[test]
     fn layers_are_named_from_their_common_directory() {
-        let layers = Layers::new("names");
+        let layers = Layers::new();
         let overlay = Overlay::of(&layers.request()).unwrap();
-        assert_eq!(overlay.base, format!("{}/", layers.0.display()));
+        assert_eq!(overlay.base, format!("{}/", layers.0.path().display()));
         assert_eq!(overlay.data, "index=off,lowerdir=2/fs:1/fs,upperdir=3/fs,workdir=3/work");
     }
 
     #[test]
     fn what_lies_on_several_mounts_is_left_to_others() {
-        let layers = Layers::new("mounts");
+        let layers = Layers::new();
         let mut request = layers.request();
         request.options[1].push_str(":/proc/sys");
         assert_eq!(Overlay::of(&request), None);

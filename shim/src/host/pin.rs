@@ -206,7 +206,8 @@ mod tests {
 
     #[test]
     fn they_are_made_once_and_found_again() {
-        let directory = std::env::temp_dir().join(format!("bulkhead-pin-{}/small", std::process::id()));
+        let scratch = tempfile::tempdir().unwrap();
+        let directory = scratch.path().join("pins/small");
         let inode = |fd: &OwnedFd| nix::sys::stat::fstat(fd).unwrap().st_ino;
         let pins = [
             (small_namespace::PIN, small_namespace::make as fn() -> _),
@@ -245,7 +246,8 @@ mod tests {
 
     #[test]
     fn of_many_that_make_one_at_once_all_have_the_same() {
-        let directory = std::env::temp_dir().join(format!("bulkhead-pins-{}/small", std::process::id()));
+        let scratch = tempfile::tempdir().unwrap();
+        let directory = scratch.path().join("pins/small");
         let makers: Vec<_> = (0..8)
             .map(|_| {
                 let directory = directory.clone();

@@ -125,23 +125,22 @@ mod tests {
 
     #[test]
     fn the_record_survives_and_a_damaged_one_is_told() {
-        let directory = std::env::temp_dir().join(format!("bulkhead-state-{}", std::process::id()));
-        fs::create_dir_all(&directory).unwrap();
-        assert_eq!(State::load(&directory).unwrap(), None);
+        let scratch = tempfile::tempdir().unwrap();
+        let directory = scratch.path();
+        assert_eq!(State::load(directory).unwrap(), None);
         let state = State {
             shim: ProcessId::current().ok(),
             cgroup: Some("/sys/fs/cgroup/x".into()),
             ..State::default()
         };
-        state.save(&directory).unwrap();
-        assert_eq!(State::load(&directory).unwrap(), Some(state));
+        state.save(directory).unwrap();
+        assert_eq!(State::load(directory).unwrap(), Some(state));
 
         fs::write(directory.join(FILE), "{").unwrap();
-        assert!(matches!(State::load(&directory), Err(StateError::Damaged { .. })));
+        assert!(matches!(State::load(directory), Err(StateError::Damaged { .. })));
 
         let exit = ExitRecord { pid: 7, status: 137, exited_at_ns: 5 };
-        exit.save(&directory).unwrap();
-        assert_eq!(ExitRecord::load(&directory), Some(exit));
-        fs::remove_dir_all(&directory).unwrap();
+        exit.save(directory).unwrap();
+        assert_eq!(ExitRecord::load(directory), Some(exit));
     }
 }

@@ -99,16 +99,14 @@ mod tests {
 
     #[test]
     fn the_pods_files_are_the_kubelets_or_the_nodes() {
-        let directory = std::env::temp_dir().join(format!("bulkhead-files-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&directory);
-        fs::create_dir(&directory).unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let dns = Dns {
             servers: vec!["10.0.0.10".into(), "fd00::10".into()],
             searches: vec!["a.svc".into(), "svc".into()],
             options: vec!["ndots:5".into()],
         };
         let config = PodConfig { hostname: "web-0".into(), dns: Some(dns), ..PodConfig::default() };
-        let files = write(&directory, &config).unwrap();
+        let files = write(directory.path(), &config).unwrap();
         let content = |destination: &str| {
             let file = files.iter().find(|file| file.destination == destination).unwrap();
             fs::read_to_string(&file.source).unwrap()
@@ -119,7 +117,6 @@ mod tests {
             "search a.svc svc\nnameserver 10.0.0.10\nnameserver fd00::10\noptions ndots:5\n"
         );
         assert_eq!(content("/etc/hosts"), copy("/etc/hosts"));
-        assert!(write(&directory, &config).is_err(), "they are there already");
-        fs::remove_dir_all(&directory).unwrap();
+        assert!(write(directory.path(), &config).is_err(), "they are there already");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use oci_spec::runtime::LinuxNamespaceType;
 use protobuf::CodedOutputStream;
 use protobuf::well_known_types::any::Any;
 use serde_json::json;
+use tempfile::TempDir;
 use ttrpc::asynchronous::Server;
 use ttrpc::context;
 
@@ -196,7 +197,7 @@ fn a_pod_in_the_nodes_network_is_refused() {
 
 /// A shim with its clients, and a guest for its sandbox.
 struct Stage {
-    directory: PathBuf,
+    directory: TempDir,
     shim: Arc<Shim>,
     service: Arc<SandboxService>,
     sandbox: SandboxClient,
@@ -205,11 +206,9 @@ struct Stage {
 }
 
 impl Stage {
-    async fn new(name: &str) -> Stage {
-        let directory = std::env::temp_dir().join(format!("bulkhead-sandbox-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&directory);
-        fs::create_dir_all(&directory).unwrap();
-        let socket = format!("unix://{}", directory.join("shim").display());
+    async fn new() -> Stage {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = format!("unix://{}", directory.path().join("shim").display());
         let shim = Arc::new(Shim::new(Publisher::start("", "test"), log::LevelFilter::Off));
         let service = SandboxService::new(&shim, RuntimeOptions::default());
         let mut server = Server::new()
@@ -224,9 +223,9 @@ impl Stage {
     }
 
     /// The sandbox `p`, created.
-    async fn created(name: &str) -> (Stage, Guest) {
-        let stage = Stage::new(name).await;
-        let directory = stage.directory.join("pod");
+    async fn created() -> (Stage, Guest) {
+        let stage = Stage::new().await;
+        let directory = stage.directory.path().join("pod");
         let (guest, pod) =
             Guest::start("p", directory.clone(), crate::pod::heartbeat::Heartbeat::default()).await;
         let mut slot = stage.shim.slot.lock().await;
@@ -281,7 +280,7 @@ impl Stage {
         annotations: serde_json::Value,
         pid: &str,
     ) -> ttrpc::Result<()> {
-        let bundle = self.directory.join(id);
+        let bundle = self.directory.path().join(id);
         fs::create_dir_all(bundle.join("rootfs")).unwrap();
         fs::write(bundle.join("rootfs/file"), "x").unwrap();
         let spec = json!({
@@ -295,12 +294,6 @@ impl Stage {
         let bundle = bundle.display().to_string();
         let request = CreateTaskRequest { id: id.into(), bundle, ..Default::default() };
         self.task.create(ctx(), &request).await.map(drop)
-    }
-}
-
-impl Drop for Stage {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.directory);
     }
 }
 
@@ -325,7 +318,7 @@ fn member() -> serde_json::Value {
 
 #[tokio::test]
 async fn a_sandbox_lives_before_and_after_its_containers() {
-    let (stage, guest) = Stage::created("life").await;
+    let (stage, guest) = Stage::created().await;
     assert_eq!(stage.status("p").await.unwrap().state, "SANDBOX_NOTREADY");
     let (early, message) = refusal(stage.container("early", member()).await);
     assert_eq!(early, Code::FAILED_PRECONDITION, "{message}");
@@ -372,7 +365,7 @@ async fn a_sandbox_lives_before_and_after_its_containers() {
     let status = stage.status("p").await.unwrap();
     assert_eq!((status.state.as_str(), &status.exited_at), ("SANDBOX_NOTREADY", &waited.exited_at));
     assert!(stage.ping().await.is_err());
-    assert!(!stage.directory.join("pod").exists(), "the pod is released");
+    assert!(!stage.directory.path().join("pod").exists(), "the pod is released");
     assert!(!stage.exits().await, "it can still be asked about");
 
     assert_eq!(code(stage.shut_down("q").await), Code::NOT_FOUND);
@@ -382,7 +375,7 @@ async fn a_sandbox_lives_before_and_after_its_containers() {
 
 #[tokio::test]
 async fn a_sandboxs_processes_are_shared_by_its_process_id() {
-    let (stage, guest) = Stage::created("pid").await;
+    let (stage, guest) = Stage::created().await;
     let pid = stage.start("p").await.unwrap();
     stage.container_beside("a", member(), &format!("/proc/{pid}/ns/pid")).await.unwrap();
     let shared = bulkhead_agent_protocol::POD_PID_NAMESPACE;
@@ -393,7 +386,7 @@ async fn a_sandboxs_processes_are_shared_by_its_process_id() {
 
 #[tokio::test]
 async fn a_sandbox_whose_machine_dies_is_not_ready_and_tells_why() {
-    let (stage, guest) = Stage::created("death").await;
+    let (stage, guest) = Stage::created().await;
     stage.start("p").await.unwrap();
     stage.container("a", member()).await.unwrap();
     let (waited, ()) = tokio::join!(stage.wait(), async { guest.end(ExitReason::Panic) });
@@ -412,7 +405,7 @@ async fn a_sandbox_whose_machine_dies_is_not_ready_and_tells_why() {
 
 #[tokio::test]
 async fn what_cannot_be_is_refused_by_the_book() {
-    let stage = Stage::new("book").await;
+    let stage = Stage::new().await;
     assert_eq!(code(stage.start("p").await), Code::FAILED_PRECONDITION);
     assert_eq!(code(stage.stop("p").await), Code::NOT_FOUND);
     assert_eq!(code(stage.wait().await), Code::NOT_FOUND);
@@ -437,7 +430,7 @@ async fn what_cannot_be_is_refused_by_the_book() {
     stage.shut_down("p").await.unwrap();
     assert!(stage.exits().await);
 
-    let (stage, _guest) = Stage::created("twice").await;
+    let (stage, _guest) = Stage::created().await;
     let request = create("p", "/tmp", Any::new());
     assert_eq!(code(stage.sandbox.create_sandbox(ctx(), &request).await), Code::ALREADY_EXISTS);
     assert_eq!(code(stage.start("q").await), Code::NOT_FOUND);
@@ -450,12 +443,12 @@ async fn what_cannot_be_is_refused_by_the_book() {
 
 #[tokio::test]
 async fn a_sandbox_that_cannot_be_started_is_ended() {
-    let (stage, guest) = Stage::created("refused").await;
+    let (stage, guest) = Stage::created().await;
     guest.refuse("Configure", Code::INTERNAL, "no such name");
     let (_, message) = refusal(stage.start("p").await);
     assert!(message.contains("no such name"), "{message}");
     assert_eq!(stage.status("p").await.unwrap().state, "SANDBOX_NOTREADY");
     stage.shut_down("p").await.unwrap();
     assert!(stage.exits().await);
-    assert!(!stage.directory.join("pod").exists());
+    assert!(!stage.directory.path().join("pod").exists());
 }

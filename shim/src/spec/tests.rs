@@ -259,13 +259,11 @@ fn a_read_only_volume_leaves_what_is_mounted_below_it_alone() {
         let mount = json!({"destination": "/x", "type": "bind", "source": source, "options": options});
         translated(with_mount(mount)).unwrap().0["mounts"][0]["options"].clone()
     };
-    let empty = std::env::temp_dir().join(format!("bulkhead-below-{}", std::process::id()));
-    fs::create_dir_all(&empty).unwrap();
-    let empty = empty.to_str().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let empty = directory.path().to_str().unwrap();
     assert_eq!(options(empty, &["rbind", "ro"]), json!(["rbind", "ro"]));
     // The host may mount something there later.
     assert_eq!(options(empty, &["rbind", "ro", "rslave"]), json!(["rbind", "rslave"]));
-    fs::remove_dir(empty).unwrap();
     assert_eq!(options("/", &["bind", "ro"]), json!(["bind", "ro"]));
     assert_eq!(options("/", &["rbind", "rro"]), json!(["rbind", "rro"]));
 }

@@ -250,7 +250,8 @@ mod tests {
 
     #[test]
     fn only_what_the_guest_can_mount_by_itself_is_a_disk() {
-        let image = std::env::temp_dir().join(format!("bulkhead-root-{}", std::process::id()));
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("image");
         std::fs::write(&image, [0; 4096]).unwrap();
         let path = image.to_str().unwrap();
         let ext4 = mount("ext4", path, &["rw", "loop"]);

@@ -201,8 +201,8 @@ mod tests {
 
     #[test]
     fn a_directory_with_anything_else_is_not_shared() {
-        let directory = std::env::temp_dir().join(format!("bulkhead-changes-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&directory);
+        let scratch = tempfile::tempdir().unwrap();
+        let directory = scratch.path();
         for name in ["fs", "work"] {
             fs::create_dir_all(directory.join(name)).unwrap();
         }
@@ -210,7 +210,7 @@ mod tests {
         let changes = || ChangedFiles::of(&directory.join("fs"), &directory.join("work"));
         assert_eq!(
             changes(),
-            Some(ChangedFiles { directory: directory.clone(), upper: "fs".into(), work: "work".into() })
+            Some(ChangedFiles { directory: directory.to_owned(), upper: "fs".into(), work: "work".into() })
         );
         assert_eq!(ChangedFiles::of(&directory.join("fs"), &directory.join("fs/work")), None);
         assert_eq!(ChangedFiles::of(&directory.join("fs"), &directory.join("fs")), None);
@@ -219,12 +219,12 @@ mod tests {
         fs::remove_file(directory.join("layer.erofs")).unwrap();
         fs::create_dir(directory.join("other")).unwrap();
         assert_eq!(changes(), None);
-        fs::remove_dir_all(&directory).unwrap();
     }
 
     #[test]
     fn one_layer_alone_is_read_only() {
-        let path = std::env::temp_dir().join(format!("bulkhead-single-{}", std::process::id()));
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("layer");
         fs::write(&path, [0; 4096]).unwrap();
         let mount = |list: &[&str]| Mount {
             type_: EROFS.into(),

@@ -432,29 +432,21 @@ mod tests {
     use std::io::Read;
 
     use nix::sys::stat::Mode;
+    use tempfile::TempDir;
 
     use super::*;
 
-    struct Directory(PathBuf);
+    struct Directory(TempDir);
 
     impl Directory {
-        fn new(name: &str) -> Directory {
-            let path = std::env::temp_dir().join(format!("bulkhead-stdio-{name}-{}", std::process::id()));
-            let _ = std::fs::remove_dir_all(&path);
-            std::fs::create_dir_all(&path).unwrap();
-            Directory(path)
+        fn new() -> Directory {
+            Directory(tempfile::tempdir().unwrap())
         }
 
         fn fifo(&self, name: &str) -> PathBuf {
-            let path = self.0.join(name);
+            let path = self.0.path().join(name);
             nix::unistd::mkfifo(&path, Mode::S_IRWXU).unwrap();
             path
-        }
-    }
-
-    impl Drop for Directory {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
         }
     }
 
@@ -464,7 +456,7 @@ mod tests {
 
     #[tokio::test]
     async fn output_survives_readers_that_come_and_go() {
-        let directory = Directory::new("output");
+        let directory = Directory::new();
         let path = directory.fifo("out");
         let (mut guest, ours) = UnixStream::pair().unwrap();
         let mut io = ProcessIo::default();
@@ -490,7 +482,7 @@ mod tests {
 
     #[tokio::test]
     async fn output_waits_for_a_reader_that_comes_late() {
-        let directory = Directory::new("late");
+        let directory = Directory::new();
         let path = directory.fifo("out");
         let (mut guest, ours) = UnixStream::pair().unwrap();
         let mut io = ProcessIo::default();
@@ -505,7 +497,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_reader_that_was_there_and_went_is_not_waited_for() {
-        let directory = Directory::new("gone");
+        let directory = Directory::new();
         let path = directory.fifo("out");
         let reader = pipe::OpenOptions::new().open_receiver(&path).unwrap();
         let (guest, ours) = UnixStream::pair().unwrap();
@@ -517,7 +509,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn output_that_nobody_takes_does_not_hold_up_the_end() {
-        let directory = Directory::new("stuck");
+        let directory = Directory::new();
         let path = directory.fifo("out");
         let (mut guest, ours) = UnixStream::pair().unwrap();
         let mut io = ProcessIo::default();
@@ -537,7 +529,7 @@ mod tests {
 
     #[tokio::test]
     async fn input_ends_only_when_it_is_closed() {
-        let directory = Directory::new("input");
+        let directory = Directory::new();
         let path = directory.fifo("in");
         let source = open_input(path.to_str().unwrap(), &Arc::default()).unwrap().unwrap();
         let Source::Fifo(fifo, hold) = source else { panic!("{source:?}") };
@@ -564,8 +556,8 @@ mod tests {
 
     #[tokio::test]
     async fn output_can_be_appended_to_a_file() {
-        let directory = Directory::new("file");
-        let path = directory.0.join("log");
+        let directory = Directory::new();
+        let path = directory.0.path().join("log");
         std::fs::write(&path, "old ").unwrap();
         let uri = format!("file://{}?x=y", path.display());
         let sink = open_output("standard output", &uri, &Arc::default()).unwrap().unwrap();

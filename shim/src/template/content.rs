@@ -66,10 +66,8 @@ fn next_data(file: &File, offset: u64, size: u64) -> io::Result<Option<(u64, u64
 mod tests {
     use super::*;
 
-    fn file(name: &str, size: u64, content: &[(u64, &[u8])]) -> File {
-        let path = std::env::temp_dir().join(format!("bulkhead-content-{name}-{}", std::process::id()));
-        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
-        std::fs::remove_file(&path).unwrap();
+    fn file(size: u64, content: &[(u64, &[u8])]) -> File {
+        let file = tempfile::tempfile().unwrap();
         file.set_len(size).unwrap();
         for (offset, bytes) in content {
             file.write_all_at(bytes, *offset).unwrap();
@@ -80,13 +78,13 @@ mod tests {
     #[test]
     fn holes_are_zeroes_and_every_other_byte_counts() {
         const SIZE: u64 = 3 << 20;
-        let digest = |content: &[(u64, &[u8])]| memory_digest(&file("a", SIZE, content)).unwrap();
+        let digest = |content: &[(u64, &[u8])]| memory_digest(&file(SIZE, content)).unwrap();
         let base = digest(&[(0, b"start"), (1 << 20, b"middle"), (SIZE - 3, b"end")]);
         let written_zeroes =
             digest(&[(8192, &[0; 600_000]), (0, b"start"), (1 << 20, b"middle"), (SIZE - 3, b"end")]);
         assert_eq!(base, written_zeroes);
         assert_ne!(base, digest(&[(0, b"start"), ((1 << 20) + 4096, b"middle"), (SIZE - 3, b"end")]));
         assert_ne!(base, digest(&[(0, b"start"), (1 << 20, b"middle"), (SIZE - 3, b"enD")]));
-        assert_ne!(digest(&[]), memory_digest(&file("b", SIZE + 4096, &[])).unwrap());
+        assert_ne!(digest(&[]), memory_digest(&file(SIZE + 4096, &[])).unwrap());
     }
 }

@@ -130,19 +130,19 @@ mod tests {
 
     #[test]
     fn a_file_is_read_again_only_when_it_changed() {
-        let directory = std::env::temp_dir().join(format!("bulkhead-digests-{}", std::process::id()));
-        fs::create_dir_all(&directory).unwrap();
+        let scratch = tempfile::tempdir().unwrap();
+        let directory = scratch.path();
         let path = directory.join("kernel");
         fs::write(&path, "abc").unwrap();
-        let mut digests = Digests::load(&directory);
+        let mut digests = Digests::load(directory);
         let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
         let started = std::time::Instant::now();
         assert_eq!(digests.known(&path).unwrap(), None);
         assert_eq!(digests.learn(&path).unwrap(), abc);
         assert!(started.elapsed() > SETTLED / 2, "it had only just been written");
         assert_eq!(digests.learn(&path).unwrap(), abc);
-        digests.save(&directory).unwrap();
-        let mut digests = Digests::load(&directory);
+        digests.save(directory).unwrap();
+        let mut digests = Digests::load(directory);
         assert_eq!(digests.known(&path).unwrap().as_deref(), Some(abc));
 
         fs::write(&path, "abd").unwrap();
@@ -150,7 +150,6 @@ mod tests {
         assert_ne!(digests.learn(&path).unwrap(), abc);
 
         fs::write(directory.join(FILE), "{").unwrap();
-        assert_eq!(Digests::load(&directory), Digests::default());
-        fs::remove_dir_all(&directory).unwrap();
+        assert_eq!(Digests::load(directory), Digests::default());
     }
 }

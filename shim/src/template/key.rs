@@ -245,17 +245,17 @@ mod tests {
 
     #[test]
     fn how_kvm_is_set_is_part_of_the_host() {
-        let modules = std::env::temp_dir().join(format!("bulkhead-modules-{}", std::process::id()));
-        assert_eq!(settings(&modules), "");
+        let directory = tempfile::tempdir().unwrap();
+        let modules = directory.path();
+        assert_eq!(settings(modules), "");
         let parameters = modules.join("kvm_intel/parameters");
         fs::create_dir_all(&parameters).unwrap();
         for (ept, expected) in [("Y\n", " kvm_intel.ept=Y"), ("N\n", " kvm_intel.ept=N")] {
             fs::write(parameters.join("ept"), ept).unwrap();
-            assert_eq!(settings(&modules), expected);
+            assert_eq!(settings(modules), expected);
         }
         fs::write(parameters.join("enable_apicv"), "Y\n").unwrap();
-        assert_eq!(settings(&modules), " kvm_intel.ept=N", "templates don't depend on it");
-        fs::remove_dir_all(&modules).unwrap();
+        assert_eq!(settings(modules), " kvm_intel.ept=N", "templates don't depend on it");
     }
 
     #[test]

@@ -2,31 +2,31 @@
 
 use std::os::unix::fs::FileExt;
 
+use tempfile::TempDir;
+
 use super::*;
 use crate::config::Size;
 
 struct Fixture {
-    directory: PathBuf,
+    directory: TempDir,
     store: Store,
 }
 
 impl Fixture {
-    fn new(name: &str) -> Fixture {
-        let directory = std::env::temp_dir().join(format!("bulkhead-store-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&directory);
-        fs::create_dir_all(&directory).unwrap();
+    fn new() -> Fixture {
+        let directory = tempfile::tempdir().unwrap();
         for file in ["vmm", "kernel", "image"] {
-            fs::write(directory.join(file), file).unwrap();
+            fs::write(directory.path().join(file), file).unwrap();
         }
-        let store = Store::new(directory.join("state/templates"));
+        let store = Store::new(directory.path().join("state/templates"));
         Fixture { directory, store }
     }
 
     fn recipe(&self, memory_mib: u32) -> Recipe {
         Recipe {
-            vmm: self.directory.join("vmm"),
-            kernel: self.directory.join("kernel"),
-            image: self.directory.join("image"),
+            vmm: self.directory.path().join("vmm"),
+            kernel: self.directory.path().join("kernel"),
+            image: self.directory.path().join("image"),
             kvm: "/dev/kvm".into(),
             size: Size { vcpus: 1, memory_mib },
             kernel_params: String::new(),
@@ -62,17 +62,11 @@ impl Fixture {
     }
 }
 
-impl Drop for Fixture {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.directory);
-    }
-}
-
 const LIMIT: u64 = 1 << 30;
 
 #[test]
 fn what_was_made_is_found_again_and_nothing_else() {
-    let fixture = Fixture::new("found");
+    let fixture = Fixture::new();
     assert!(matches!(fixture.find(64), Found::Missing), "there is not even a directory");
     let key = fixture.make(64, LIMIT).unwrap();
     let Found::Usable(template) = fixture.find(64) else { panic!("not found") };
@@ -88,7 +82,7 @@ fn what_was_made_is_found_again_and_nothing_else() {
     assert_eq!(listed.len(), 1);
     assert!(listed[0].size >= 64 * 1024 && listed[0].size < 4 << 20, "{}", listed[0].size);
 
-    fs::write(fixture.directory.join("kernel"), "another").unwrap();
+    fs::write(fixture.directory.path().join("kernel"), "another").unwrap();
     assert!(matches!(fixture.find(64), Found::Missing), "the kernel has changed");
     assert_ne!(fixture.make(64, LIMIT).unwrap(), key);
     assert_eq!(fixture.store.list().unwrap().len(), 2);
@@ -109,7 +103,7 @@ fn a_damaged_template_is_told_and_removed() {
         ("meta.json is missing", |path| fs::remove_file(path.join(META)).unwrap()),
         ("meta.json:", |path| fs::write(path.join(META), "{\"inputs\": 1").unwrap()),
     ];
-    let fixture = Fixture::new("damaged");
+    let fixture = Fixture::new();
     for (expected, damage) in damages {
         let key = fixture.make(64, LIMIT).unwrap();
         // More than the resolution of a file's times.
@@ -124,7 +118,7 @@ fn a_damaged_template_is_told_and_removed() {
 
 #[test]
 fn verify_reads_memory() {
-    let fixture = Fixture::new("verify");
+    let fixture = Fixture::new();
     let key = fixture.make(64, LIMIT).unwrap();
     let memory = File::options().write(true).open(fixture.file(&key, MEMORY)).unwrap();
     let modified = memory.metadata().unwrap().modified().unwrap();
@@ -136,7 +130,7 @@ fn verify_reads_memory() {
 
 #[test]
 fn half_made_templates_are_never_seen_and_go_with_the_next_lock() {
-    let fixture = Fixture::new("half");
+    let fixture = Fixture::new();
     let lock = fixture.store.lock(Duration::ZERO).unwrap();
     let inputs = fixture.store.inputs(&fixture.recipe(64), &lock).unwrap();
     // A maker that is killed runs no destructor.
@@ -161,7 +155,7 @@ fn half_made_templates_are_never_seen_and_go_with_the_next_lock() {
 
 #[test]
 fn the_least_recently_used_goes_first() {
-    let fixture = Fixture::new("limit");
+    let fixture = Fixture::new();
     let first = fixture.make(64, LIMIT).unwrap();
     let second = fixture.make(65, LIMIT).unwrap();
     let size = fixture.store.list().unwrap()[0].size;
@@ -180,7 +174,7 @@ fn the_least_recently_used_goes_first() {
 
 #[test]
 fn what_the_vmm_refused_is_not_tried_again_until_it_is_made_anew() {
-    let fixture = Fixture::new("refused");
+    let fixture = Fixture::new();
     let key = fixture.make(64, LIMIT).unwrap();
     fixture.store.refuse(&key, "another CPU").unwrap();
     assert!(matches!(fixture.find(64), Found::Refused(reason) if reason == "another CPU"));
@@ -193,7 +187,7 @@ fn what_the_vmm_refused_is_not_tried_again_until_it_is_made_anew() {
 
 #[test]
 fn a_directory_that_others_can_write_to_is_refused() {
-    let fixture = Fixture::new("open");
+    let fixture = Fixture::new();
     fixture.make(64, LIMIT).unwrap();
     fs::set_permissions(&fixture.store.directory, fs::Permissions::from_mode(0o770)).unwrap();
     assert!(matches!(fixture.store.find(&fixture.recipe(64)), Err(StoreError::Open(_))));

@@ -99,12 +99,12 @@ async fn a_second_start_finds_the_first_and_a_stale_socket_is_replaced() {
 async fn bootstrap_parameters_are_answered_in_kind() {
     let containerd = Containerd::new().await;
     let bundle = containerd.bundle("c1", |_| {});
-    let sockets = containerd.directory.join("s");
+    let sockets = containerd.directory.path().join("s");
     let params = BootstrapParams {
         instance_id: "c1".into(),
         namespace: "test".into(),
-        containerd_ttrpc_address: containerd.directory.join("c.ttrpc").display().to_string(),
-        containerd_grpc_address: containerd.directory.join("c.sock").display().to_string(),
+        containerd_ttrpc_address: containerd.directory.path().join("c.ttrpc").display().to_string(),
+        containerd_grpc_address: containerd.directory.path().join("c.sock").display().to_string(),
         socket_dir: Some(sockets.display().to_string()),
         ..Default::default()
     };

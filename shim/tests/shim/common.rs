@@ -5,7 +5,6 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -17,6 +16,7 @@ use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::empty::Empty;
 use protobuf::{Message, MessageField};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use ttrpc::asynchronous::{Server, TtrpcContext};
 use ttrpc::{Code, context};
 
@@ -28,7 +28,7 @@ pub const LIMIT: Duration = Duration::from_secs(10);
 
 /// A containerd of its own, in a directory of its own.
 pub struct Containerd {
-    pub directory: PathBuf,
+    pub directory: TempDir,
     pub events: Arc<Mutex<Vec<String>>>,
     _server: Server,
 }
@@ -45,13 +45,9 @@ impl Events for EventSink {
 
 impl Containerd {
     pub async fn new() -> Containerd {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let directory = std::env::temp_dir().join(format!("bulkhead-shim-{}-{number}", std::process::id()));
-        let _ = fs::remove_dir_all(&directory);
-        fs::create_dir_all(&directory).unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let events = Arc::default();
-        let address = format!("unix://{}/c.ttrpc", directory.display());
+        let address = format!("unix://{}/c.ttrpc", directory.path().display());
         let mut server = Server::new()
             .bind(&address)
             .unwrap()
@@ -62,7 +58,7 @@ impl Containerd {
 
     /// A bundle as containerd makes it, with a `busybox`-less root file system of one file.
     pub fn bundle(&self, id: &str, change: impl FnOnce(&mut Value)) -> Bundle {
-        let path = self.directory.join(id);
+        let path = self.directory.path().join(id);
         fs::create_dir_all(path.join("rootfs")).unwrap();
         fs::write(path.join("rootfs/file"), "x").unwrap();
         nix::unistd::mkfifo(&path.join("log"), nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -88,10 +84,10 @@ impl Containerd {
         command
             .current_dir(&bundle.path)
             .args(["-namespace", "test", "-address"])
-            .arg(self.directory.join("c.sock"))
+            .arg(self.directory.path().join("c.sock"))
             .args(["-publish-binary", "/proc/self/exe", "-id", &bundle.id])
             .args(arguments)
-            .env("TTRPC_ADDRESS", self.directory.join("c.ttrpc"))
+            .env("TTRPC_ADDRESS", self.directory.path().join("c.ttrpc"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
@@ -129,12 +125,6 @@ impl Containerd {
         let output = self.command(bundle, &["-bundle", &path, "delete"]).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         DeleteResponse::parse_from_bytes(&output.stdout).unwrap()
-    }
-}
-
-impl Drop for Containerd {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.directory);
     }
 }
 

@@ -223,9 +223,10 @@ fn percent_decode(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::SocketAddr;
+    use std::os::unix::net::{SocketAddr, UnixListener as StdListener};
 
     use http::Response;
+    use tempfile::TempPath;
     use tokio::net::UnixListener;
 
     use super::*;
@@ -264,13 +265,9 @@ mod tests {
     type Answer = fn(&str, Bytes) -> Result<Option<Bytes>, (u16, &'static str)>;
 
     /// A server for one connection.
-    fn serve(answer: Answer) -> PathBuf {
-        static NEXT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
-        let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("bulkhead-grpc-{}-{number}", std::process::id()));
-        let _ = std::fs::remove_file(&path);
-        let address = SocketAddr::from_pathname(&path).unwrap();
-        let listener = std::os::unix::net::UnixListener::bind_addr(&address).unwrap();
+    fn serve(answer: Answer) -> TempPath {
+        let bind = |path: &Path| StdListener::bind_addr(&SocketAddr::from_pathname(path)?);
+        let (listener, path) = tempfile::Builder::new().make(bind).unwrap().into_parts();
         listener.set_nonblocking(true).unwrap();
         let listener = UnixListener::from_std(listener).unwrap();
         tokio::spawn(async move {
@@ -328,7 +325,6 @@ mod tests {
             let answer: ExecSyncResponse = channel.call("tasks.Tasks/Start", &request).await.unwrap();
             assert_eq!(answer.exit_code, length as i32);
         }
-        std::fs::remove_file(path).unwrap();
     }
 
     #[tokio::test]
@@ -338,7 +334,6 @@ mod tests {
         let error =
             channel.call::<ExecSyncResponse>("t.T/Start", &ExecSyncRequest::default()).await.unwrap_err();
         assert_eq!(error.to_string(), "t.T/Start: no such task (gRPC status 5)");
-        std::fs::remove_file(path).unwrap();
     }
 
     #[tokio::test]
@@ -348,7 +343,6 @@ mod tests {
         let error =
             channel.call::<ExecSyncResponse>("t.T/Start", &ExecSyncRequest::default()).await.unwrap_err();
         assert!(matches!(error, GrpcError::Timeout { .. }), "{error}");
-        std::fs::remove_file(path).unwrap();
     }
 
     #[tokio::test]

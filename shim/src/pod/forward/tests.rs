@@ -11,6 +11,7 @@ use std::time::Instant;
 use bulkhead_agent_protocol::forward::{CONNECTED, LoopbackPort};
 use bulkhead_vmm_protocol::{Channel, Event, ExitReason, FromVmm, Packet, Request};
 use nix::sched::{CloneFlags, unshare};
+use tempfile::TempDir;
 use tokio::net::UnixStream;
 
 use super::*;
@@ -71,6 +72,7 @@ struct Stage {
     open: Arc<AtomicUsize>,
     _keeper: mpsc::Sender<()>,
     _agent: UnixStream,
+    _directory: TempDir,
 }
 
 impl Stage {
@@ -88,10 +90,11 @@ impl Stage {
                 serving.send(&FromVmm::Reply(Ok(())), &[]).unwrap();
             }
         });
-        let directory = std::env::temp_dir().join(format!("bulkhead-forward-{name}-{}", std::process::id()));
-        let pod = Pod::with_guest(name, directory, ours, channel, Heartbeat::default()).await;
+        let directory = tempfile::tempdir().unwrap();
+        let pod =
+            Pod::with_guest(name, directory.path().join("pod"), ours, channel, Heartbeat::default()).await;
         let (namespace, keeper) = namespace();
-        Stage { pod, vmm, namespace, open, _keeper: keeper, _agent: agent }
+        Stage { pod, vmm, namespace, open, _keeper: keeper, _agent: agent, _directory: directory }
     }
 
     /// Does something in the namespace as a client.

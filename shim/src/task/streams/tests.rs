@@ -3,6 +3,7 @@
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
+use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
@@ -15,13 +16,14 @@ use super::*;
 struct Stage {
     streams: Arc<Streams>,
     path: PathBuf,
+    _directory: TempDir,
     _server: Server,
 }
 
 impl Stage {
-    async fn set(name: &str) -> Stage {
-        let path = std::env::temp_dir().join(format!("bulkhead-streams-{name}-{}", std::process::id()));
-        let _ = std::fs::remove_file(&path);
+    async fn set() -> Stage {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
         listener.set_nonblocking(true).unwrap();
         let streams = Arc::new(Streams::default());
@@ -29,7 +31,7 @@ impl Stage {
             .add_listener(Listener::try_from(listener).unwrap())
             .register_service(service(&streams));
         server.start().await.unwrap();
-        Stage { streams, path, _server: server }
+        Stage { streams, path, _directory: directory, _server: server }
     }
 
     /// Opens a stream as containerd does, on a connection of its own.
@@ -44,12 +46,6 @@ impl Stage {
         sender.send(&init_message(id)).await.unwrap();
         assert_eq!(receiver.recv().await.unwrap(), Any::new());
         Opened { sender, receiver, _client: client }
-    }
-}
-
-impl Drop for Stage {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 
@@ -71,7 +67,7 @@ impl Opened {
 
 #[tokio::test]
 async fn output_keeps_to_what_its_reader_takes_and_has_an_end() {
-    let stage = Stage::set("output").await;
+    let stage = Stage::set().await;
     // containerd opens it before there is a process.
     let mut client = stage.open("c-stdout").await;
     let mut output = Output::new(stage.streams.claim("c-stdout").unwrap());
@@ -93,7 +89,7 @@ async fn output_keeps_to_what_its_reader_takes_and_has_an_end() {
 
 #[tokio::test]
 async fn output_waits_for_a_client_that_comes_back() {
-    let stage = Stage::set("back").await;
+    let stage = Stage::set().await;
     let mut output = Output::new(stage.streams.claim("c-stdout").unwrap());
     let mut first = stage.open("c-stdout").await;
     first.allow(100).await;
@@ -114,7 +110,7 @@ async fn output_waits_for_a_client_that_comes_back() {
 
 #[tokio::test]
 async fn input_reaches_the_guest_and_ends_when_its_client_says_so() {
-    let stage = Stage::set("input").await;
+    let stage = Stage::set().await;
     let claim = stage.streams.claim("c-stdin").unwrap();
     let (ours, mut guest) = UnixStream::pair().unwrap();
     let (_hold, closing) = oneshot::channel();
@@ -139,7 +135,7 @@ async fn input_reaches_the_guest_and_ends_when_its_client_says_so() {
 
 #[tokio::test]
 async fn input_ends_when_it_is_to_be_closed() {
-    let stage = Stage::set("close").await;
+    let stage = Stage::set().await;
     let claim = stage.streams.claim("c-stdin").unwrap();
     let (ours, mut guest) = UnixStream::pair().unwrap();
     let (hold, closing) = oneshot::channel();

@@ -13,8 +13,8 @@ use crate::task::kill::KILL_LIMIT;
 const PROMISED: Duration = Duration::from_secs(10);
 
 /// A pod with two containers that run, the first with an exec.
-async fn stage(name: &str) -> Stage {
-    let stage = Stage::new(name).await;
+async fn stage() -> Stage {
+    let stage = Stage::new().await;
     for id in ["a", "b"] {
         stage.create(id).await;
         stage.start(id, "").await.unwrap();
@@ -39,12 +39,12 @@ async fn expect_ended(stage: &Stage, reason: &str) {
     for event in ["exit e 137", "exit a 137", "exit b 137", "delete a", "delete b"] {
         assert_eq!(events.iter().filter(|found| *found == event).count(), 1, "{event}: {events:?}");
     }
-    assert!(!stage.directory.join("pod").exists());
+    assert!(!stage.directory.path().join("pod").exists());
 }
 
 #[tokio::test]
 async fn a_silent_guest_ends_within_the_time_of_one_kill() {
-    let stage = stage("mute").await;
+    let stage = stage().await;
     stage.guest.fall_silent();
     let killed = Instant::now();
     stage.kill("a", "").await.unwrap();
@@ -55,7 +55,7 @@ async fn a_silent_guest_ends_within_the_time_of_one_kill() {
 
 #[tokio::test]
 async fn a_guest_that_says_it_has_killed_is_held_to_it() {
-    let stage = stage("liar").await;
+    let stage = stage().await;
     stage.guest.lie();
     let killed = Instant::now();
     let all = KillRequest { id: "b".into(), signal: 9, all: true, ..Default::default() };
@@ -70,7 +70,7 @@ async fn a_guest_that_says_it_has_killed_is_held_to_it() {
 
 #[tokio::test]
 async fn a_guest_that_knows_nothing_of_the_process_is_held_to_the_same() {
-    let stage = stage("amnesia").await;
+    let stage = stage().await;
     stage.guest.lie();
     stage.guest.refuse("Signal", Code::NOT_FOUND, "no such process");
     assert_eq!(code(stage.kill("a", "").await), Code::NOT_FOUND);
@@ -81,7 +81,7 @@ async fn a_guest_that_knows_nothing_of_the_process_is_held_to_the_same() {
 
 #[tokio::test]
 async fn an_exec_that_does_not_end_is_given_up_and_the_pod_lives() {
-    let stage = stage("stuck").await;
+    let stage = stage().await;
     stage.guest.lie();
     stage.kill("a", "e").await.unwrap();
     let wait = tokio::time::timeout(PROMISED, stage.wait("a", "e")).await;
@@ -93,18 +93,18 @@ async fn an_exec_that_does_not_end_is_given_up_and_the_pod_lives() {
 
 #[tokio::test]
 async fn a_container_that_was_never_started_is_deleted_without_the_guest() {
-    let stage = Stage::new("unstarted").await;
+    let stage = Stage::new().await;
     stage.create("c").await;
     stage.guest.fall_silent();
     let started = Instant::now();
     assert_eq!(stage.delete_within("c", Duration::from_secs(20)).await, 137);
     assert!(started.elapsed() < PROMISED + Duration::from_secs(5), "{:?}", started.elapsed());
-    assert!(!stage.directory.join("pod").exists());
+    assert!(!stage.directory.path().join("pod").exists());
 }
 
 #[tokio::test]
 async fn signals_that_the_guest_does_not_take_are_no_failure() {
-    let stage = stage("deaf").await;
+    let stage = stage().await;
     let term = |exec: &str, all| KillRequest {
         id: "a".into(),
         exec_id: exec.into(),
@@ -125,7 +125,7 @@ async fn signals_that_the_guest_does_not_take_are_no_failure() {
 
 #[tokio::test]
 async fn a_shutdown_that_is_now_asks_nobody() {
-    let stage = stage("now").await;
+    let stage = stage().await;
     stage.guest.fall_silent();
     let started = Instant::now();
     let now = ShutdownRequest { id: "p".into(), now: true, ..Default::default() };
@@ -137,12 +137,12 @@ async fn a_shutdown_that_is_now_asks_nobody() {
     for event in ["exit e 137", "exit a 137", "exit b 137"] {
         assert!(events.iter().any(|found| found == event), "{event}: {events:?}");
     }
-    assert!(!stage.directory.join("pod").exists());
+    assert!(!stage.directory.path().join("pod").exists());
 }
 
 #[tokio::test]
 async fn calls_that_hang_end_with_the_pod() {
-    let stage = stage("hanging").await;
+    let stage = stage().await;
     stage.guest.fall_silent();
     let exec = ExecProcessRequest {
         id: "a".into(),
@@ -164,7 +164,7 @@ const FAST: Heartbeat =
 
 #[tokio::test]
 async fn a_guest_that_is_silent_for_long_is_dead() {
-    let stage = Stage::with_heartbeat("heartbeat", FAST).await;
+    let stage = Stage::with_heartbeat(FAST).await;
     stage.create("c").await;
     stage.start("c", "").await.unwrap();
     tokio::time::sleep(Duration::from_secs(1)).await;
@@ -180,7 +180,7 @@ async fn a_guest_that_is_silent_for_long_is_dead() {
 
 #[tokio::test]
 async fn a_guest_that_answers_late_or_with_a_refusal_lives() {
-    let stage = Stage::with_heartbeat("slow", FAST).await;
+    let stage = Stage::with_heartbeat(FAST).await;
     stage.create("c").await;
     // Two missed answers at most, then some in time.
     for _ in 0..2 {

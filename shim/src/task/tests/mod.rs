@@ -4,7 +4,6 @@ pub(crate) mod guest;
 mod hostile;
 
 use std::fs;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -21,6 +20,7 @@ use containerd_shim_protos::types::mount::Mount;
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde_json::json;
+use tempfile::TempDir;
 use ttrpc::asynchronous::{Server, TtrpcContext};
 use ttrpc::context;
 
@@ -58,7 +58,7 @@ impl Events for Containerd {
 
 /// A shim with a pod `p`, its containerd, and its guest.
 struct Stage {
-    directory: PathBuf,
+    directory: TempDir,
     shim: Arc<Shim>,
     client: TaskClient,
     guest: Guest,
@@ -67,17 +67,15 @@ struct Stage {
 }
 
 impl Stage {
-    async fn new(name: &str) -> Stage {
-        Stage::with_heartbeat(name, Heartbeat::default()).await
+    async fn new() -> Stage {
+        Stage::with_heartbeat(Heartbeat::default()).await
     }
 
-    async fn with_heartbeat(name: &str, heartbeat: Heartbeat) -> Stage {
-        let directory = std::env::temp_dir().join(format!("bulkhead-task-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&directory);
-        fs::create_dir_all(&directory).unwrap();
+    async fn with_heartbeat(heartbeat: Heartbeat) -> Stage {
+        let directory = tempfile::tempdir().unwrap();
 
         let events = Arc::default();
-        let socket = |name: &str| format!("unix://{}", directory.join(name).display());
+        let socket = |name: &str| format!("unix://{}", directory.path().join(name).display());
         let mut containerd = Server::new()
             .bind(&socket("events"))
             .unwrap()
@@ -89,7 +87,7 @@ impl Stage {
         server.start().await.unwrap();
         let client = TaskClient::new(Client::connect(&socket("task")).await.unwrap());
 
-        let (guest, pod) = Guest::start("p", directory.join("pod"), heartbeat).await;
+        let (guest, pod) = Guest::start("p", directory.path().join("pod"), heartbeat).await;
         shim.slot.lock().await.pod = Some(pod.clone());
         shim.note_launched(&pod);
         tokio::spawn(shim.clone().pass_events(pod));
@@ -103,7 +101,7 @@ impl Stage {
 
     /// The same with mounts for the root file system.
     async fn create_on(&self, id: &str, rootfs: Vec<Mount>) -> ttrpc::Result<()> {
-        let bundle = self.directory.join(id);
+        let bundle = self.directory.path().join(id);
         fs::create_dir_all(bundle.join("rootfs")).unwrap();
         fs::write(bundle.join("rootfs/file"), "x").unwrap();
         nix::unistd::mkfifo(&bundle.join("out"), nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -127,7 +125,7 @@ impl Stage {
 
     /// Mounts that make an image in the stage's directory a root file system.
     fn image(&self) -> Vec<Mount> {
-        let image = self.directory.join("image");
+        let image = self.directory.path().join("image");
         fs::write(&image, [0; 4096]).unwrap();
         vec![Mount {
             type_: "ext4".into(),
@@ -189,12 +187,6 @@ impl Stage {
     }
 }
 
-impl Drop for Stage {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.directory);
-    }
-}
-
 fn ctx() -> context::Context {
     context::with_duration(LIMIT)
 }
@@ -212,7 +204,7 @@ fn refusal<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
 
 #[tokio::test]
 async fn the_events_of_a_container_come_in_order() {
-    let stage = Stage::new("order").await;
+    let stage = Stage::new().await;
     stage.create("c").await;
     assert_eq!(stage.status("c").await, Status::CREATED);
     stage.start("c", "").await.unwrap();
@@ -233,12 +225,12 @@ async fn the_events_of_a_container_come_in_order() {
         ["create c", "start c", "exec-added c", "exec-started c", "exit e 137", "exit c 3", "delete c"]
     );
     assert_eq!(stage.guest.calls("Delete"), ["c e", "c "]);
-    assert!(!stage.directory.join("pod").exists(), "the pod goes with its last container");
+    assert!(!stage.directory.path().join("pod").exists(), "the pod goes with its last container");
 }
 
 #[tokio::test]
 async fn an_exec_that_cannot_be_set_up_fails_when_it_is_started() {
-    let stage = Stage::new("refused-exec").await;
+    let stage = Stage::new().await;
     stage.create("c").await;
     stage.start("c", "").await.unwrap();
     for exec in ["e", "f"] {
@@ -265,7 +257,7 @@ async fn an_exec_that_cannot_be_set_up_fails_when_it_is_started() {
 
 #[tokio::test]
 async fn a_root_file_system_on_a_disk_comes_and_goes_with_its_container() {
-    let stage = Stage::new("disk").await;
+    let stage = Stage::new().await;
     stage.create("shared").await;
     stage.create_on("c", stage.image()).await.unwrap();
     assert_eq!(stage.guest.calls("AttachDisk"), ["0 false 1"]);
@@ -282,7 +274,7 @@ async fn a_root_file_system_on_a_disk_comes_and_goes_with_its_container() {
 
 #[tokio::test]
 async fn layers_are_one_disk_and_leave_slots_to_others() {
-    let stage = Stage::new("layers").await;
+    let stage = Stage::new().await;
     stage.create("shared").await;
     let mut view = stage.image();
     view[0].type_ = "erofs".into();
@@ -300,7 +292,7 @@ async fn layers_are_one_disk_and_leave_slots_to_others() {
 
 #[tokio::test]
 async fn a_disk_that_the_guest_refuses_is_taken_back() {
-    let stage = Stage::new("refused").await;
+    let stage = Stage::new().await;
     stage.create("shared").await;
     stage.guest.refuse("AddDisk", Code::INTERNAL, "no ext4 there");
     let (_, message) = refusal(stage.create_on("c", stage.image()).await);
@@ -316,7 +308,7 @@ async fn a_disk_that_the_guest_refuses_is_taken_back() {
 
 #[tokio::test]
 async fn an_exit_that_overtakes_the_answer_to_start_is_announced_after_it() {
-    let stage = Stage::new("overtake").await;
+    let stage = Stage::new().await;
     stage.create("c").await;
     stage.guest.delay("Start", Duration::from_millis(200));
     let exit = async {
@@ -330,7 +322,7 @@ async fn an_exit_that_overtakes_the_answer_to_start_is_announced_after_it() {
 
 #[tokio::test]
 async fn states_decide_what_is_possible() {
-    let stage = Stage::new("states").await;
+    let stage = Stage::new().await;
     stage.create("c").await;
     assert_eq!(code(stage.exec("c", "e").await), Code::FAILED_PRECONDITION);
     stage.start("c", "").await.unwrap();
@@ -363,7 +355,7 @@ async fn states_decide_what_is_possible() {
 
 #[tokio::test]
 async fn a_container_that_was_never_started_can_be_deleted() {
-    let stage = Stage::new("created").await;
+    let stage = Stage::new().await;
     stage.create("c").await;
     assert_eq!(stage.delete("c", "").await.unwrap(), 137);
     assert_eq!(stage.events().await, ["create c", "exit c 137", "delete c"]);
@@ -372,29 +364,29 @@ async fn a_container_that_was_never_started_can_be_deleted() {
 
 #[tokio::test]
 async fn a_container_that_fails_leaves_nothing_in_a_pod_that_lives() {
-    let stage = Stage::new("fails").await;
+    let stage = Stage::new().await;
     stage.create("first").await;
     stage.guest.refuse(
         "CreateContainer",
         Code::INVALID_ARGUMENT,
         "exec: \"nothing\": not found in $PATH\x07",
     );
-    let bundle = stage.directory.join("second");
+    let bundle = stage.directory.path().join("second");
     fs::create_dir_all(bundle.join("rootfs/dir")).unwrap();
-    fs::copy(stage.directory.join("first/config.json"), bundle.join("config.json")).unwrap();
+    fs::copy(stage.directory.path().join("first/config.json"), bundle.join("config.json")).unwrap();
     let request =
         CreateTaskRequest { id: "second".into(), bundle: bundle.display().to_string(), ..Default::default() };
     let (code, message) = refusal(stage.client.create(ctx(), &request).await);
     assert_eq!((code, message.as_str()), (Code::INVALID_ARGUMENT, "exec: \"nothing\": not found in $PATH"));
-    assert!(!stage.directory.join("pod/shared/second").exists());
-    assert!(stage.directory.join("pod/shared/first").exists());
+    assert!(!stage.directory.path().join("pod/shared/second").exists());
+    assert!(stage.directory.path().join("pod/shared/first").exists());
     assert_eq!(stage.events().await, ["create first"]);
     stage.start("first", "").await.unwrap();
 }
 
 #[tokio::test]
 async fn a_dead_vmm_is_a_dead_pod() {
-    let stage = Stage::new("death").await;
+    let stage = Stage::new().await;
     for id in ["a", "b"] {
         stage.create(id).await;
         stage.start(id, "").await.unwrap();
@@ -429,12 +421,12 @@ async fn a_dead_vmm_is_a_dead_pod() {
         |event: &str| events.iter().position(|found| found == event).unwrap_or_else(|| panic!("{event}"));
     assert!(position("exit e 137") < position("exit a 137"));
     assert!(position("exit b 137") < position("delete b"));
-    assert!(!stage.directory.join("pod").exists());
+    assert!(!stage.directory.path().join("pod").exists());
 }
 
 #[tokio::test]
 async fn an_agent_that_hangs_up_is_a_dead_pod() {
-    let stage = Stage::new("agent").await;
+    let stage = Stage::new().await;
     stage.create("c").await;
     stage.start("c", "").await.unwrap();
     stage.guest.hang_up();
@@ -445,7 +437,7 @@ async fn an_agent_that_hangs_up_is_a_dead_pod() {
 
 #[tokio::test]
 async fn an_exit_is_reported_while_nobody_takes_the_output() {
-    let stage = Stage::new("output").await;
+    let stage = Stage::new().await;
     stage.create("c").await;
     stage.start("c", "").await.unwrap();
     let flood = stage.guest.write_endlessly();
@@ -460,7 +452,7 @@ async fn an_exit_is_reported_while_nobody_takes_the_output() {
 
 #[tokio::test]
 async fn an_agent_that_does_not_answer_holds_up_nobody_else() {
-    let stage = Stage::new("silent").await;
+    let stage = Stage::new().await;
     stage.create("c").await;
     stage.start("c", "").await.unwrap();
     stage.guest.delay("Pids", Duration::from_secs(60));
@@ -477,7 +469,7 @@ async fn an_agent_that_does_not_answer_holds_up_nobody_else() {
 
 #[tokio::test]
 async fn a_flood_of_events_is_cut_and_unknown_containers_are_ignored() {
-    let stage = Stage::new("flood").await;
+    let stage = Stage::new().await;
     stage.create("c").await;
     stage.guest.flood_with_oom(&["ghost", "c"]);
     tokio::time::sleep(Duration::from_millis(500)).await;
@@ -490,7 +482,7 @@ async fn a_flood_of_events_is_cut_and_unknown_containers_are_ignored() {
 
 #[tokio::test]
 async fn an_exit_for_want_of_memory_is_explained_before_it_is_told() {
-    let stage = Stage::new("memory").await;
+    let stage = Stage::new().await;
     stage.create("c").await;
     stage.start("c", "").await.unwrap();
     // The agent's own event has not come, and never will.
@@ -501,7 +493,7 @@ async fn an_exit_for_want_of_memory_is_explained_before_it_is_told() {
 
 #[tokio::test]
 async fn a_caller_that_leaves_does_not_leave_things_half_done() {
-    let stage = Stage::new("leaves").await;
+    let stage = Stage::new().await;
     stage.create("c").await;
     stage.guest.delay("Start", Duration::from_millis(300));
     let impatient = StartRequest { id: "c".into(), ..Default::default() };
