@@ -4,4 +4,5 @@
 mod client;
 mod files;
 mod hostile;
+mod mounts;
 mod views;

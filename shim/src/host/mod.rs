@@ -1,5 +1,6 @@
 //! What the shim asks of the host's kernel: processes, cgroups, mounts, disks.
 
+pub(crate) mod assemble;
 pub(crate) mod cgroup;
 pub(crate) mod changes;
 pub(crate) mod disk;
@@ -7,6 +8,7 @@ pub(crate) mod empty_network;
 pub(crate) mod erofs;
 pub(crate) mod ext4;
 pub(crate) mod id_map;
+pub(crate) mod mount_request;
 pub(crate) mod mount_table;
 pub(crate) mod mounts;
 pub(crate) mod netns;

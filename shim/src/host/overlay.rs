@@ -11,7 +11,8 @@ use std::path::Path;
 use nix::mount::mount;
 use nix::unistd::chdir;
 
-use super::mounts::{DetachedTree, MAX_OPTIONS, MountRequest, c_string, common_directory, parse_options};
+use super::mount_request::{MountRequest, common_directory, parse_options};
+use super::mounts::{DetachedTree, MAX_OPTIONS, c_string};
 use super::small_namespace::{POINTS, enter_new};
 
 /// Options whose values are directories; the first is a list of them.

@@ -18,12 +18,13 @@ use super::guest::{self, Backends, CONSOLE_KEPT, FileError, Files, Start};
 use super::machine::{
     Control, ControlListener, JailNetwork, Jailed, MachineError, identity_args, socket_pair,
 };
+use super::namespace::TREE;
 use super::network::Network;
 use super::resources::Resources;
 use super::state::StateError;
 use super::tail::Tail;
 use super::timeline::Timeline;
-use super::tree::{SharedTree, TREE, TreeError};
+use super::tree::{SharedTree, TreeError};
 use super::{PodError, PodSpec};
 use crate::config::Templates;
 use crate::error::{Classify, Code, chain};

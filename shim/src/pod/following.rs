@@ -16,7 +16,7 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::Mode;
 
-use super::tree::{EMPTY, staging_for};
+use super::namespace::{EMPTY, staging_for};
 use crate::error::chain;
 use crate::host::mounts::{DetachedTree, MountError, Propagation, relocate_to};
 use crate::host::sharing::{MOUNTINFO, cover_held, mounts, prune};

@@ -1,44 +1,27 @@
-//! The pod's shared tree: what its file server sees, in a mount namespace that only the pod has.
+//! The pod's shared tree: what its file server sees, in a mount namespace that only the pod has ([`PodNamespace`]).
 //!
-//! The namespace holds three mounts to begin with: the pod's directory as `/`, the tree itself at `/shared` (shared, so
-//! that the file server's copy of it receives what is attached later), and `/proc` for the file server until it has
-//! jailed itself. Containers' root file systems and volumes are attached below `/shared/<container id>/`, each after what a
-//! pod may not share has been taken out of it where nobody sees it yet. When the
-//! pod's processes are gone and the shim has closed the namespace, all mounts of the pod are gone.
+//! Containers' root file systems and volumes are attached below `/shared/<container id>/`, each after what a pod may not share
+//! has been taken out of it where nobody sees it yet.
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bulkhead_vmm_protocol::roots;
 use nix::errno::Errno;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, setns, unshare};
-use nix::unistd::{chdir, pivot_root};
+use nix::mount::{MntFlags, umount2};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::task::JoinHandle;
 
 use super::following::Following;
+use super::namespace::{EMPTY, FOLLOWING, PodNamespace, PodNamespaceError, TREE, staging_for};
 use crate::error::chain;
-use crate::host::mounts::{DetachedTree, MountError, PointKind, Propagation, on_thread, relocate};
-use crate::host::sharing::{Empty, MOUNTINFO, prune};
-use crate::host::{pin::NamespaceError, small_namespace};
-
-/// The tree's place in the pod's namespace.
-pub const TREE: &str = "/shared";
-
-/// Where a directory or a file is mounted first in the pod's namespace, unseen by the file server.
-const STAGING: [&str; 2] = ["/staging", "/staging-file"];
-
-/// Where volumes are mounted that follow the node's, unseen by the file server too.
-const FOLLOWING: &str = "/following";
-
-/// In the place of what may not be shared.
-pub(super) const EMPTY: Empty = Empty { directory: "/empty", file: "/empty-file" };
+use crate::host::mounts::{DetachedTree, MountError, PointKind, Propagation, relocate};
+use crate::host::sharing::{MOUNTINFO, prune};
 
 /// Something about the shared tree that failed.
 #[derive(Debug, thiserror::Error)]
@@ -53,17 +36,8 @@ pub enum TreeError {
         source: io::Error,
     },
     /// The namespace can't be made or entered.
-    #[error("can't set up the pod's mount namespace: {step}")]
-    Namespace {
-        /// What was tried.
-        step: &'static str,
-        /// Why it failed.
-        #[source]
-        source: Errno,
-    },
-    /// There is none to begin with.
-    #[error("can't set up the pod's mount namespace")]
-    Small(#[from] NamespaceError),
+    #[error(transparent)]
+    Namespace(#[from] PodNamespaceError),
     /// What the node mounts later would not be seen.
     #[error("can't watch the pod's mounts")]
     Watch {
@@ -81,16 +55,11 @@ pub enum TreeError {
 pub struct SharedTree {
     /// The tree's directory on the host, where only mount points are ever made.
     directory: PathBuf,
-    inner: Arc<Inner>,
+    namespace: PodNamespace,
+    /// Volumes that follow the node's. Held while something is at a [`staging_for`].
+    following: Arc<Mutex<Vec<Following>>>,
     /// Waits for what the node mounts later, once there is a volume that follows it.
     watch: std::sync::Mutex<Option<JoinHandle<()>>>,
-}
-
-#[derive(Debug)]
-struct Inner {
-    namespace: OwnedFd,
-    /// Held while something is at one of [`STAGING`].
-    following: Arc<Mutex<Vec<Following>>>,
 }
 
 impl Drop for SharedTree {
@@ -106,26 +75,13 @@ impl SharedTree {
     /// Makes the tree below the pod's directory.
     pub async fn create(pod_directory: &Path) -> Result<SharedTree, TreeError> {
         let directory = pod_directory.join("shared");
-        for name in ["shared", "proc", "staging", "empty", "following"] {
-            let path = pod_directory.join(name);
-            fs::create_dir(&path).map_err(|source| TreeError::Create { path, source })?;
-        }
-        for name in ["staging-file", "empty-file"] {
-            let path = pod_directory.join(name);
-            fs::File::create_new(&path).map_err(|source| TreeError::Create { path, source })?;
-        }
-        let proc = DetachedTree::bind(Path::new("/proc"), false)?;
-        proc.restrict(Propagation::Private)?;
-        let root = DetachedTree::bind(pod_directory, false)?;
-        root.restrict(Propagation::Private)?;
-        let namespace = on_thread(move || Ok(enter_new_namespace(root, proc))).await??;
-        let inner = Arc::new(Inner { namespace, following: Arc::default() });
-        Ok(SharedTree { directory, inner, watch: std::sync::Mutex::default() })
+        let namespace = PodNamespace::create(pod_directory).await?;
+        Ok(SharedTree { directory, namespace, following: Arc::default(), watch: std::sync::Mutex::default() })
     }
 
     /// The mount namespace, for processes that are to be born in it.
     pub fn namespace(&self) -> BorrowedFd<'_> {
-        self.inner.namespace.as_fd()
+        self.namespace.as_fd()
     }
 
     /// Attaches `tree` at `point` (relative to the tree), for whose last component a mount point is made. What of it may
@@ -134,8 +90,8 @@ impl SharedTree {
         let kind = tree.judge()?;
         make_point(&self.directory, point, kind)?;
         let target = Path::new(TREE).join(point);
-        let _one_at_a_time = self.inner.following.lock().await;
-        Ok(self.inner.inside(move || attach_pruned(tree, kind, &target)).await??)
+        let _one_at_a_time = self.following.lock().await;
+        Ok(self.namespace.inside(move || attach_pruned(tree, kind, &target)).await??)
     }
 
     /// Attaches `tree`, a slave of the node's mounts, like [`attach`](Self::attach). What the node mounts and unmounts in it
@@ -153,7 +109,7 @@ impl SharedTree {
         }
         self.watch().await?;
         let (slave, target) = (Path::new(FOLLOWING).join(point), Path::new(TREE).join(point));
-        let mut all = self.inner.following.clone().lock_owned().await;
+        let mut all = self.following.clone().lock_owned().await;
         let work = move || {
             let origin = tree.origin().to_owned();
             tree.attach(&slave)?;
@@ -174,7 +130,7 @@ impl SharedTree {
             update(&mut all, &fs::read_to_string(MOUNTINFO).map_err(look(&origin))?);
             Ok::<_, MountError>(())
         };
-        Ok(self.inner.inside(work).await??)
+        Ok(self.namespace.inside(work).await??)
     }
 
     /// Sees to it that what the node mounts later is noticed.
@@ -185,11 +141,11 @@ impl SharedTree {
         }
         let failed = |source: io::Error| TreeError::Watch { source };
         // Opened inside, it is the pod's, whoever reads it.
-        let table = self.inner.inside(|| fs::File::open(MOUNTINFO)).await?.map_err(failed)?;
+        let table = self.namespace.inside(|| fs::File::open(MOUNTINFO)).await?.map_err(failed)?;
         // SAFETY: a `File` owns its descriptor, which stays open and the same as long as it is there.
         let changes = unsafe { AsyncFd::register_with_interest(table, Interest::PRIORITY) }
             .map_err(|error| failed(error.into_parts().1))?;
-        let task = tokio::spawn(follow(self.inner.clone(), changes));
+        let task = tokio::spawn(follow(self.namespace.clone(), self.following.clone(), changes));
         match self.watch.lock() {
             Ok(mut watch) if watch.is_none() => *watch = Some(task),
             _ => task.abort(),
@@ -205,9 +161,9 @@ impl SharedTree {
             .filter_map(|point| point.strip_prefix(&self.directory).ok())
             .map(|point| Path::new(TREE).join(point))
             .collect();
-        let mut following = self.inner.following.clone().lock_owned().await;
+        let mut following = self.following.clone().lock_owned().await;
         let slaves = Path::new(FOLLOWING).join(container);
-        self.inner
+        self.namespace
             .inside(move || {
                 let ended = following.extract_if(.., |volume| volume.slave().starts_with(&slaves));
                 let slaves: Vec<PathBuf> = ended.map(|volume| volume.slave().to_owned()).collect();
@@ -234,25 +190,8 @@ impl SharedTree {
     }
 }
 
-impl Inner {
-    /// Runs `work` on a thread in the pod's mount namespace.
-    async fn inside<T: Send + 'static>(
-        self: &Arc<Self>,
-        work: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<T, TreeError> {
-        let inner = self.clone();
-        let result = on_thread(move || {
-            Ok(unshare(CloneFlags::CLONE_FS)
-                .and_then(|()| setns(&inner.namespace, CloneFlags::CLONE_NEWNS))
-                .map(|()| work()))
-        })
-        .await?;
-        result.map_err(|source| TreeError::Namespace { step: "enter it", source })
-    }
-}
-
 /// Brings the copies of volumes up to date, whenever the pod's mounts change.
-async fn follow(inner: Arc<Inner>, changes: AsyncFd<fs::File>) {
+async fn follow(namespace: PodNamespace, following: Arc<Mutex<Vec<Following>>>, changes: AsyncFd<fs::File>) {
     loop {
         match changes.ready(Interest::PRIORITY).await {
             // Before the table is read, so that no change after that goes unnoticed.
@@ -262,9 +201,9 @@ async fn follow(inner: Arc<Inner>, changes: AsyncFd<fs::File>) {
                 return;
             }
         }
-        let mut all: OwnedMutexGuard<_> = inner.following.clone().lock_owned().await;
+        let mut all: OwnedMutexGuard<_> = following.clone().lock_owned().await;
         let updated =
-            inner.inside(move || fs::read_to_string(MOUNTINFO).map(|table| update(&mut all, &table)));
+            namespace.inside(move || fs::read_to_string(MOUNTINFO).map(|table| update(&mut all, &table)));
         match updated.await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => log::error!("can't read the pod's mounts: {error}"),
@@ -291,15 +230,6 @@ fn make_point(directory: &Path, point: &Path, kind: PointKind) -> Result<(), Tre
     .map_err(create)
 }
 
-/// Where such a thing is mounted first.
-pub(super) fn staging_for(kind: PointKind) -> &'static str {
-    let [directory, file] = STAGING;
-    match kind {
-        PointKind::Directory => directory,
-        PointKind::File => file,
-    }
-}
-
 /// Attaches a tree at its staging place, takes out what is not to be shared, and moves the rest to where the file server sees it.
 fn attach_pruned(tree: DetachedTree, kind: PointKind, target: &Path) -> Result<(), MountError> {
     let staging = Path::new(staging_for(kind));
@@ -324,50 +254,18 @@ fn mount_points(container: &Path) -> Vec<PathBuf> {
     points
 }
 
-/// Leaves the calling thread in a new namespace whose root is `root`, and gives that namespace.
-fn enter_new_namespace(root: DetachedTree, proc: DetachedTree) -> Result<OwnedFd, TreeError> {
-    let failed = |step| move |source| TreeError::Namespace { step, source };
-    let remount = |path: &str, flags| mount(None::<&str>, path, None::<&str>, flags, None::<&str>);
-
-    let namespace = small_namespace::enter_new()?;
-    let [point, ..] = small_namespace::POINTS;
-    root.attach(Path::new(point))?;
-    chdir(point).map_err(failed("enter the pod's directory"))?;
-    // Both names are the new root; the old one ends up on top of it and is what umount finds.
-    pivot_root(".", ".").map_err(failed("pivot_root"))?;
-    umount2(".", MntFlags::MNT_DETACH).map_err(failed("detach the root it began with"))?;
-    chdir("/").map_err(failed("enter the new root"))?;
-
-    proc.attach(Path::new("/proc"))?;
-    mount(Some(TREE), TREE, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(failed("bind the tree"))?;
-    remount(TREE, MsFlags::MS_SHARED).map_err(failed("share the tree"))?;
-    Ok(namespace)
-}
-
 #[cfg(test)]
 mod tests {
+    use nix::mount::{MsFlags, mount};
+    use nix::sched::{CloneFlags, unshare};
+
     use super::*;
-    use crate::host::mounts::{MountRequest, assemble};
-
-    struct Directory(PathBuf);
-
-    impl Directory {
-        fn new(name: &str) -> Directory {
-            let path = std::env::temp_dir().join(format!("bulkhead-tree-{name}-{}", std::process::id()));
-            let _ = fs::remove_dir_all(&path);
-            fs::create_dir_all(&path).unwrap();
-            Directory(path)
-        }
-    }
-
-    impl Drop for Directory {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
-        }
-    }
+    use crate::host::assemble::assemble;
+    use crate::host::mount_request::MountRequest;
+    use crate::host::mounts::on_thread;
 
     async fn read_inside(tree: &SharedTree, path: &'static str) -> io::Result<String> {
-        tree.inner.inside(move || fs::read_to_string(path)).await.unwrap()
+        tree.namespace.inside(move || fs::read_to_string(path)).await.unwrap()
     }
 
     /// The host's mounts at or below `path`.
@@ -378,15 +276,15 @@ mod tests {
 
     #[tokio::test]
     async fn mounts_are_seen_inside_only_and_go_with_the_container() {
-        let directory = Directory::new("mounts");
+        let directory = tempfile::tempdir().unwrap();
         for (name, text) in [("pod", ""), ("lower", "image"), ("volume", "volume")] {
-            fs::create_dir(directory.0.join(name)).unwrap();
-            fs::write(directory.0.join(name).join("file"), text).unwrap();
+            fs::create_dir(directory.path().join(name)).unwrap();
+            fs::write(directory.path().join(name).join("file"), text).unwrap();
         }
         for name in ["upper", "work", "scratch"] {
-            fs::create_dir(directory.0.join(name)).unwrap();
+            fs::create_dir(directory.path().join(name)).unwrap();
         }
-        let path = |name: &str| directory.0.join(name);
+        let path = |name: &str| directory.path().join(name);
         let tree = SharedTree::create(&path("pod")).await.unwrap();
 
         let overlay = MountRequest {
@@ -410,12 +308,12 @@ mod tests {
         assert_eq!(read_inside(&tree, "/shared/c1/rootfs/file").await.unwrap(), "image");
         assert_eq!(read_inside(&tree, "/shared/c1/mounts/0/file").await.unwrap(), "volume");
         assert_eq!(read_inside(&tree, "/shared/c1/mounts/1").await.unwrap(), "volume");
-        tree.inner.inside(|| fs::write("/shared/c1/rootfs/new", "written")).await.unwrap().unwrap();
+        tree.namespace.inside(|| fs::write("/shared/c1/rootfs/new", "written")).await.unwrap().unwrap();
         assert_eq!(fs::read_to_string(path("upper").join("new")).unwrap(), "written");
-        let refused = tree.inner.inside(|| fs::write("/shared/c1/mounts/0/new", "x")).await.unwrap();
+        let refused = tree.namespace.inside(|| fs::write("/shared/c1/mounts/0/new", "x")).await.unwrap();
         assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EROFS));
 
-        assert_eq!(host_mounts(&directory.0), [""; 0], "the host must not see the pod's mounts");
+        assert_eq!(host_mounts(directory.path()), [""; 0], "the host must not see the pod's mounts");
         assert_eq!(fs::read_dir(path("pod/shared/c1/rootfs")).unwrap().count(), 0);
 
         tree.remove("c1").await.unwrap();
@@ -424,30 +322,13 @@ mod tests {
         assert_eq!(fs::read_to_string(path("volume/file")).unwrap(), "volume");
     }
 
-    #[tokio::test]
-    async fn the_namespace_shows_nothing_of_the_host() {
-        let directory = Directory::new("empty");
-        let tree = SharedTree::create(&directory.0).await.unwrap();
-        let names = tree
-            .inner
-            .inside(|| fs::read_dir("/").unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>())
-            .await
-            .unwrap();
-        let mut names: Vec<_> = names.iter().map(|name| name.to_str().unwrap()).collect();
-        names.sort_unstable();
-        assert_eq!(names, ["empty", "empty-file", "following", "proc", "shared", "staging", "staging-file"]);
-        let mounts =
-            tree.inner.inside(|| fs::read_to_string("/proc/thread-self/mountinfo")).await.unwrap().unwrap();
-        assert_eq!(mounts.lines().count(), 3, "{mounts}");
-    }
-
     /// Procfs, a good file system below it and one beside it, and a single file of procfs, in a directory that is shared.
     #[tokio::test]
     async fn the_hosts_kernel_interfaces_are_taken_out() {
-        let directory = Directory::new("pruned");
-        let volume = directory.0.join("volume");
+        let directory = tempfile::tempdir().unwrap();
+        let volume = directory.path().join("volume");
         for name in ["pod", "volume/proc", "volume/good", "volume/with blank"] {
-            fs::create_dir_all(directory.0.join(name)).unwrap();
+            fs::create_dir_all(directory.path().join(name)).unwrap();
         }
         fs::write(volume.join("file"), "under it").unwrap();
         let (volume, refusal) = on_thread(move || {
@@ -475,10 +356,10 @@ mod tests {
         .unwrap();
         assert!(refusal.contains("procfs"), "{refusal}");
 
-        let tree = SharedTree::create(&directory.0.join("pod")).await.unwrap();
+        let tree = SharedTree::create(&directory.path().join("pod")).await.unwrap();
         tree.attach(volume, Path::new("c/mounts/0")).await.unwrap();
         let report = tree
-            .inner
+            .namespace
             .inside(|| {
                 let base = Path::new("/shared/c/mounts/0");
                 let count = |name: &str| fs::read_dir(base.join(name)).unwrap().count();
@@ -505,8 +386,8 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_no_file_system_with_files_is_refused() {
-        let directory = Directory::new("refused");
-        let tree = SharedTree::create(&directory.0).await.unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let tree = SharedTree::create(directory.path()).await.unwrap();
         for (source, what) in [
             ("/proc", "procfs"),
             ("/proc/self/status", "procfs"),
@@ -519,7 +400,7 @@ mod tests {
             let error = tree.attach(bound, Path::new("c/mounts/0")).await.unwrap_err().to_string();
             assert!(error.contains(what) && error.contains(source), "{source}: {error}");
         }
-        assert!(!directory.0.join("shared/c").exists(), "nothing was made for it");
+        assert!(!directory.path().join("shared/c").exists(), "nothing was made for it");
         let found = fs::read_to_string("/proc/self/mountinfo").unwrap();
         if found.contains(" - devtmpfs ") {
             let bound = DetachedTree::bind(Path::new("/dev"), true).unwrap();
@@ -533,18 +414,18 @@ mod tests {
 
     #[tokio::test]
     async fn device_nodes_in_the_tree_are_dead() {
-        let directory = Directory::new("devices");
-        fs::create_dir(directory.0.join("volume")).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("volume")).unwrap();
         nix::sys::stat::mknod(
-            &directory.0.join("volume/null"),
+            &directory.path().join("volume/null"),
             nix::sys::stat::SFlag::S_IFCHR,
             nix::sys::stat::Mode::from_bits_truncate(0o666),
             libc::makedev(1, 3),
         )
         .unwrap();
-        fs::create_dir(directory.0.join("pod")).unwrap();
-        let tree = SharedTree::create(&directory.0.join("pod")).await.unwrap();
-        let volume = DetachedTree::bind(&directory.0.join("volume"), true).unwrap();
+        fs::create_dir(directory.path().join("pod")).unwrap();
+        let tree = SharedTree::create(&directory.path().join("pod")).await.unwrap();
+        let volume = DetachedTree::bind(&directory.path().join("volume"), true).unwrap();
         volume.restrict(Propagation::Private).unwrap();
         tree.attach(volume, Path::new("c/mounts/0")).await.unwrap();
         let error = read_inside(&tree, "/shared/c/mounts/0/null").await.unwrap_err();
@@ -553,16 +434,16 @@ mod tests {
 
     #[tokio::test]
     async fn mounts_made_on_the_host_later_come_in_when_asked_for() {
-        let directory = Directory::new("slave");
-        let shared = directory.0.join("volume");
+        let directory = tempfile::tempdir().unwrap();
+        let shared = directory.path().join("volume");
         fs::create_dir(&shared).unwrap();
-        fs::create_dir(directory.0.join("pod")).unwrap();
+        fs::create_dir(directory.path().join("pod")).unwrap();
         let flags = |flags| mount(None::<&str>, &shared, None::<&str>, flags, None::<&str>).unwrap();
         mount(Some("tmpfs"), &shared, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
         flags(MsFlags::MS_SHARED);
         fs::create_dir(shared.join("later")).unwrap();
 
-        let tree = SharedTree::create(&directory.0.join("pod")).await.unwrap();
+        let tree = SharedTree::create(&directory.path().join("pod")).await.unwrap();
         let volume = DetachedTree::bind(&shared, true).unwrap();
         volume.restrict(Propagation::Slave).unwrap();
         tree.attach_following(volume, Path::new("c/mounts/0")).await.unwrap();
@@ -586,12 +467,15 @@ mod tests {
             fs::create_dir(shared.join("later/deep")).unwrap();
             assert_eq!(inside("/shared/c/mounts/0/later/file").await, round);
             // Held, as the file server holds what its guest knows.
-            let held =
-                tree.inner.inside(|| fs::File::open("/shared/c/mounts/0/later/file").unwrap()).await.unwrap();
+            let held = tree
+                .namespace
+                .inside(|| fs::File::open("/shared/c/mounts/0/later/file").unwrap())
+                .await
+                .unwrap();
             on_node("proc", "later/deep");
             tokio::time::sleep(std::time::Duration::from_millis(100)).await;
             let listed = tree
-                .inner
+                .namespace
                 .inside(|| fs::read_dir("/shared/c/mounts/0/later/deep").unwrap().count())
                 .await
                 .unwrap();
@@ -603,7 +487,7 @@ mod tests {
         }
         on_node("tmpfs", "later");
         tree.remove("c").await.unwrap();
-        assert!(!directory.0.join("pod/following/c").exists());
+        assert!(!directory.path().join("pod/following/c").exists());
         umount2(&shared.join("later"), MntFlags::empty()).unwrap();
         umount2(&shared, MntFlags::MNT_DETACH).unwrap();
     }
@@ -614,10 +498,10 @@ mod tests {
 
         use crate::host::id_map::IdMap;
 
-        let directory = Directory::new("mapped");
-        let shared = directory.0.join("volume");
+        let directory = tempfile::tempdir().unwrap();
+        let shared = directory.path().join("volume");
         fs::create_dir(&shared).unwrap();
-        fs::create_dir(directory.0.join("pod")).unwrap();
+        fs::create_dir(directory.path().join("pod")).unwrap();
         let on_node = |place: &Path| {
             mount(Some("tmpfs"), place, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
         };
@@ -629,7 +513,7 @@ mod tests {
             fs::write(shared.join(file), "").unwrap();
         }
 
-        let tree = SharedTree::create(&directory.0.join("pod")).await.unwrap();
+        let tree = SharedTree::create(&directory.path().join("pod")).await.unwrap();
         let volume = DetachedTree::bind(&shared, true).unwrap();
         let map =
             IdMap::take(&mut vec!["uidmap=0:7000:9".into(), "gidmap=0:7000:9".into()]).unwrap().unwrap();
@@ -639,7 +523,7 @@ mod tests {
         } else {
             volume.restrict(Propagation::Slave).unwrap();
             tree.attach_following(volume, Path::new("c/mounts/0")).await.unwrap();
-            let owner = |path: &'static str| tree.inner.inside(move || fs::metadata(path).unwrap().uid());
+            let owner = |path: &'static str| tree.namespace.inside(move || fs::metadata(path).unwrap().uid());
             assert_eq!(owner("/shared/c/mounts/0/file").await.unwrap(), 7000);
             assert_eq!(owner("/shared/c/mounts/0/below/file").await.unwrap(), 7000);
             tree.remove("c").await.unwrap();

@@ -10,7 +10,9 @@ use containerd_shim_protos::types::mount::Mount;
 use oci_spec::runtime::Spec;
 
 use crate::error::{ApiError, Classify, Code, chain};
-use crate::host::mounts::{DetachedTree, MountError, MountRequest, Propagation, assemble};
+use crate::host::assemble::assemble;
+use crate::host::mount_request::MountRequest;
+use crate::host::mounts::{DetachedTree, MountError, Propagation};
 use crate::pod::tree::{SharedTree, TreeError};
 use crate::spec::{self, HostMount};
 

@@ -8,7 +8,7 @@ use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
-use super::queue::QueueFault;
+use super::queue_fault::QueueFault;
 use crate::memory::{GuestRam, SharedRam};
 
 /// The most buffers handed to the kernel in one call: what a queue's longest chain has, and a header.

@@ -21,7 +21,8 @@ use virtio_bindings::virtio_mmio::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::interrupt::USED_BUFFER;
-use super::queue::{QueueFault, QueueRegisters, Virtqueue};
+use super::queue::{QueueRegisters, Virtqueue};
+use super::queue_fault::QueueFault;
 use super::slot::{DeviceSlot, SlotState};
 use super::{Activated, BackendState, DeviceInfo, DeviceState, StateFault};
 use crate::memory::SharedRam;

@@ -35,6 +35,7 @@ pub mod mmio;
 pub mod net;
 pub mod parts;
 mod queue;
+mod queue_fault;
 pub mod registers;
 pub mod rng;
 pub mod slot;
@@ -48,7 +49,8 @@ pub use chain::{Chain, ChainReader, ChainWriter, MemoryFault};
 pub use config::ConfigSpace;
 pub use interrupt::Interrupt;
 pub use mmio::TransportState;
-pub use queue::{Progress, QueueFault, QueueRegisters, RingPosition, Virtqueue};
+pub use queue::{Progress, QueueRegisters, RingPosition, Virtqueue};
+pub use queue_fault::QueueFault;
 pub use state::{BackendState, DeviceState, StateFault};
 pub use worker::DeviceEvents;
 

@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use super::console::ConsoleState;
 use super::mmio::TransportState;
-use super::queue::{QueueFault, RingPosition};
+use super::queue::RingPosition;
+use super::queue_fault::QueueFault;
 use super::vsock::VsockState;
 
 /// One device, both of its faces.

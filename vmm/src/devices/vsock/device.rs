@@ -1,4 +1,4 @@
-//! The device: queues, descriptors and the table of connections.
+//! The device: queues, descriptors and what goes through them.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -16,6 +16,7 @@ use super::connector::{Requests, VsockConnector, connector};
 use super::link::Connection;
 use super::packet::{HEADER_SIZE, HOST_CID, Header, Op};
 use super::stream::{Stream, Transfer};
+use super::table::{MAX_CONNECTIONS, Table};
 use crate::devices::{
     Activated, BackendState, Chain, ChainReader, ConfigSpace, DeviceEvents, DeviceFault, DeviceInfo,
     DeviceKind, Progress, StateFault, VirtioDevice, Virtqueue,
@@ -28,9 +29,6 @@ const FEATURE_STREAM: u64 = 1 << 0;
 const TO_GUEST: usize = 0;
 const FROM_GUEST: usize = 1;
 const QUEUE_SIZES: [u16; 3] = [128, 128, 8];
-
-/// The most connections at a time. With [`super::connection::BUFFER_SIZE`] it bounds the memory of all backlogs.
-const MAX_CONNECTIONS: usize = 512;
 
 /// The most `RST`s for unknown connections that wait for buffers of the guest; more are dropped.
 const MAX_RESETS: usize = 64;
@@ -65,8 +63,8 @@ pub struct Vsock {
     guest_cid: u64,
     /// Where the guest may connect to, and what it is joined to then.
     guest_streams: BTreeMap<u32, Stream>,
-    /// Slots; a free one is `None`. The index gives the token.
-    connections: Vec<Option<Connection>>,
+    /// The index gives the token.
+    connections: Table,
     /// Answers to packets of no connection.
     resets: VecDeque<Header>,
     /// The guest has no buffer for what should be sent to it.
@@ -93,7 +91,7 @@ impl Vsock {
         let device = Vsock {
             guest_cid: guest_cid.into(),
             guest_streams,
-            connections: Vec::new(),
+            connections: Table::default(),
             resets: VecDeque::new(),
             starved: false,
             delivered: false,
@@ -106,30 +104,14 @@ impl Vsock {
         Ok((device, connector))
     }
 
-    fn find(&self, guest_port: u32, host_port: u32) -> Option<usize> {
-        self.connections.iter().position(|slot| {
-            slot.as_ref().is_some_and(|Connection { state, .. }| {
-                (state.guest_port, state.host_port) == (guest_port, host_port)
-                    && state.phase() != Phase::Draining
-            })
-        })
-    }
-
-    /// Puts a connection into a free slot; gives it back when there is none.
     fn insert(&mut self, state: ConnectionState, stream: Stream) -> Result<(), Stream> {
         let deadline = (state.phase() != Phase::Open).then(|| Instant::now() + self.patience);
-        let connection = Connection::new(state, stream, deadline);
-        match self.connections.iter().position(Option::is_none) {
-            Some(index) => self.connections[index] = Some(connection),
-            None if self.connections.len() < MAX_CONNECTIONS => self.connections.push(Some(connection)),
-            None => return Err(connection.stream),
-        }
-        Ok(())
+        self.connections.insert(state, stream, deadline)
     }
 
     /// Closes a connection's stream and frees its slot.
     fn remove(&mut self, index: usize, events: &mut DeviceEvents<'_, '_>) -> Result<(), DeviceFault> {
-        if let Some(connection) = self.connections.get_mut(index).and_then(Option::take)
+        if let Some(connection) = self.connections.take(index)
             && connection.watched.is_some()
         {
             events.remove(connection.stream.as_fd())?;
@@ -139,8 +121,7 @@ impl Vsock {
 
     /// Ends a connection: tells the guest, unless it was the one to end it.
     fn end(&mut self, index: usize, events: &mut DeviceEvents<'_, '_>) -> Result<(), DeviceFault> {
-        let slot = self.connections.get(index).and_then(Option::as_ref);
-        if slot.is_some_and(|connection| connection.state.phase() == Phase::Draining) {
+        if self.connections.get(index).is_some_and(|connection| connection.state.phase() == Phase::Draining) {
             return self.remove(index, events);
         }
         self.reset_connection(index, events)
@@ -152,7 +133,7 @@ impl Vsock {
         index: usize,
         events: &mut DeviceEvents<'_, '_>,
     ) -> Result<(), DeviceFault> {
-        if let Some(Connection { state, .. }) = self.connections.get_mut(index).and_then(Option::as_mut) {
+        if let Some(Connection { state, .. }) = self.connections.get_mut(index) {
             let header = state.header(self.guest_cid, Op::Reset, 0, 0);
             self.push_reset(header);
         }
@@ -199,11 +180,11 @@ impl Vsock {
             self.refuse(&header);
             return Ok(());
         }
-        match (self.find(header.source_port, header.destination_port), header.op) {
+        match (self.connections.find(header.source_port, header.destination_port), header.op) {
             (None, Some(Op::Request)) => self.accept(&header),
             (None, _) => self.refuse(&header),
             (Some(index), Some(Op::Reset)) => {
-                let slot = self.connections.get_mut(index).and_then(Option::as_mut);
+                let slot = self.connections.get_mut(index);
                 if !slot.is_some_and(|connection| connection.state.take_reset()) {
                     self.remove(index, events)?;
                 }
@@ -234,7 +215,7 @@ impl Vsock {
         data: ChainReader<'_>,
         events: &mut DeviceEvents<'_, '_>,
     ) -> Result<(), DeviceFault> {
-        let Some(connection) = self.connections.get_mut(index).and_then(Option::as_mut) else {
+        let Some(connection) = self.connections.get_mut(index) else {
             return Ok(());
         };
         connection.state.take_credit(header);
@@ -273,7 +254,7 @@ impl Vsock {
             self.delivered = true;
             self.resets.pop_front();
         }
-        for connection in self.connections.iter_mut().flatten() {
+        for (_, connection) in self.connections.iter_mut() {
             while connection.state.has_control() {
                 // Popped first: what `next_control` gives counts as sent.
                 let Some(chain) = queue.pop()? else {
@@ -299,7 +280,7 @@ impl Vsock {
     /// Moves bytes from a readable stream to the guest.
     fn send_data(&mut self, index: usize, hung_up: bool, queue: &mut Virtqueue) -> Result<(), DeviceFault> {
         let guest_cid = self.guest_cid;
-        let Some(connection) = self.connections.get_mut(index).and_then(Option::as_mut) else {
+        let Some(connection) = self.connections.get_mut(index) else {
             return Ok(());
         };
         for _ in 0..BATCH {
@@ -368,7 +349,7 @@ impl Vsock {
         loop {
             let port = self.next_host_port;
             self.next_host_port = port.checked_add(1).unwrap_or(FIRST_HOST_PORT);
-            if self.find(guest_port, port).is_none() {
+            if self.connections.find(guest_port, port).is_none() {
                 return port;
             }
         }
@@ -377,8 +358,8 @@ impl Vsock {
     /// Ends connections whose time is over.
     fn expire(&mut self, events: &mut DeviceEvents<'_, '_>) -> Result<(), DeviceFault> {
         let now = Instant::now();
-        for index in 0..self.connections.len() {
-            let Some(connection) = self.connections[index].as_mut() else { continue };
+        for index in 0..self.connections.end() {
+            let Some(connection) = self.connections.get_mut(index) else { continue };
             if connection.deadline.is_none_or(|deadline| deadline > now) {
                 continue;
             }
@@ -410,16 +391,15 @@ impl Vsock {
                 queue.signal()?;
             }
         }
-        for (index, slot) in (CONNECTIONS..).zip(&mut self.connections) {
-            if let Some(connection) = slot {
-                connection.watch(index, self.starved, events)?;
-            }
+        for (index, connection) in self.connections.iter_mut() {
+            // At most MAX_CONNECTIONS.
+            connection.watch(CONNECTIONS + index as u32, self.starved, events)?;
         }
         self.set_alarm()
     }
 
     fn set_alarm(&mut self) -> Result<(), DeviceFault> {
-        let earliest = self.connections.iter().flatten().filter_map(|connection| connection.deadline).min();
+        let earliest = self.connections.iter().filter_map(|connection| connection.deadline).min();
         if earliest == self.alarm {
             return Ok(());
         }
@@ -478,7 +458,7 @@ impl VirtioDevice for Vsock {
             return Err("the guest was not told of the end of a connection");
         }
         let connections: Vec<ConnectionState> =
-            self.connections.iter().flatten().map(|connection| connection.state.clone()).collect();
+            self.connections.iter().map(|connection| connection.state.clone()).collect();
         if connections.iter().any(|state| state.host_port >= FIRST_HOST_PORT) {
             return Err("there are connections that the host has opened");
         }
@@ -563,7 +543,7 @@ impl VirtioDevice for Vsock {
             }
             token => {
                 let index = (token - CONNECTIONS) as usize;
-                let Some(connection) = self.connections.get_mut(index).and_then(Option::as_mut) else {
+                let Some(connection) = self.connections.get_mut(index) else {
                     return Ok(());
                 };
                 let hung_up = set.intersects(EventSet::HANG_UP | EventSet::ERROR);
@@ -587,14 +567,10 @@ impl VirtioDevice for Vsock {
     }
 
     fn reset(&mut self, events: &mut DeviceEvents<'_, '_>) {
-        for slot in &mut self.connections {
-            // What the driver was not told of yet may still be opened when it is ready.
-            if slot.as_ref().is_some_and(|connection| connection.state.phase() == Phase::Requested) {
-                continue;
-            }
-            if let Some(connection) = slot.take()
-                && connection.watched.is_some()
-            {
+        // What the driver was not told of yet may still be opened when it is ready.
+        for connection in self.connections.take_if(|connection| connection.state.phase() != Phase::Requested)
+        {
+            if connection.watched.is_some() {
                 // It was watched, so this can't fail; and there is nobody to tell.
                 let _ = events.remove(connection.stream.as_fd());
             }

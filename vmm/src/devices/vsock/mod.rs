@@ -13,6 +13,7 @@ mod device;
 mod link;
 mod packet;
 mod stream;
+mod table;
 #[cfg(test)]
 mod tests;
 
