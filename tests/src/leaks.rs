@@ -134,9 +134,10 @@ fn stays(path: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::process::{Command, Stdio};
+    use std::process::{Child, Command, Stdio};
 
     use super::*;
+    use crate::ensure;
 
     #[test]
     fn half_made_templates_do_not_stay() {
@@ -146,32 +147,40 @@ mod tests {
         assert!(!stays(Path::new("/var/lib/bulkhead/other")));
     }
 
+    /// A process is there before the kernel says what it is.
+    fn has_arguments(child: &Child) -> Outcome {
+        eventually("the process has its arguments", LIMIT, || {
+            let process = node::process(child.id() as i32);
+            ensure!(process.is_some_and(|process| process.command.contains(' ')), "it has none");
+            Ok(())
+        })
+    }
+
     #[test]
     fn a_maker_is_not_waited_for() {
         let before = Snapshot::take(&[]);
         let mut command = Command::new("sh");
         let mut child =
             command.args(["-c", "read line", "make-template"]).stdin(Stdio::piped()).spawn().unwrap();
-        let result = eventually("the maker is noticed", LIMIT, || match before.expect_nothing_left() {
-            Err(failure) if failure.0.contains("still being made") => Ok(()),
-            other => fail!("{other:?}"),
-        });
+        let seen = has_arguments(&child);
+        let result = before.expect_nothing_left();
         child.kill().unwrap();
         child.wait().unwrap();
-        result.unwrap();
+        seen.unwrap();
+        assert!(result.unwrap_err().0.contains("still being made"));
     }
 
     #[test]
     fn a_file_and_a_process_are_noticed() {
-        let directory = std::env::temp_dir().join(format!("bulkhead-leaks-{}", std::process::id()));
-        std::fs::create_dir(&directory).unwrap();
-        let before = Snapshot::take(&[&directory]);
-        std::fs::write(directory.join("left"), "").unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let before = Snapshot::take(&[directory.path()]);
+        std::fs::write(directory.path().join("left"), "").unwrap();
         let mut child = Command::new("sleep").arg("61").spawn().unwrap();
+        let seen = has_arguments(&child);
         let left = before.since();
         child.kill().unwrap();
         child.wait().unwrap();
-        std::fs::remove_dir_all(&directory).unwrap();
+        seen.unwrap();
         assert!(left.iter().any(|item| item.ends_with("/left")), "{left:?}");
         assert!(
             left.iter().any(|item| item.starts_with("process ") && item.ends_with("sleep 61")),
