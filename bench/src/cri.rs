@@ -30,7 +30,7 @@ const BRIDGE: &str = "bulkhead-bench";
 
 /// Why pods through the CRI can't be measured.
 #[derive(Debug, thiserror::Error)]
-pub enum CriError {
+pub(crate) enum CriError {
     /// The pod network's plugins are not there.
     #[error("no CNI plugins: neither {0} nor {CNI_PLUGINS} is there")]
     NoPlugins(PathBuf),
@@ -71,7 +71,7 @@ pub enum CriError {
 }
 
 /// The node.
-pub struct Node {
+pub(crate) struct Node {
     client: Client,
     logs: PathBuf,
     // Ends it when dropped.
@@ -79,7 +79,7 @@ pub struct Node {
 }
 
 /// A pod with one container whose program has begun to print.
-pub struct Pod<'a> {
+pub(crate) struct Pod<'a> {
     node: &'a Node,
     pod: String,
     container: String,
@@ -88,7 +88,7 @@ pub struct Pod<'a> {
 
 /// How long the calls of a start took.
 #[derive(Debug, Clone, Copy)]
-pub struct StartTimes {
+pub(crate) struct StartTimes {
     /// `RunPodSandbox`, network included.
     pub sandbox: Duration,
     /// `CreateContainer`.
@@ -104,7 +104,11 @@ impl Node {
     ///
     /// # Errors
     /// What is missing, or does not work.
-    pub async fn start(directory: &Path, image: &Image, runtimes: &[Runtime]) -> Result<Self, CriError> {
+    pub(crate) async fn start(
+        directory: &Path,
+        image: &Image,
+        runtimes: &[Runtime],
+    ) -> Result<Self, CriError> {
         let ours = node::installed("cni");
         let plugins = if ours.is_dir() { ours.clone() } else { CNI_PLUGINS.into() };
         if !plugins.is_dir() {
@@ -131,7 +135,11 @@ impl Node {
     ///
     /// # Errors
     /// What containerd refuses; the pod is removed then.
-    pub async fn run(&self, runtime: &Runtime, args: &[&str]) -> Result<(Pod<'_>, StartTimes), CriError> {
+    pub(crate) async fn run(
+        &self,
+        runtime: &Runtime,
+        args: &[&str],
+    ) -> Result<(Pod<'_>, StartTimes), CriError> {
         let name = format!("{}-{}", runtime.kind.name(), NEXT.fetch_add(1, Ordering::Relaxed));
         let config = proto::PodSandboxConfig {
             metadata: MessageField::some(proto::PodSandboxMetadata {
@@ -221,7 +229,7 @@ impl Pod<'_> {
     ///
     /// # Errors
     /// What containerd refuses, and an exit code other than 0.
-    pub async fn exec(&self, args: &[&str]) -> Result<(String, Duration), CriError> {
+    pub(crate) async fn exec(&self, args: &[&str]) -> Result<(String, Duration), CriError> {
         let mut cmd = vec![files::PROGRAM.to_owned()];
         cmd.extend(args.iter().map(|&argument| argument.to_owned()));
         let request =
@@ -240,7 +248,7 @@ impl Pod<'_> {
     ///
     /// # Errors
     /// When it has none.
-    pub async fn address(&self) -> Result<Ipv4Addr, CriError> {
+    pub(crate) async fn address(&self) -> Result<Ipv4Addr, CriError> {
         let request =
             proto::PodSandboxStatusRequest { pod_sandbox_id: self.pod.clone(), ..Default::default() };
         let status = self.node.client.pod_sandbox_status(&request).await?.status.unwrap_or_default();
@@ -251,7 +259,7 @@ impl Pod<'_> {
     ///
     /// # Errors
     /// What containerd refuses.
-    pub async fn stop(self) -> Result<Duration, CriError> {
+    pub(crate) async fn stop(self) -> Result<Duration, CriError> {
         let client = &self.node.client;
         let started = Instant::now();
         let request = proto::StopPodSandboxRequest { pod_sandbox_id: self.pod.clone(), ..Default::default() };

@@ -6,19 +6,26 @@
 pub mod arguments;
 pub mod compare;
 pub mod containerd;
-pub mod cri;
+mod cri;
 pub mod node;
 pub mod pod;
 pub mod report;
 pub mod rows;
 pub mod runtime;
-pub mod stats;
-pub mod timeline;
+mod stats;
+mod timeline;
 pub mod workload;
 
 /// containerd's messages, generated from `proto/containerd.proto`.
-#[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used, reason = "generated code")]
-pub mod proto {
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::pedantic,
+    clippy::unwrap_used,
+    reason = "generated code"
+)]
+mod proto {
     include!(concat!(env!("OUT_DIR"), "/proto/mod.rs"));
-    pub use containerd::*;
+    pub(crate) use containerd::*;
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// A process of the node.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Process {
+pub(crate) struct Process {
     /// Its id.
     pub pid: u32,
     /// Its program's file name; for kernel threads, and programs that can't be looked at, what the kernel calls it.
@@ -16,7 +16,7 @@ pub struct Process {
 }
 
 /// The processes that run now, kernel threads included.
-pub fn processes() -> Vec<Process> {
+pub(crate) fn processes() -> Vec<Process> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries
         .filter_map(|entry| {
@@ -38,7 +38,7 @@ pub fn processes() -> Vec<Process> {
 }
 
 /// This process, its parent, its parent's parent and so on.
-pub fn own_ancestry() -> Vec<u32> {
+pub(crate) fn own_ancestry() -> Vec<u32> {
     let parent = |pid: &u32| -> Option<u32> {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
         value_of(&status, "PPid")?.try_into().ok().filter(|parent| *parent > 0)
@@ -50,7 +50,7 @@ pub fn own_ancestry() -> Vec<u32> {
 /// dropped. Pods pages shared through the page cache (programs, templates) do not count, their own pages do.
 ///
 /// `None` if `/proc/meminfo` has not the lines that it should.
-pub fn used_memory() -> Option<u64> {
+pub(crate) fn used_memory() -> Option<u64> {
     used_memory_of(&fs::read_to_string("/proc/meminfo").ok()?)
 }
 
@@ -64,7 +64,7 @@ fn used_memory_of(meminfo: &str) -> Option<u64> {
 /// A process's proportional set size in bytes: its own pages, and its share of those that it shares.
 ///
 /// `None` when it has ended.
-pub fn proportional_set_size(pid: u32) -> Option<u64> {
+pub(crate) fn proportional_set_size(pid: u32) -> Option<u64> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
     Some(value_of(&rollup, "Pss")? * 1024)
 }
@@ -72,7 +72,7 @@ pub fn proportional_set_size(pid: u32) -> Option<u64> {
 /// Pages that a process shares with no other, in bytes.
 ///
 /// `None` when it has ended.
-pub fn unshared_memory(pid: u32) -> Option<u64> {
+pub(crate) fn unshared_memory(pid: u32) -> Option<u64> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
     Some((value_of(&rollup, "Private_Clean")? + value_of(&rollup, "Private_Dirty")?) * 1024)
 }
@@ -81,7 +81,7 @@ pub fn unshared_memory(pid: u32) -> Option<u64> {
 /// the guest's. If a file is mapped in pieces that are as large together, all that lies from the first to the last of them is left out.
 ///
 /// `None` when it has ended.
-pub fn resident_without_large_mappings(pid: u32, excluded: u64) -> Option<u64> {
+pub(crate) fn resident_without_large_mappings(pid: u32, excluded: u64) -> Option<u64> {
     Some(resident_of(&fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?, excluded))
 }
 
@@ -135,13 +135,13 @@ fn value_of(text: &str, name: &str) -> Option<u64> {
 }
 
 /// Where a part is that was installed beside us, as `PREFIX/PLACE`.
-pub fn installed(place: &str) -> PathBuf {
+pub(crate) fn installed(place: &str) -> PathBuf {
     let own = std::env::current_exe().unwrap_or_default();
     own.parent().and_then(Path::parent).unwrap_or(Path::new("/")).join(place)
 }
 
 /// Where a program is, by the PATH.
-pub fn find_program(name: &str) -> Option<PathBuf> {
+pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|directory| directory.join(name)).find(|program| program.is_file())
 }

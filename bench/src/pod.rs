@@ -31,7 +31,7 @@ const SPEC_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
 
 /// What can go wrong with a pod.
 #[derive(Debug, thiserror::Error)]
-pub enum PodError {
+pub(crate) enum PodError {
     /// containerd refused a step.
     #[error("{step}: {source}")]
     Containerd {
@@ -83,7 +83,7 @@ static NEXT_POD: AtomicU64 = AtomicU64::new(1);
 
 /// How long the steps of a start took.
 #[derive(Debug, Clone, PartialEq)]
-pub struct StartTimes {
+pub(crate) struct StartTimes {
     /// When the first call was made, by the monotonic clock.
     pub from: Duration,
     /// From the first call to the first byte of output.
@@ -93,7 +93,7 @@ pub struct StartTimes {
 }
 
 /// A pod whose workload has begun to print.
-pub struct Pod {
+pub(crate) struct Pod {
     pods: Pods,
     id: String,
     fifo: PathBuf,
@@ -109,7 +109,7 @@ impl Pods {
 
     /// The same out of a committed snapshot of another snapshotter.
     #[must_use]
-    pub fn on(&self, snapshotter: &'static str, snapshot: String) -> Self {
+    pub(crate) fn on(&self, snapshotter: &'static str, snapshot: String) -> Self {
         Self { snapshotter, snapshot, ..self.clone() }
     }
 
@@ -119,7 +119,7 @@ impl Pods {
     ///
     /// # Errors
     /// The step that failed.
-    pub async fn start(
+    pub(crate) async fn start(
         &self,
         runtime: &Runtime,
         container: &Container,
@@ -147,7 +147,7 @@ impl Pods {
     ///
     /// # Errors
     /// The step that failed, or a workload that did.
-    pub async fn run(&self, runtime: &Runtime, container: &Container) -> Result<String, PodError> {
+    pub(crate) async fn run(&self, runtime: &Runtime, container: &Container) -> Result<String, PodError> {
         let (mut pod, _) = self.start(runtime, container).await?;
         let output = pod.output_to_end().await;
         let status = pod.pods.client.wait_task(&pod.id).await;
@@ -161,7 +161,7 @@ impl Pods {
 }
 
 /// The container that prints one byte and then idles.
-pub fn idle() -> Container {
+pub(crate) fn idle() -> Container {
     Container { args: vec![files::PROGRAM.to_owned(), "idle".to_owned()], device: None }
 }
 
@@ -228,7 +228,7 @@ impl Pod {
     }
 
     /// The pod's id in containerd.
-    pub fn id(&self) -> &str {
+    pub(crate) fn id(&self) -> &str {
         &self.id
     }
 
@@ -251,7 +251,7 @@ impl Pod {
     ///
     /// # Errors
     /// The step that failed; the later ones are tried all the same.
-    pub async fn stop(self) -> Result<Duration, PodError> {
+    pub(crate) async fn stop(self) -> Result<Duration, PodError> {
         let started = Instant::now();
         let killed = async {
             let client = &self.pods.client;

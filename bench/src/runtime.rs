@@ -12,7 +12,8 @@ use crate::node::find_program;
 use crate::proto;
 
 /// Everything that can be asked for, in the order of the report.
-pub const ALL: [Kind; 5] = [Kind::Runc, Kind::Crun, Kind::Runsc, Kind::Bulkhead, Kind::BulkheadTemplate];
+pub(crate) const ALL: [Kind; 5] =
+    [Kind::Runc, Kind::Crun, Kind::Runsc, Kind::Bulkhead, Kind::BulkheadTemplate];
 
 /// A runtime.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -42,7 +43,7 @@ impl Kind {
     }
 
     /// The runtime of a name.
-    pub fn from_name(name: &str) -> Option<Self> {
+    pub(crate) fn from_name(name: &str) -> Option<Self> {
         ALL.into_iter().find(|kind| kind.name() == name)
     }
 
@@ -141,7 +142,7 @@ impl Runtime {
     ///
     /// # Errors
     /// When its configuration can't be written.
-    pub fn with_changes_on_disk(&self) -> Result<Self, Absent> {
+    pub(crate) fn with_changes_on_disk(&self) -> Result<Self, Absent> {
         let mut changed = self.clone();
         for (_, path) in changed.settings.iter_mut().filter(|_| self.kind.is_bulkhead()) {
             let failed = |source| Absent::Write { path: path.clone(), source };
@@ -155,7 +156,7 @@ impl Runtime {
     }
 
     /// A handler of the CRI plugin for it, in containerd's configuration.
-    pub fn handler(&self) -> String {
+    pub(crate) fn handler(&self) -> String {
         let table =
             format!("plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{}", self.kind.name());
         let settings = self.settings.iter().map(|(key, path)| format!("{key} = \"{}\"\n", path.display()));
@@ -167,7 +168,7 @@ impl Runtime {
     }
 
     /// Its part of a container's record.
-    pub fn record(&self) -> proto::container::Runtime {
+    pub(crate) fn record(&self) -> proto::container::Runtime {
         let options = if self.options.type_url.is_empty() {
             MessageField::none()
         } else {

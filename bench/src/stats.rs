@@ -3,7 +3,7 @@
 /// The `percent`-th percentile by nearest rank, which is always one of the samples; `None` without any.
 ///
 /// With fewer than 100 samples the 99th is the largest.
-pub fn percentile(samples: &[f64], percent: f64) -> Option<f64> {
+pub(crate) fn percentile(samples: &[f64], percent: f64) -> Option<f64> {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
     let rank = (percent / 100.0 * sorted.len() as f64).ceil() as usize;
@@ -12,7 +12,7 @@ pub fn percentile(samples: &[f64], percent: f64) -> Option<f64> {
 
 /// How a later set of samples compares with an earlier one.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Change {
+pub(crate) struct Change {
     /// Median after divided by median before.
     pub ratio: f64,
     /// Whether noise is no likely explanation.
@@ -33,7 +33,7 @@ const ENOUGH: usize = 8;
 /// With at least eight samples on both sides by the Mann-Whitney U test (two-sided, 1 %, corrected for ties), which assumes
 /// nothing about the distribution; with fewer, the two ranges must not overlap. Either way the medians must differ by more than
 /// a floor (2 %, 5 % for few samples).
-pub fn compare(before: &[f64], after: &[f64]) -> Option<Change> {
+pub(crate) fn compare(before: &[f64], after: &[f64]) -> Option<Change> {
     let (before_median, after_median) = (percentile(before, 50.0)?, percentile(after, 50.0)?);
     if before_median <= 0.0 {
         return None;

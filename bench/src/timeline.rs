@@ -9,11 +9,11 @@
 use std::time::Duration;
 
 /// Phases in order, with their durations.
-pub type Phases = Vec<(String, Duration)>;
+pub(crate) type Phases = Vec<(String, Duration)>;
 
 /// The start of a pod, seen from outside: times of the monotonic clock.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Window {
+pub(crate) struct Window {
     /// The pod.
     pub id: String,
     /// When the first call was made.
@@ -25,7 +25,7 @@ pub struct Window {
 /// The phases of a pod's start, if the log has them. What is left after the last stamp is the phase `output`.
 ///
 /// `None` when there is no line for this pod or its times are not in order within the window: then they are not of this clock.
-pub fn phases(log: &str, window: &Window) -> Option<Phases> {
+pub(crate) fn phases(log: &str, window: &Window) -> Option<Phases> {
     let mut last = window.from;
     let mut phases = Phases::new();
     for (name, time) in stamps(log, &window.id)? {
@@ -40,7 +40,7 @@ pub fn phases(log: &str, window: &Window) -> Option<Phases> {
 /// From the end of the phase `since` until the agent's first answer.
 ///
 /// `None` when the timeline has not both.
-pub fn until_agent(phases: &Phases, since: &str) -> Option<Duration> {
+pub(crate) fn until_agent(phases: &Phases, since: &str) -> Option<Duration> {
     let place = |wanted: &str| phases.iter().position(|(name, _)| name == wanted);
     let (begin, agent) = (place(since)?, place("agent")?);
     Some(phases.get(begin + 1..=agent)?.iter().map(|(_, duration)| *duration).sum())

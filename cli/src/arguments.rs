@@ -9,7 +9,7 @@ use crate::containerd::Version;
 use crate::{check, install};
 
 /// What `bulkhead --help` prints.
-pub const HELP: &str = "\
+pub(crate) const HELP: &str = "\
 usage: bulkhead check [--json] [--prefix DIR] [--config FILE] [--containerd-config FILE] [--kvm DEVICE]
        bulkhead check --kvm-kind [--kvm DEVICE]
        bulkhead install [--from DIR] [--prefix DIR] [--root DIR [--chroot]] [--containerd-config FILE]
@@ -62,14 +62,14 @@ template verify   Reads templates completely and compares their digests; exit co
 
 /// The arguments, checked.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Arguments {
+pub(crate) struct Arguments {
     /// What to do.
     pub command: Command,
 }
 
 /// What to do.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Command {
+pub(crate) enum Command {
     /// Print [`HELP`].
     Help,
     /// Print the version.
@@ -118,7 +118,7 @@ pub enum Command {
 
 /// What to do with templates.
 #[derive(Debug, PartialEq, Eq)]
-pub enum TemplateAction {
+pub(crate) enum TemplateAction {
     /// Make one.
     Build {
         /// Number of vCPUs, as in the annotation.
@@ -138,7 +138,7 @@ pub enum TemplateAction {
 
 /// Which templates.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Selection {
+pub(crate) enum Selection {
     /// Every one.
     All,
     /// Those whose keys begin with these.
@@ -147,7 +147,7 @@ pub enum Selection {
 
 /// A command line that makes no sense.
 #[derive(Debug, thiserror::Error)]
-pub enum ArgumentsError {
+pub(crate) enum ArgumentsError {
     /// Nothing was asked for.
     #[error("no command given; bulkhead --help lists them")]
     NoCommand,
@@ -179,7 +179,7 @@ impl Arguments {
     ///
     /// # Errors
     /// Unknown or contradictory arguments.
-    pub fn parse(mut parser: Parser) -> Result<Self, ArgumentsError> {
+    pub(crate) fn parse(mut parser: Parser) -> Result<Self, ArgumentsError> {
         let command = match parser.next()? {
             None => return Err(ArgumentsError::NoCommand),
             Some(Arg::Long("help") | Arg::Short('h')) => Command::Help,

@@ -8,13 +8,13 @@ use bulkhead_base::parts;
 use toml::{Table, Value};
 
 /// Where containerd looks unless it is told otherwise.
-pub const DEFAULT_FILE: &str = "/etc/containerd/config.toml";
+pub(crate) const DEFAULT_FILE: &str = "/etc/containerd/config.toml";
 
 /// The runtime's name in RuntimeClasses.
-pub const HANDLER: &str = "bulkhead";
+pub(crate) const HANDLER: &str = "bulkhead";
 
 /// The runtime's type; containerd makes the shim's name of it.
-pub const RUNTIME_TYPE: &str = "io.containerd.bulkhead.v1";
+pub(crate) const RUNTIME_TYPE: &str = "io.containerd.bulkhead.v1";
 
 /// Directories in which containerd, as distributions start it, finds the shim by its name.
 const SEARCHED: [&str; 6] = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
@@ -27,7 +27,7 @@ const MAX_FILES: usize = 64;
 
 /// A configuration that can't be made sense of.
 #[derive(Debug, thiserror::Error)]
-pub enum ContainerdError {
+pub(crate) enum ContainerdError {
     /// It can't be read.
     #[error("can't read containerd's configuration {path}: {source}")]
     Read {
@@ -59,7 +59,7 @@ pub enum ContainerdError {
 
 /// The versions of the configuration that have what a runtime needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Version {
+pub(crate) enum Version {
     /// containerd 1.x.
     Two,
     /// containerd 2.x.
@@ -70,7 +70,7 @@ pub enum Version {
 
 impl Version {
     /// The version with a number.
-    pub fn from_number(number: i64) -> Option<Self> {
+    pub(crate) fn from_number(number: i64) -> Option<Self> {
         match number {
             2 => Some(Self::Two),
             3 => Some(Self::Three),
@@ -80,7 +80,7 @@ impl Version {
     }
 
     /// Its number.
-    pub fn number(self) -> i64 {
+    pub(crate) fn number(self) -> i64 {
         match self {
             Self::Two => 2,
             Self::Three => 3,
@@ -89,7 +89,7 @@ impl Version {
     }
 
     /// The plugin in whose section runtimes are.
-    pub fn plugin(self) -> &'static str {
+    pub(crate) fn plugin(self) -> &'static str {
         match self {
             Self::Two => "io.containerd.grpc.v1.cri",
             Self::Three | Self::Four => "io.containerd.cri.v1.runtime",
@@ -99,7 +99,7 @@ impl Version {
 
 /// The main file, parsed.
 #[derive(Debug)]
-pub struct Configuration {
+pub(crate) struct Configuration {
     /// Where it is, as containerd sees it.
     pub path: PathBuf,
     /// Which version it has.
@@ -113,7 +113,7 @@ impl Configuration {
     ///
     /// # Errors
     /// A file that can't be read, or can't be made sense of.
-    pub fn load(root: &Path, path: &Path) -> Result<Option<Self>, ContainerdError> {
+    pub(crate) fn load(root: &Path, path: &Path) -> Result<Option<Self>, ContainerdError> {
         let Some(table) = read(root, path)? else { return Ok(None) };
         let number = table.get("version").and_then(Value::as_integer).unwrap_or(1);
         let version = Version::from_number(number)
@@ -122,17 +122,17 @@ impl Configuration {
     }
 
     /// Whether the main file imports a file.
-    pub fn imports(&self, file: &Path) -> bool {
+    pub(crate) fn imports(&self, file: &Path) -> bool {
         imports(&self.table, &self.path).iter().any(|pattern| fits(pattern, file))
     }
 
     /// The section of the plugin with the runtimes in the main file.
-    pub fn section(&self) -> Option<&Table> {
+    pub(crate) fn section(&self) -> Option<&Table> {
         section(&self.table, self.version.plugin())
     }
 
     /// Whether the CRI plugin is switched off, as Docker's packages have it.
-    pub fn is_cri_disabled(&self) -> bool {
+    pub(crate) fn is_cri_disabled(&self) -> bool {
         let disabled = self.table.get("disabled_plugins").and_then(Value::as_array);
         let names = ["cri", "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"];
         disabled.is_some_and(|all| all.iter().filter_map(Value::as_str).any(|name| names.contains(&name)))
@@ -142,7 +142,7 @@ impl Configuration {
     ///
     /// # Errors
     /// An imported file that can't be read or made sense of.
-    pub fn handler(&self) -> Result<Option<(PathBuf, Table)>, ContainerdError> {
+    pub(crate) fn handler(&self) -> Result<Option<(PathBuf, Table)>, ContainerdError> {
         let mut found = handler(&self.table, self.version).map(|table| (self.path.clone(), table));
         let mut pending = imports(&self.table, &self.path);
         let mut seen = vec![self.path.clone()];
@@ -164,17 +164,17 @@ impl Configuration {
 }
 
 /// A path of the system in `root`.
-pub fn in_root(root: &Path, path: &Path) -> PathBuf {
+pub(crate) fn in_root(root: &Path, path: &Path) -> PathBuf {
     root.join(path.strip_prefix("/").unwrap_or(path))
 }
 
 /// Whether containerd finds the shim in `prefix` by its name alone.
-pub fn is_searched(prefix: &Path) -> bool {
+pub(crate) fn is_searched(prefix: &Path) -> bool {
     SEARCHED.iter().any(|directory| Path::new(directory) == prefix.join("bin"))
 }
 
 /// The shim as containerd finds it: where a runtime's table says, or by its name.
-pub fn find_shim(root: &Path, handler: &Table) -> Result<PathBuf, String> {
+pub(crate) fn find_shim(root: &Path, handler: &Table) -> Result<PathBuf, String> {
     let kind = handler.get("runtime_type").and_then(Value::as_str).unwrap_or_default();
     if kind != RUNTIME_TYPE {
         return Err(format!("runtime_type is {kind:?} and not {RUNTIME_TYPE:?}"));
@@ -195,7 +195,7 @@ pub fn find_shim(root: &Path, handler: &Table) -> Result<PathBuf, String> {
 ///
 /// With version 2 a containerd before 2.0 takes an imported file's section of a plugin in the place of the main file's, so the
 /// main file's is repeated there.
-pub fn drop_in(version: Version, prefix: &Path, main: Option<&Table>) -> String {
+pub(crate) fn drop_in(version: Version, prefix: &Path, main: Option<&Table>) -> String {
     let mut runtime = Table::new();
     runtime.insert("runtime_type".into(), RUNTIME_TYPE.into());
     if !is_searched(prefix) {

@@ -10,7 +10,7 @@ struct Logger;
 static LOGGER: Logger = Logger;
 
 /// Sends warnings and errors of the `log` crate to standard error.
-pub fn init() {
+pub(crate) fn init() {
     // The only failure is a logger that is set already.
     if log::set_logger(&LOGGER).is_ok() {
         log::set_max_level(LevelFilter::Warn);

@@ -16,7 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What keeps a command from being carried out.
 #[derive(Debug, thiserror::Error)]
-pub enum TemplateError {
+pub(crate) enum TemplateError {
     /// The configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -43,7 +43,7 @@ pub enum TemplateError {
 ///
 /// # Errors
 /// What keeps the action from being carried out.
-pub fn run(
+pub(crate) fn run(
     config: Option<PathBuf>,
     action: &TemplateAction,
     out: &mut impl Write,

@@ -64,7 +64,7 @@ const SUBMOUNTS: u32 = 1 << 27;
 const HANDLE_KILLPRIV_V2: u32 = 1 << 28;
 
 /// Answers a checked `INIT` request.
-pub fn answer(session: Session, packet: &[u8], unique: u64) -> Vec<u8> {
+pub(crate) fn answer(session: Session, packet: &[u8], unique: u64) -> Vec<u8> {
     let field = |index: usize| u32_at(packet, IN_HEADER + 4 * index).unwrap_or(0);
     let (major, minor, max_readahead, offered) = (field(0), field(1), field(2), field(3));
     if major < MAJOR || (major == MAJOR && minor < MINOR) {

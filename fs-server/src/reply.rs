@@ -3,12 +3,12 @@
 use bulkhead_vmm_protocol::fuse::OUT_HEADER;
 
 /// A reply that says what went wrong, by a positive errno.
-pub fn error(unique: u64, errno: i32) -> Vec<u8> {
+pub(crate) fn error(unique: u64, errno: i32) -> Vec<u8> {
     message(unique, -errno, &[])
 }
 
 /// A reply with data.
-pub fn data(unique: u64, body: &[u8]) -> Vec<u8> {
+pub(crate) fn data(unique: u64, body: &[u8]) -> Vec<u8> {
     message(unique, 0, body)
 }
 

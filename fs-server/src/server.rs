@@ -17,7 +17,7 @@ use crate::{init, reply};
 use bulkhead_fs::message::{Header, Verdict, check, u64_at};
 
 /// A server for a tree and a socket; any number of workers may share it.
-pub struct Server {
+pub(crate) struct Server {
     /// Connected, of packets that keep their bounds. The standard library's datagram type does for that.
     socket: UnixDatagram,
     tree: std::sync::Arc<SharedTree>,
@@ -26,7 +26,7 @@ pub struct Server {
 
 /// Why a worker can't go on.
 #[derive(Debug, thiserror::Error)]
-pub enum ServerError {
+pub(crate) enum ServerError {
     /// The socket fails, other than by being closed.
     #[error("can't receive FUSE requests")]
     Receive(#[source] io::Error),
@@ -40,18 +40,18 @@ pub enum ServerError {
 
 impl Server {
     /// Serves the tree on the socket.
-    pub fn new(socket: UnixDatagram, tree: SharedTree) -> Self {
+    pub(crate) fn new(socket: UnixDatagram, tree: SharedTree) -> Self {
         let tree = std::sync::Arc::new(tree);
         Server { socket, library: server::Server::new(tree.clone()), tree }
     }
 
     /// The tree it serves.
-    pub fn tree(&self) -> &SharedTree {
+    pub(crate) fn tree(&self) -> &SharedTree {
         &self.tree
     }
 
     /// Serves requests until the other end closes the socket.
-    pub fn run(&self) -> Result<(), ServerError> {
+    pub(crate) fn run(&self) -> Result<(), ServerError> {
         let (mut request, mut reply) = (MessageBuffer::default(), MessageBuffer::default());
         loop {
             let length = match self.receive(&mut request, &mut reply) {

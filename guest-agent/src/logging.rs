@@ -44,7 +44,7 @@ impl Log for Logger {
 }
 
 /// Sends messages to the kernel's log.
-pub fn to_kernel() -> std::io::Result<()> {
+pub(crate) fn to_kernel() -> std::io::Result<()> {
     let kmsg = File::options().write(true).open("/dev/kmsg")?;
     install(Sink::Kernel(kmsg));
     Ok(())

@@ -16,7 +16,7 @@ const MAX_UNCLAIMED: usize = 4096;
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Exit {
+pub(crate) struct Exit {
     /// Exit code, or 128 + the signal.
     pub status: u32,
     /// When, in nanoseconds since the Unix epoch.
@@ -40,7 +40,7 @@ struct State {
 
 /// As long as it lives, ends of unknown processes are kept for [`Reaper::expect`].
 #[derive(Debug)]
-pub struct LaunchGuard<'a>(&'a Reaper);
+pub(crate) struct LaunchGuard<'a>(&'a Reaper);
 
 impl Reaper {
     /// Directs SIGCHLD to a descriptor. Has to be called inside the runtime, before any child is started.
@@ -59,14 +59,14 @@ impl Reaper {
     }
 
     /// Announces a start of processes.
-    pub fn launching(&self) -> LaunchGuard<'_> {
+    pub(crate) fn launching(&self) -> LaunchGuard<'_> {
         self.lock().launches += 1;
         LaunchGuard(self)
     }
 
     /// Hears of the end of a child. To be called before the runtime gets to run other tasks after the child was cloned, or
     /// under a [`LaunchGuard`].
-    pub fn expect(&self, pid: libc::pid_t) -> oneshot::Receiver<Exit> {
+    pub(crate) fn expect(&self, pid: libc::pid_t) -> oneshot::Receiver<Exit> {
         let (sender, receiver) = oneshot::channel();
         let mut state = self.lock();
         match state.unclaimed.remove(&pid) {

@@ -12,7 +12,7 @@ use syscalls::x86_64::Sysno;
 
 /// A file that is not a profile.
 #[derive(Debug, thiserror::Error)]
-pub enum FormatError {
+pub(crate) enum FormatError {
     /// Not JSON, or not of the format.
     #[error("not a profile")]
     Json(#[from] serde_json::Error),
@@ -38,7 +38,7 @@ pub enum FormatError {
 
 /// Reads the profile of that name. As with `seccompiler`, what no rule matches gets `mismatch_action`, calls with 32-bit
 /// pointers and calls newer than the profile included, and other architectures are killed.
-pub fn parse(text: &str, name: &str) -> Result<Profile, FormatError> {
+pub(crate) fn parse(text: &str, name: &str) -> Result<Profile, FormatError> {
     let Entries(mut entries) = serde_json::from_str(text)?;
     let file = match (entries.pop(), entries.pop()) {
         (Some((only, file)), None) if only == name => file,

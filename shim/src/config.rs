@@ -11,22 +11,22 @@ use bulkhead_vmm_protocol::{MAX_VCPUS, MIN_MEMORY_MIB};
 use log::LevelFilter;
 use serde::{Deserialize, Serialize};
 
-pub use self::root_changes::RootChanges;
+pub(crate) use self::root_changes::RootChanges;
 use crate::error::{Classify, Code};
 use crate::quantity::{self, QuantityError};
 use crate::sizing::{self, Demand, SizeError};
 
 /// Read when the runtime options name no other file, if it exists.
-pub const DEFAULT_FILE: &str = "/etc/bulkhead/config.toml";
+pub(crate) const DEFAULT_FILE: &str = "/etc/bulkhead/config.toml";
 
 /// Number of vCPUs of this pod.
-pub const VCPUS_ANNOTATION: &str = "io.bulkhead.vcpus";
+pub(crate) const VCPUS_ANNOTATION: &str = "io.bulkhead.vcpus";
 
 /// Guest memory of this pod, as a Kubernetes quantity.
-pub const MEMORY_ANNOTATION: &str = "io.bulkhead.memory";
+pub(crate) const MEMORY_ANNOTATION: &str = "io.bulkhead.memory";
 
 /// What the names of all our annotations begin with.
-pub const ANNOTATIONS: &str = "io.bulkhead.";
+pub(crate) const ANNOTATIONS: &str = "io.bulkhead.";
 
 /// A configuration file is never near this size, in bytes.
 const MAX_FILE: usize = 64 * 1024;

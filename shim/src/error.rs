@@ -2,8 +2,8 @@
 
 use std::error::Error;
 
-pub use bulkhead_base::chain;
-pub use ttrpc::Code;
+pub(crate) use bulkhead_base::chain;
+pub(crate) use ttrpc::Code;
 
 /// An error as containerd sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,29 +15,29 @@ pub struct ApiError {
 }
 
 /// An error type of this crate that knows its code.
-pub trait Classify: Error {
+pub(crate) trait Classify: Error {
     /// The code for containerd.
     fn code(&self) -> Code;
 }
 
 impl ApiError {
     /// An error without a source.
-    pub fn new(code: Code, message: impl Into<String>) -> ApiError {
+    pub(crate) fn new(code: Code, message: impl Into<String>) -> ApiError {
         ApiError { code, message: message.into() }
     }
 
     /// The object that a request names does not exist, or no longer.
-    pub fn not_found(message: impl Into<String>) -> ApiError {
+    pub(crate) fn not_found(message: impl Into<String>) -> ApiError {
         ApiError::new(Code::NOT_FOUND, message)
     }
 
     /// The object is in a state in which the request can't be carried out.
-    pub fn precondition(message: impl Into<String>) -> ApiError {
+    pub(crate) fn precondition(message: impl Into<String>) -> ApiError {
         ApiError::new(Code::FAILED_PRECONDITION, message)
     }
 
     /// The request itself is wrong.
-    pub fn invalid(message: impl Into<String>) -> ApiError {
+    pub(crate) fn invalid(message: impl Into<String>) -> ApiError {
         ApiError::new(Code::INVALID_ARGUMENT, message)
     }
 }
@@ -61,7 +61,7 @@ impl std::fmt::Display for ApiError {
 }
 
 /// Makes text from the guest fit for a message or a log line: one line, no control characters, at most `limit` bytes.
-pub fn untrusted(text: &str, limit: usize) -> String {
+pub(crate) fn untrusted(text: &str, limit: usize) -> String {
     let mut clean = String::new();
     for character in text.trim_matches(|c: char| c.is_whitespace() || c.is_control()).chars() {
         if clean.len() + character.len_utf8() > limit {

@@ -35,7 +35,7 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_
 /// An event of a task.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs, reason = "the messages document themselves")]
-pub enum Event {
+pub(crate) enum Event {
     Create(TaskCreate),
     Start(TaskStart),
     ExecAdded(TaskExecAdded),
@@ -79,7 +79,7 @@ impl Event {
 }
 
 /// A point in time for containerd.
-pub fn timestamp(ns: i64) -> MessageField<Timestamp> {
+pub(crate) fn timestamp(ns: i64) -> MessageField<Timestamp> {
     MessageField::some(Timestamp {
         seconds: ns.div_euclid(1_000_000_000),
         nanos: ns.rem_euclid(1_000_000_000) as i32,
@@ -89,7 +89,7 @@ pub fn timestamp(ns: i64) -> MessageField<Timestamp> {
 
 /// The sending end of the queue.
 #[derive(Debug, Clone)]
-pub struct Publisher {
+pub(crate) struct Publisher {
     namespace: Arc<str>,
     /// `None` where nobody listens.
     queue: Option<mpsc::UnboundedSender<Envelope>>,
@@ -101,7 +101,7 @@ pub struct Publisher {
 impl Publisher {
     /// Publishes to the containerd at `address` (its ttrpc socket; empty for nobody) for a containerd namespace. Must be
     /// called in a runtime.
-    pub fn start(address: &str, namespace: &str) -> Publisher {
+    pub(crate) fn start(address: &str, namespace: &str) -> Publisher {
         let waiting = Arc::new(AtomicUsize::new(0));
         let (done_sender, done) = watch::channel(());
         if address.is_empty() {
@@ -113,12 +113,12 @@ impl Publisher {
     }
 
     /// The containerd namespace.
-    pub fn namespace(&self) -> &str {
+    pub(crate) fn namespace(&self) -> &str {
         &self.namespace
     }
 
     /// Queues an event. Never waits.
-    pub fn publish(&self, event: Event) {
+    pub(crate) fn publish(&self, event: Event) {
         let Some(queue) = &self.queue else { return };
         let (topic, type_name) = event.names();
         if self.waiting.load(Ordering::Relaxed) >= MAX_WAITING {
@@ -143,7 +143,7 @@ impl Publisher {
     }
 
     /// Waits until containerd has all events, or the time is up.
-    pub async fn flush(&self, limit: Duration) {
+    pub(crate) async fn flush(&self, limit: Duration) {
         let mut done = self.done.clone();
         let all_done = async {
             while self.waiting.load(Ordering::Relaxed) > 0 {

@@ -38,7 +38,7 @@ const FILE: &str = "bulkhead-hooks.json";
 
 /// When a hook runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Moment {
+pub(crate) enum Moment {
     /// The pod's namespaces exist (deprecated, and what Docker uses).
     Prestart,
     /// The pod's namespaces exist.
@@ -62,7 +62,7 @@ impl Moment {
 
 /// Why a hook did not do its work.
 #[derive(Debug, thiserror::Error)]
-pub enum HookError {
+pub(crate) enum HookError {
     /// It can't be run.
     #[error("can't run the {moment} hook {path}")]
     Start {
@@ -105,7 +105,7 @@ impl Classify for HookError {
 
 /// The hooks of one container, and what they hear of it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct HostHooks {
+pub(crate) struct HostHooks {
     id: String,
     bundle: PathBuf,
     version: String,
@@ -126,7 +126,7 @@ fn of_creation(hooks: &oci_spec::runtime::Hooks) -> Vec<(Moment, Hook)> {
 
 impl HostHooks {
     /// Those of a specification, if it has any for the host.
-    pub fn of(spec: &Spec, id: &str, bundle: &Path) -> Option<HostHooks> {
+    pub(crate) fn of(spec: &Spec, id: &str, bundle: &Path) -> Option<HostHooks> {
         let hooks = spec.hooks().as_ref()?;
         let list = |hooks: &Option<Vec<Hook>>| hooks.clone().unwrap_or_default();
         let all = HostHooks {
@@ -142,7 +142,7 @@ impl HostHooks {
     }
 
     /// Runs those of the creation; `pid` is a process in the pod's network namespace. From here on [`finish`] has to follow.
-    pub async fn create(&self, pid: u32) -> Result<(), HookError> {
+    pub(crate) async fn create(&self, pid: u32) -> Result<(), HookError> {
         let path = self.bundle.join(FILE);
         let record = serde_json::to_vec(self).map_err(io::Error::other);
         record
@@ -187,12 +187,12 @@ impl HostHooks {
 }
 
 /// Whether the container has any hooks that run on the host.
-pub fn are_recorded(bundle: &Path) -> bool {
+pub(crate) fn are_recorded(bundle: &Path) -> bool {
     bundle.join(FILE).exists()
 }
 
 /// Runs the hooks of a container that has been started.
-pub async fn started(bundle: &Path, pid: u32) {
+pub(crate) async fn started(bundle: &Path, pid: u32) {
     let Some(hooks) = HostHooks::load(bundle).filter(|hooks| !hooks.poststart.is_empty()) else { return };
     let running = tokio::task::spawn_blocking(move || {
         hooks.run_all(Moment::Poststart, &hooks.poststart, &hooks.state("running", Some(pid)), LONGEST_LIMIT);
@@ -201,7 +201,7 @@ pub async fn started(bundle: &Path, pid: u32) {
 }
 
 /// Runs the hooks of a container that is gone, as far as its creation got; once.
-pub async fn finish(bundle: &Path) {
+pub(crate) async fn finish(bundle: &Path) {
     // Next to no container has any: nothing is started for a file that is not there.
     if HostHooks::load(bundle).is_none() {
         return;
@@ -211,7 +211,7 @@ pub async fn finish(bundle: &Path) {
 }
 
 /// The same without a runtime, and within a limit.
-pub fn finish_within(bundle: &Path, limit: Duration) {
+pub(crate) fn finish_within(bundle: &Path, limit: Duration) {
     let Some(hooks) = HostHooks::load(bundle) else { return };
     hooks.run_all(Moment::Poststop, &hooks.poststop, &hooks.state("stopped", None), limit);
     if let Err(error) = fs::remove_file(bundle.join(FILE)) {

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 /// A token bucket.
 #[derive(Debug)]
-pub struct RateLimit {
+pub(crate) struct RateLimit {
     /// Tokens that can be saved up.
     burst: u32,
     /// How long one token takes to come.
@@ -18,12 +18,12 @@ pub struct RateLimit {
 
 impl RateLimit {
     /// Allows `burst` at once and then one in each `interval`.
-    pub fn new(burst: u32, interval: Duration) -> RateLimit {
+    pub(crate) fn new(burst: u32, interval: Duration) -> RateLimit {
         RateLimit { burst, interval, tokens: burst, refilled: Instant::now(), refused: 0 }
     }
 
     /// Whether it may happen now.
-    pub fn allow(&mut self) -> bool {
+    pub(crate) fn allow(&mut self) -> bool {
         let now = Instant::now();
         let due = now.duration_since(self.refilled).as_nanos() / self.interval.as_nanos().max(1);
         if due > 0 {
@@ -40,7 +40,7 @@ impl RateLimit {
     }
 
     /// How many were refused since this was last asked.
-    pub fn take_refused(&mut self) -> u64 {
+    pub(crate) fn take_refused(&mut self) -> u64 {
         std::mem::take(&mut self.refused)
     }
 }

@@ -24,7 +24,7 @@ struct FifoLog {
 /// Sends the log of this process to the FIFO at `path`, and panics and the like on standard error with it.
 ///
 /// Without a FIFO (no containerd: tests and people) the log stays on standard error.
-pub fn init(path: &Path, pod: &str, level: LevelFilter) -> io::Result<()> {
+pub(crate) fn init(path: &Path, pod: &str, level: LevelFilter) -> io::Result<()> {
     let opened =
         OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
     let file = match opened {

@@ -84,7 +84,7 @@ pub fn ask(address: &str, method: Method, question: &str) -> Result<String, AskE
 }
 
 /// The service.
-pub fn service(shim: &Arc<Shim>) -> HashMap<String, Service> {
+pub(crate) fn service(shim: &Arc<Shim>) -> HashMap<String, Service> {
     let methods = [Method::Logs, Method::Ask].into_iter().map(|method| {
         let handler: Box<dyn MethodHandler + Send + Sync> = Box::new(Handler { method, shim: shim.clone() });
         (method.name().to_owned(), handler)

@@ -56,7 +56,7 @@ impl Classify for OptionsError {
 
 impl RuntimeOptions {
     /// The environment of the shim's server that hands the configuration on to it. The cgroup is dealt with by then.
-    pub fn to_environment(&self) -> [(&'static str, Option<OsString>); 2] {
+    pub(crate) fn to_environment(&self) -> [(&'static str, Option<OsString>); 2] {
         let (file, body) = match &self.config {
             Source::Default => (None, None),
             Source::File(path) => (Some(path.clone().into_os_string()), None),
@@ -66,7 +66,7 @@ impl RuntimeOptions {
     }
 
     /// What [`RuntimeOptions::to_environment`] has made.
-    pub fn from_environment() -> RuntimeOptions {
+    pub(crate) fn from_environment() -> RuntimeOptions {
         let [file, body] = ENVIRONMENT.map(std::env::var_os);
         let config = match (file, body) {
             (Some(path), _) => Source::File(PathBuf::from(path)),

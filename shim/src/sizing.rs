@@ -23,7 +23,7 @@ const CRI_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
 const SMALLEST_MIB: u64 = 256;
 
 /// CPU time is divided in periods of so many microseconds unless something else is said.
-pub const USUAL_PERIOD: u64 = 100_000;
+pub(crate) const USUAL_PERIOD: u64 = 100_000;
 
 /// CPU shares that the kubelet gives for one requested CPU.
 const SHARES_PER_CPU: u64 = 1024;
@@ -111,7 +111,7 @@ impl Demand {
     }
 
     /// Of the CRI's numbers for a pod's containers together (`LinuxContainerResources`), in which nothing is 0.
-    pub fn of_numbers(memory_limit: i64, cpu_quota: i64, cpu_period: i64, cpu_shares: i64) -> Demand {
+    pub(crate) fn of_numbers(memory_limit: i64, cpu_quota: i64, cpu_period: i64, cpu_shares: i64) -> Demand {
         let shares = u64::try_from(cpu_shares).unwrap_or(0);
         Demand {
             memory: limit(memory_limit),
@@ -130,7 +130,7 @@ impl Demand {
     }
 
     /// What it asks for beyond a machine of this size, in words that name both numbers.
-    pub fn beyond(&self, size: Size) -> Option<String> {
+    pub(crate) fn beyond(&self, size: Size) -> Option<String> {
         let mut words = Vec::new();
         if let Some(memory) = self.memory.filter(|memory| *memory > room(size.memory_mib)) {
             words.push(format!(
@@ -166,7 +166,7 @@ fn own_use(room_mib: u64) -> u64 {
 }
 
 /// Bytes of a machine's memory that its containers can use.
-pub fn room(memory_mib: u32) -> u64 {
+pub(crate) fn room(memory_mib: u32) -> u64 {
     // The largest room that the machine holds together with what is not for containers.
     let rest = u64::from(memory_mib).saturating_sub(64);
     (rest - rest / 33) << 20
@@ -174,7 +174,7 @@ pub fn room(memory_mib: u32) -> u64 {
 
 /// The size for a pod that asks for `demand`: `default` or larger, and within `maxima`. Where the operator names no maximum it
 /// is what the host has, and a pod that asks for more gets that, as it would without a machine of its own.
-pub fn choose(demand: &Demand, default: Size, maxima: Maxima) -> Result<Size, SizeError> {
+pub(crate) fn choose(demand: &Demand, default: Size, maxima: Maxima) -> Result<Size, SizeError> {
     choose_on(demand, default, maxima, host())
 }
 

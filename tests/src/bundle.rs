@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::failure::{Explain, Outcome};
 
 /// The OCI process object for a command, as `ctr` writes it.
-pub fn process(command: &[&str]) -> Value {
+pub(crate) fn process(command: &[&str]) -> Value {
     json!({
         "user": { "uid": 0, "gid": 0 },
         "args": command,
@@ -23,17 +23,17 @@ pub fn process(command: &[&str]) -> Value {
 }
 
 /// The sets of a process with these capabilities, none of them inheritable.
-pub fn capabilities(names: &[&str]) -> Value {
+pub(crate) fn capabilities(names: &[&str]) -> Value {
     json!({ "bounding": names, "effective": names, "permitted": names })
 }
 
 /// A shell script as a command.
-pub fn shell(script: &str) -> Value {
+pub(crate) fn shell(script: &str) -> Value {
     process(&["/bin/sh", "-c", script])
 }
 
 /// An OCI specification around a process, as `ctr` writes it.
-pub fn spec(id: &str, process: Value) -> Value {
+pub(crate) fn spec(id: &str, process: Value) -> Value {
     json!({
         "ociVersion": "1.2.1",
         "process": process,
@@ -60,13 +60,13 @@ pub fn spec(id: &str, process: Value) -> Value {
 }
 
 /// A bind mount of the host for a specification's `mounts`.
-pub fn bind(source: &Path, destination: &str, options: &[&str]) -> Value {
+pub(crate) fn bind(source: &Path, destination: &str, options: &[&str]) -> Value {
     json!({ "destination": destination, "type": "bind", "source": source, "options": options })
 }
 
 /// A bundle directory and its writable layer.
 #[derive(Debug, Clone)]
-pub struct Bundle {
+pub(crate) struct Bundle {
     /// The container's id.
     pub id: String,
     /// The directory that containerd would make for it.
@@ -82,7 +82,7 @@ impl Bundle {
     ///
     /// # Errors
     /// When its files can't be made.
-    pub fn new(directory: &Path, id: &str, lower: &Path, spec: &Value) -> Outcome<Self> {
+    pub(crate) fn new(directory: &Path, id: &str, lower: &Path, spec: &Value) -> Outcome<Self> {
         let path = directory.join("bundles").join(id);
         let layers = directory.join("layers").join(id);
         let (upper, work) = (layers.join("fs"), layers.join("work"));
@@ -109,7 +109,7 @@ impl Bundle {
     ///
     /// # Errors
     /// What can't be removed.
-    pub fn remove(&self) -> Outcome {
+    pub(crate) fn remove(&self) -> Outcome {
         for directory in [Some(self.path.as_path()), self.upper.parent()].into_iter().flatten() {
             fs::remove_dir_all(directory)
                 .explain(|| format!("remove {} after the delete", directory.display()))?;

@@ -23,7 +23,7 @@ static COUNTER: AtomicU32 = AtomicU32::new(0);
 
 /// A directory of our own for state, sockets and mounts.
 #[derive(Debug)]
-pub struct WorkDir {
+pub(crate) struct WorkDir {
     path: PathBuf,
 }
 
@@ -32,7 +32,7 @@ impl WorkDir {
     ///
     /// # Errors
     /// When it can't be made.
-    pub fn new(name: &str) -> Outcome<Self> {
+    pub(crate) fn new(name: &str) -> Outcome<Self> {
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         let path = std::env::temp_dir().join(format!("bulkhead-{name}-{}-{number}", process::id()));
         fs::create_dir(&path).explain(|| format!("make {}", path.display()))?;
@@ -41,7 +41,7 @@ impl WorkDir {
     }
 
     /// The directory.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 }

@@ -24,7 +24,7 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long one `ctr` command may take unless the caller says otherwise.
-pub const CTR_LIMIT: Duration = Duration::from_secs(30);
+pub(crate) const CTR_LIMIT: Duration = Duration::from_secs(30);
 
 /// What containers through `ctr` need none of; without it containerd starts faster.
 const WITHOUT_CRI: [&str; 4] = [
@@ -82,7 +82,10 @@ impl PrivateContainerd {
     ///
     /// # Errors
     /// As [`start`](Self::start).
-    pub fn start_with_cri(layout: &Layout, plugins: impl FnOnce(&Path) -> Outcome<String>) -> Outcome<Self> {
+    pub(crate) fn start_with_cri(
+        layout: &Layout,
+        plugins: impl FnOnce(&Path) -> Outcome<String>,
+    ) -> Outcome<Self> {
         Self::start_configured(layout, &WITHOUT_ANYWAY, plugins)
     }
 
@@ -112,7 +115,7 @@ impl PrivateContainerd {
     ///
     /// # Errors
     /// When either does not work in time.
-    pub fn restart(&mut self) -> Outcome {
+    pub(crate) fn restart(&mut self) -> Outcome {
         self.stop()?;
         self.launch()
     }
@@ -134,7 +137,7 @@ impl PrivateContainerd {
     ///
     /// # Errors
     /// When `ctr` fails.
-    pub fn import_for(&self, image: &str, snapshotter: &str) -> Outcome<String> {
+    pub(crate) fn import_for(&self, image: &str, snapshotter: &str) -> Outcome<String> {
         let archive = self.layout.image(image).display().to_string();
         self.ctr(&["image", "import", "--local", "--snapshotter", snapshotter, &archive])?
             .success("ctr image import")?;
@@ -145,7 +148,7 @@ impl PrivateContainerd {
     ///
     /// # Errors
     /// When `ctr` fails.
-    pub fn import_for_cri(&self, image: &str) -> Outcome<String> {
+    pub(crate) fn import_for_cri(&self, image: &str) -> Outcome<String> {
         let archive = self.layout.image(image).display().to_string();
         self.ctr(&["-n", "k8s.io", "image", "import", "--local", &archive])?.success("ctr image import")?;
         Ok(format!("bulkhead.test/{image}:1"))
@@ -171,7 +174,7 @@ impl PrivateContainerd {
     ///
     /// # Errors
     /// When it can't be started.
-    pub fn ctr_running(&self, arguments: &[&str]) -> Outcome<Running> {
+    pub(crate) fn ctr_running(&self, arguments: &[&str]) -> Outcome<Running> {
         Running::start(&mut self.ctr_command(arguments))
     }
 
@@ -193,7 +196,7 @@ impl PrivateContainerd {
     }
 
     /// The end of containerd's log, which has the shims' logs too.
-    pub fn log_tail(&self, lines: usize) -> String {
+    pub(crate) fn log_tail(&self, lines: usize) -> String {
         let log = fs::read_to_string(self.log_path()).unwrap_or_default();
         let all: Vec<&str> = log.lines().collect();
         all[all.len().saturating_sub(lines)..].join("\n")
@@ -257,7 +260,7 @@ impl PrivateContainerd {
     }
 
     /// The socket of its gRPC server.
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.path().join("containerd.sock")
     }
 

@@ -29,7 +29,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(20);
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// The image of the cases.
-pub const IMAGE: &str = "busybox";
+pub(crate) const IMAGE: &str = "busybox";
 
 /// Where Docker puts the control groups of its containers.
 const CGROUP_PARENT: &str = "docker";
@@ -39,7 +39,7 @@ const PROGRAMS: [&str; 4] = ["dockerd", "docker", "docker-proxy", "docker-init"]
 
 /// A daemon, whose containers run in microVMs unless a command says otherwise.
 #[derive(Debug)]
-pub struct Docker {
+pub(crate) struct Docker {
     daemon: Option<Child>,
     layout: Layout,
     network: NetworkNamespace,
@@ -49,7 +49,7 @@ pub struct Docker {
 
 impl Docker {
     /// Whether its programs are here.
-    pub fn is_there(layout: &Layout) -> bool {
+    pub(crate) fn is_there(layout: &Layout) -> bool {
         PROGRAMS.iter().all(|name| layout.find(name).is_ok())
     }
 
@@ -57,7 +57,7 @@ impl Docker {
     ///
     /// # Errors
     /// When either does not serve, with the end of its log.
-    pub fn start(layout: &Layout) -> Outcome<Self> {
+    pub(crate) fn start(layout: &Layout) -> Outcome<Self> {
         let containerd = PrivateContainerd::start(layout)?;
         let directory = WorkDir::new("docker")?;
         let network = NetworkNamespace::new()?;
@@ -76,17 +76,17 @@ impl Docker {
     }
 
     /// The directory with everything of it.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.directory.path()
     }
 
     /// Its containerd.
-    pub fn containerd(&self) -> &PrivateContainerd {
+    pub(crate) fn containerd(&self) -> &PrivateContainerd {
         &self.containerd
     }
 
     /// Where the ports of its containers are published.
-    pub fn network(&self) -> &NetworkNamespace {
+    pub(crate) fn network(&self) -> &NetworkNamespace {
         &self.network
     }
 
@@ -94,7 +94,7 @@ impl Docker {
     ///
     /// # Errors
     /// When it does not end in time.
-    pub fn run(&self, arguments: &[&str]) -> Outcome<Output> {
+    pub(crate) fn run(&self, arguments: &[&str]) -> Outcome<Output> {
         self.run_with_input(arguments, b"")
     }
 
@@ -102,7 +102,7 @@ impl Docker {
     ///
     /// # Errors
     /// As [`run`](Self::run).
-    pub fn run_with_input(&self, arguments: &[&str], input: &[u8]) -> Outcome<Output> {
+    pub(crate) fn run_with_input(&self, arguments: &[&str], input: &[u8]) -> Outcome<Output> {
         let mut command = Command::new(self.layout.find("docker")?);
         command
             .arg("-H")
@@ -118,13 +118,13 @@ impl Docker {
     ///
     /// # Errors
     /// When it fails.
-    pub fn ok(&self, arguments: &[&str]) -> Outcome<String> {
+    pub(crate) fn ok(&self, arguments: &[&str]) -> Outcome<String> {
         let output = self.run(arguments)?.success(&format!("docker {}", arguments.join(" ")))?;
         Ok(output.stdout)
     }
 
     /// The end of the daemon's log.
-    pub fn log_tail(&self, lines: usize) -> String {
+    pub(crate) fn log_tail(&self, lines: usize) -> String {
         let log = std::fs::read_to_string(self.log_path()).unwrap_or_default();
         let all: Vec<&str> = log.lines().collect();
         all[all.len().saturating_sub(lines)..].join("\n")

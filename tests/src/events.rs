@@ -19,7 +19,7 @@ use crate::failure::{Explain, Outcome};
 
 /// One event, in the order of arrival.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Event {
+pub(crate) struct Event {
     /// Its topic, such as `/tasks/exit`.
     pub topic: String,
     /// The container it is about.
@@ -39,7 +39,7 @@ struct Log {
 }
 
 /// A running events service; what came in is kept.
-pub struct EventServer {
+pub(crate) struct EventServer {
     log: Arc<Log>,
     server: Option<Server>,
 }
@@ -49,7 +49,7 @@ impl EventServer {
     ///
     /// # Errors
     /// When the socket can't be made.
-    pub fn start(socket: &Path) -> Outcome<Self> {
+    pub(crate) fn start(socket: &Path) -> Outcome<Self> {
         let log = Arc::new(Log::default());
         let service = create_events(Arc::new(Receiver(Arc::clone(&log))));
         let _ = fs::remove_file(socket);
@@ -62,7 +62,7 @@ impl EventServer {
     }
 
     /// The events of a container so far.
-    pub fn of(&self, container: &str) -> Vec<Event> {
+    pub(crate) fn of(&self, container: &str) -> Vec<Event> {
         let events = self.log.events.lock().unwrap_or_else(PoisonError::into_inner);
         events.iter().filter(|event| event.container == container).cloned().collect()
     }
@@ -71,7 +71,13 @@ impl EventServer {
     ///
     /// # Errors
     /// When it has not come within `limit`.
-    pub fn wait_for(&self, container: &str, topic: &str, exec: &str, limit: Duration) -> Outcome<Event> {
+    pub(crate) fn wait_for(
+        &self,
+        container: &str,
+        topic: &str,
+        exec: &str,
+        limit: Duration,
+    ) -> Outcome<Event> {
         let matches =
             |event: &&Event| event.container == container && event.topic == topic && event.exec == exec;
         let events = self.log.events.lock().unwrap_or_else(PoisonError::into_inner);

@@ -40,7 +40,7 @@ const TRIES: [(&str, Try); 9] = [
 ];
 
 /// Names of all that is tried.
-pub fn names() -> Vec<&'static str> {
+pub(crate) fn names() -> Vec<&'static str> {
     TRIES.iter().map(|(name, _)| *name).collect()
 }
 

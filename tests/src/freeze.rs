@@ -15,14 +15,14 @@ const THAW: libc::Ioctl = 0xc004_5878;
 
 /// A frozen file system; it thaws when this is dropped.
 #[derive(Debug)]
-pub struct Frozen(File);
+pub(crate) struct Frozen(File);
 
 impl Frozen {
     /// Writes out what there is and holds up what follows.
     ///
     /// # Errors
     /// When the file system at `mount_point` can't be frozen.
-    pub fn new(mount_point: &Path) -> Outcome<Self> {
+    pub(crate) fn new(mount_point: &Path) -> Outcome<Self> {
         let root = File::open(mount_point).explain(|| format!("open {}", mount_point.display()))?;
         // SAFETY: the kernel ignores the argument.
         if unsafe { libc::ioctl(root.as_raw_fd(), FREEZE, 0) } != 0 {

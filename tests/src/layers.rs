@@ -22,7 +22,7 @@ const OPAQUE: &std::ffi::CStr = c"trusted.overlay.opaque";
 
 /// Layers of one image, each mounted on the node. Dropping it unmounts and removes them.
 #[derive(Debug)]
-pub struct Layers {
+pub(crate) struct Layers {
     file_system: Ext4,
     mkfs: PathBuf,
     search_path: std::ffi::OsString,
@@ -33,7 +33,7 @@ pub struct Layers {
 ///
 /// # Errors
 /// When it can't be had.
-pub fn mount_ext4(layout: &Layout, directory: &Path) -> Outcome<PathBuf> {
+pub(crate) fn mount_ext4(layout: &Layout, directory: &Path) -> Outcome<PathBuf> {
     fs::create_dir_all(directory).explain(|| format!("make {}", directory.display()))?;
     let image = directory.with_extension("ext4");
     let empty = layout.rootfs("busybox").with_file_name("scratch.ext4");
@@ -46,20 +46,20 @@ pub fn mount_ext4(layout: &Layout, directory: &Path) -> Outcome<PathBuf> {
 
 /// An ext4 mounted on a directory of its own. Dropping it unmounts and removes both.
 #[derive(Debug)]
-pub struct Ext4(PathBuf);
+pub(crate) struct Ext4(PathBuf);
 
 impl Ext4 {
     /// As [`mount_ext4`].
     ///
     /// # Errors
     /// When it can't be had.
-    pub fn new(layout: &Layout, directory: PathBuf) -> Outcome<Self> {
+    pub(crate) fn new(layout: &Layout, directory: PathBuf) -> Outcome<Self> {
         mount_ext4(layout, &directory)?;
         Ok(Self(directory))
     }
 
     /// Where it is mounted.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 }
@@ -77,7 +77,7 @@ impl Layers {
     ///
     /// # Errors
     /// When there is no `mkfs.erofs`, or no directory.
-    pub fn new(layout: &Layout, directory: PathBuf) -> Outcome<Self> {
+    pub(crate) fn new(layout: &Layout, directory: PathBuf) -> Outcome<Self> {
         let file_system = Ext4::new(layout, directory)?;
         let (mkfs, search_path) = (layout.find("mkfs.erofs")?, layout.search_path());
         Ok(Self { file_system, mkfs, search_path, count: 0 })
@@ -87,7 +87,7 @@ impl Layers {
     ///
     /// # Errors
     /// When it can't be made or mounted.
-    pub fn add(&mut self, source: &Path) -> Outcome {
+    pub(crate) fn add(&mut self, source: &Path) -> Outcome {
         let layer = self.file_system.path().join(self.count.to_string());
         let point = layer.join("fs");
         fs::create_dir_all(&point).explain(|| format!("make {}", point.display()))?;
@@ -99,17 +99,17 @@ impl Layers {
     }
 
     /// Where they are; there is room for other things.
-    pub fn directory(&self) -> &Path {
+    pub(crate) fn directory(&self) -> &Path {
         self.file_system.path()
     }
 
     /// The file with a layer, counted from the lowest.
-    pub fn blob(&self, number: usize) -> PathBuf {
+    pub(crate) fn blob(&self, number: usize) -> PathBuf {
         self.file_system.path().join(number.to_string()).join("layer.erofs")
     }
 
     /// The overlay that the snapshotter asks for, with these directories for changes.
-    pub fn mounts(&self, upper: &Path, work: &Path) -> Vec<Mount> {
+    pub(crate) fn mounts(&self, upper: &Path, work: &Path) -> Vec<Mount> {
         let lower: Vec<String> = (0..self.count)
             .rev()
             .map(|number| self.file_system.path().join(number.to_string()).join("fs").display().to_string())
@@ -145,7 +145,7 @@ impl Drop for Layers {
 ///
 /// # Errors
 /// When the file system does not take it.
-pub fn make_opaque(directory: &Path) -> Outcome {
+pub(crate) fn make_opaque(directory: &Path) -> Outcome {
     let path = CString::new(directory.as_os_str().as_bytes()).explain(|| "a path".into())?;
     // SAFETY: both strings end with NUL, and the value has the length that is said.
     let result = unsafe { nix::libc::lsetxattr(path.as_ptr(), OPAQUE.as_ptr(), c"y".as_ptr().cast(), 1, 0) };
@@ -159,7 +159,7 @@ pub fn make_opaque(directory: &Path) -> Outcome {
 ///
 /// # Errors
 /// When it can't be asked.
-pub fn is_opaque(directory: &Path) -> Outcome<bool> {
+pub(crate) fn is_opaque(directory: &Path) -> Outcome<bool> {
     let path = CString::new(directory.as_os_str().as_bytes()).explain(|| "a path".into())?;
     let mut value = [0u8; 2];
     // SAFETY: both strings end with NUL, and the buffer has the length that is said.

@@ -32,41 +32,36 @@ impl Layout {
         self.prefix.join("bin").join(name)
     }
 
-    /// A program that only the shim starts.
-    pub fn libexec(&self, name: &str) -> PathBuf {
-        self.prefix.join("libexec/bulkhead").join(name)
-    }
-
     /// The guest kernel or the guest image.
-    pub fn share(&self, name: &str) -> PathBuf {
+    pub(crate) fn share(&self, name: &str) -> PathBuf {
         self.prefix.join("share/bulkhead").join(name)
     }
 
     /// Whether the guest kernel is Bulkhead's own: its version says so.
-    pub fn has_own_kernel(&self) -> bool {
+    pub(crate) fn has_own_kernel(&self) -> bool {
         const NAME: &[u8] = b"-bulkhead (bulkhead@bulkhead)";
         let kernel = fs::read(self.share("vmlinux")).unwrap_or_default();
         kernel.windows(NAME.len()).any(|window| window == NAME)
     }
 
     /// The OCI archive of a test image.
-    pub fn image(&self, name: &str) -> PathBuf {
+    pub(crate) fn image(&self, name: &str) -> PathBuf {
         self.prefix.join("images").join(format!("{name}.tar"))
     }
 
     /// The unpacked root file system of a test image.
-    pub fn rootfs(&self, name: &str) -> PathBuf {
+    pub(crate) fn rootfs(&self, name: &str) -> PathBuf {
         self.prefix.join("images").join(name).join("rootfs")
     }
 
     /// The directory of the CNI plugins: ours, or else where Debian has them.
-    pub fn cni_plugins(&self) -> PathBuf {
+    pub(crate) fn cni_plugins(&self) -> PathBuf {
         let ours = self.prefix.join("cni");
         if ours.is_dir() { ours } else { PathBuf::from("/usr/lib/cni") }
     }
 
     /// A search path that finds our programs first.
-    pub fn search_path(&self) -> OsString {
+    pub(crate) fn search_path(&self) -> OsString {
         let mut path = OsString::from(self.prefix.join("bin"));
         path.push(":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
         path
@@ -76,7 +71,7 @@ impl Layout {
     ///
     /// # Errors
     /// When there is none.
-    pub fn find(&self, name: &str) -> Outcome<PathBuf> {
+    pub(crate) fn find(&self, name: &str) -> Outcome<PathBuf> {
         env::split_paths(&self.search_path())
             .map(|directory| directory.join(name))
             .find(|candidate| candidate.is_file())

@@ -78,7 +78,7 @@ impl Snapshot {
     }
 
     /// What is there now that was not there then.
-    pub fn since(&self) -> Vec<String> {
+    pub(crate) fn since(&self) -> Vec<String> {
         let directories: Vec<&Path> = self.directories.iter().map(PathBuf::as_path).collect();
         Self::take(&directories).items.difference(&self.items).cloned().collect()
     }

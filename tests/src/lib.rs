@@ -4,27 +4,27 @@
 //! over ttrpc just as containerd does and costs a fraction; pods as Kubernetes has them come from [`cri`]. [`leaks`] compares the node before and after either.
 
 pub mod attack;
-pub mod bundle;
+mod bundle;
 pub mod cases;
 pub mod chaos;
 pub mod cleanup;
 pub mod containerd;
 pub mod cri;
-pub mod docker;
-pub mod events;
+mod docker;
+mod events;
 pub mod facilities;
 pub mod failure;
-pub mod freeze;
-pub mod layers;
+mod freeze;
+mod layers;
 pub mod layout;
 pub mod leaks;
-pub mod loopback;
-pub mod netns;
+mod loopback;
+mod netns;
 pub mod node;
 pub mod process;
 pub mod runner;
-pub mod sandbox;
+mod sandbox;
 pub mod segments;
-pub mod shim;
-pub mod stdio;
-pub mod volume;
+mod shim;
+mod stdio;
+mod volume;

@@ -14,7 +14,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 /// There as long as this is.
 #[derive(Debug)]
-pub struct NetworkNamespace {
+pub(crate) struct NetworkNamespace {
     path: PathBuf,
     /// The thread that holds it ends with this.
     _keeper: mpsc::Sender<()>,
@@ -25,7 +25,7 @@ impl NetworkNamespace {
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn new() -> Outcome<Self> {
+    pub(crate) fn new() -> Outcome<Self> {
         let (told, made) = mpsc::channel();
         let (keeper, ended) = mpsc::channel::<()>();
         thread::spawn(move || {
@@ -37,7 +37,7 @@ impl NetworkNamespace {
     }
 
     /// Its file.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
@@ -45,7 +45,7 @@ impl NetworkNamespace {
     ///
     /// # Errors
     /// When it can't be entered.
-    pub fn within<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Outcome<T> {
+    pub(crate) fn within<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Outcome<T> {
         let file = std::fs::File::open(&self.path).explain(|| format!("open {}", self.path.display()))?;
         let entered = thread::spawn(move || setns(file, CloneFlags::CLONE_NEWNET).map(|()| work()));
         let result = entered.join().ok().explain(|| "work in a network namespace".into())?;

@@ -22,7 +22,7 @@ fn plugins() -> PathBuf {
 
 /// A network that the plugins know: its configuration.
 #[derive(Debug, Clone)]
-pub struct Network {
+pub(crate) struct Network {
     config: Value,
     /// The node's link that ends with it: its bridge, or what its interfaces lie above.
     link: Option<String>,
@@ -30,7 +30,7 @@ pub struct Network {
 
 impl Network {
     /// A bridge with addresses of both families; `number` tells networks apart. Records go below `directory`.
-    pub fn bridge(directory: &Path, number: u8, mtu: u32) -> Network {
+    pub(crate) fn bridge(directory: &Path, number: u8, mtu: u32) -> Network {
         let name = format!("bhtest{number}");
         let config = json!({
             "cniVersion": "1.0.0", "name": name, "type": "bridge", "bridge": name, "isGateway": true, "mtu": mtu,
@@ -43,7 +43,7 @@ impl Network {
     ///
     /// # Errors
     /// When the link can't be made.
-    pub fn above_a_link(directory: &Path, number: u8, kind: &str, mode: &str) -> Outcome<Network> {
+    pub(crate) fn above_a_link(directory: &Path, number: u8, kind: &str, mode: &str) -> Outcome<Network> {
         let name = format!("bhtest{number}");
         let script = format!("ip link add {name} type dummy && ip link set {name} up");
         process::run(Command::new("sh").args(["-c", &script]), b"", LIMIT)?.success(&script)?;
@@ -54,7 +54,7 @@ impl Network {
     }
 
     /// A pair of links whose other end routes.
-    pub fn ptp(directory: &Path, number: u8) -> Network {
+    pub(crate) fn ptp(directory: &Path, number: u8) -> Network {
         let config = json!({
             "cniVersion": "1.0.0", "name": format!("bhtest{number}"), "type": "ptp", "ipam": ipam(directory, number)
         });
@@ -80,7 +80,7 @@ fn ipam(directory: &Path, number: u8) -> Value {
 
 /// A network namespace; it ends with this.
 #[derive(Debug)]
-pub struct Namespace {
+pub(crate) struct Namespace {
     holder: Child,
     /// What it is called to the plugins.
     id: String,
@@ -93,7 +93,7 @@ impl Namespace {
     ///
     /// # Errors
     /// When it can't be made.
-    pub fn new(id: &str) -> Outcome<Namespace> {
+    pub(crate) fn new(id: &str) -> Outcome<Namespace> {
         let holder = Command::new("unshare").args(["-n", "sleep", "100000"]).spawn();
         let holder = holder.explain(|| "start unshare".into())?;
         let namespace = Namespace { holder, id: id.to_owned(), added: Vec::new() };
@@ -108,7 +108,7 @@ impl Namespace {
     }
 
     /// Its path.
-    pub fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/{}/ns/net", self.holder.id()))
     }
 
@@ -116,7 +116,7 @@ impl Namespace {
     ///
     /// # Errors
     /// What the plugin says.
-    pub fn add(&mut self, network: &Network, interface: &str) -> Outcome<[String; 2]> {
+    pub(crate) fn add(&mut self, network: &Network, interface: &str) -> Outcome<[String; 2]> {
         self.added.push((network.config.clone(), interface.to_owned()));
         let said = self.plugin("ADD", &network.config, interface)?;
         let result: Value = serde_json::from_str(&said).explain(|| format!("the plugin's answer {said}"))?;
@@ -144,7 +144,7 @@ impl Namespace {
     ///
     /// # Errors
     /// When it fails.
-    pub fn run(&self, script: &str) -> Outcome<String> {
+    pub(crate) fn run(&self, script: &str) -> Outcome<String> {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", self.path().display())).args(["sh", "-c", script]);
         let output = process::run(&mut command, b"", LIMIT)?;

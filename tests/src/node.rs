@@ -33,7 +33,7 @@ pub struct Process {
 ///
 /// # Errors
 /// When the kernel's release does not begin with two numbers.
-pub fn kernel_is_at_least(major: u32, minor: u32) -> Outcome<bool> {
+pub(crate) fn kernel_is_at_least(major: u32, minor: u32) -> Outcome<bool> {
     let release =
         fs::read_to_string("/proc/sys/kernel/osrelease").explain(|| "the kernel's release".into())?;
     let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
@@ -42,7 +42,7 @@ pub fn kernel_is_at_least(major: u32, minor: u32) -> Outcome<bool> {
 }
 
 /// Every process that is not a kernel thread.
-pub fn processes() -> Vec<Process> {
+pub(crate) fn processes() -> Vec<Process> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     entries
         .flatten()
@@ -52,7 +52,7 @@ pub fn processes() -> Vec<Process> {
 }
 
 /// One process, unless it is gone.
-pub fn process(pid: i32) -> Option<Process> {
+pub(crate) fn process(pid: i32) -> Option<Process> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (name, rest) = stat.split_once('(')?.1.rsplit_once(')')?;
     let fields: Vec<&str> = rest.split_whitespace().collect();
@@ -85,7 +85,7 @@ pub fn descendants(ancestor: i32, name: &str) -> Vec<Process> {
 }
 
 /// Shims' processes that make a template.
-pub fn template_makers() -> Vec<Process> {
+pub(crate) fn template_makers() -> Vec<Process> {
     processes()
         .into_iter()
         .filter(|process| process.state != 'Z' && makes_template(&process.command))
@@ -93,7 +93,7 @@ pub fn template_makers() -> Vec<Process> {
 }
 
 /// Whether a process with these arguments makes a template.
-pub fn makes_template(command: &str) -> bool {
+pub(crate) fn makes_template(command: &str) -> bool {
     command.ends_with(" make-template")
 }
 
@@ -101,7 +101,7 @@ pub fn makes_template(command: &str) -> bool {
 ///
 /// # Errors
 /// When there is no such process.
-pub fn kill_hard(pid: i32) -> Outcome {
+pub(crate) fn kill_hard(pid: i32) -> Outcome {
     kill(Pid::from_raw(pid), Signal::SIGKILL).explain(|| format!("kill process {pid}"))
 }
 
@@ -109,7 +109,7 @@ pub fn kill_hard(pid: i32) -> Outcome {
 ///
 /// # Errors
 /// When it is there at the end of the limit.
-pub fn wait_for_end(what: &str, pid: i32, limit: Duration) -> Outcome {
+pub(crate) fn wait_for_end(what: &str, pid: i32, limit: Duration) -> Outcome {
     eventually(&format!("{what} ends"), limit, || {
         ensure!(process(pid).is_none_or(|process| process.state == 'Z'), "process {pid} is still there");
         Ok(())
@@ -117,7 +117,7 @@ pub fn wait_for_end(what: &str, pid: i32, limit: Duration) -> Outcome {
 }
 
 /// Where something is mounted, in mount order.
-pub fn mount_points() -> Vec<PathBuf> {
+pub(crate) fn mount_points() -> Vec<PathBuf> {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     table
         .lines()
@@ -132,19 +132,19 @@ fn unescape(path: &str) -> String {
 }
 
 /// Network interfaces of this network namespace. (`/sys/class/net` has those of the namespace that it was mounted in.)
-pub fn interfaces() -> Vec<String> {
+pub(crate) fn interfaces() -> Vec<String> {
     let table = fs::read_to_string("/proc/net/dev").unwrap_or_default();
     table.lines().filter_map(|line| Some(line.split_once(':')?.0.trim().to_owned())).collect()
 }
 
 /// Paths of bound Unix sockets, abstract ones with an `@`.
-pub fn unix_sockets() -> Vec<String> {
+pub(crate) fn unix_sockets() -> Vec<String> {
     let table = fs::read_to_string("/proc/net/unix").unwrap_or_default();
     table.lines().skip(1).filter_map(|line| line.split_whitespace().nth(7)).map(str::to_owned).collect()
 }
 
 /// Every control group below the mount point, version 2 or, on a hybrid node, of every hierarchy.
-pub fn control_groups() -> Vec<PathBuf> {
+pub(crate) fn control_groups() -> Vec<PathBuf> {
     let mut groups = Vec::new();
     let mut pending = vec![PathBuf::from("/sys/fs/cgroup")];
     while let Some(directory) = pending.pop() {
@@ -160,7 +160,7 @@ pub fn control_groups() -> Vec<PathBuf> {
 }
 
 /// Removes a control group of the top level, and empty ones in it, from every hierarchy.
-pub fn remove_control_group(name: &str) {
+pub(crate) fn remove_control_group(name: &str) {
     let mut groups = control_groups();
     groups.retain(|path| path.iter().any(|part| part == name));
     for group in groups.iter().rev() {
@@ -169,7 +169,7 @@ pub fn remove_control_group(name: &str) {
 }
 
 /// Every file and directory below a directory, without crossing into what is mounted there.
-pub fn tree(directory: &Path) -> Vec<PathBuf> {
+pub(crate) fn tree(directory: &Path) -> Vec<PathBuf> {
     let mounts = mount_points();
     let mut found = Vec::new();
     let mut pending = vec![directory.to_owned()];
@@ -221,7 +221,7 @@ pub fn resident_but_largest_mapping(pid: i32) -> Outcome<u64> {
 }
 
 /// Time since boot: in the nested host, the virtual time.
-pub fn uptime() -> Duration {
+pub(crate) fn uptime() -> Duration {
     let text = fs::read_to_string("/proc/uptime").unwrap_or_default();
     let seconds = text.split(' ').next().and_then(|seconds| seconds.parse().ok()).unwrap_or(0.0);
     Duration::from_secs_f64(seconds)

@@ -64,7 +64,7 @@ pub fn run(command: &mut Command, input: &[u8], limit: Duration) -> Outcome<Outp
 
 /// A program that runs, its output being collected. Killed when dropped.
 #[derive(Debug)]
-pub struct Running {
+pub(crate) struct Running {
     name: String,
     child: Child,
     started: Instant,
@@ -77,7 +77,7 @@ impl Running {
     ///
     /// # Errors
     /// When it can't be started.
-    pub fn start(command: &mut Command) -> Outcome<Self> {
+    pub(crate) fn start(command: &mut Command) -> Outcome<Self> {
         let name = format!("{command:?}");
         let started = Instant::now();
         let mut child = command
@@ -95,7 +95,7 @@ impl Running {
     ///
     /// # Errors
     /// When the pipe breaks.
-    pub fn write(&mut self, input: &[u8]) -> Outcome {
+    pub(crate) fn write(&mut self, input: &[u8]) -> Outcome {
         match self.child.stdin.as_mut() {
             _ if input.is_empty() => Ok(()),
             Some(stdin) => stdin.write_all(input).explain(|| format!("write to {}", self.name)),
@@ -104,17 +104,17 @@ impl Running {
     }
 
     /// Gives it the end of its input.
-    pub fn close_stdin(&mut self) {
+    pub(crate) fn close_stdin(&mut self) {
         self.child.stdin.take();
     }
 
     /// Its process id.
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// What it wrote to its standard output so far.
-    pub fn stdout(&self) -> String {
+    pub(crate) fn stdout(&self) -> String {
         self.stdout.text()
     }
 
@@ -122,7 +122,7 @@ impl Running {
     ///
     /// # Errors
     /// When it has not ended within `limit` of its start; it is killed then.
-    pub fn finish(mut self, limit: Duration) -> Outcome<Output> {
+    pub(crate) fn finish(mut self, limit: Duration) -> Outcome<Output> {
         let deadline = self.started + limit;
         let Some(status) = wait(&mut self.child, deadline).explain(|| format!("wait for {}", self.name))?
         else {
@@ -155,7 +155,7 @@ impl Drop for Running {
 }
 
 /// Waits for a child's end; `None` when the deadline came first.
-pub fn wait(child: &mut Child, deadline: Instant) -> std::io::Result<Option<ExitStatus>> {
+pub(crate) fn wait(child: &mut Child, deadline: Instant) -> std::io::Result<Option<ExitStatus>> {
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(Some(status));
@@ -168,7 +168,7 @@ pub fn wait(child: &mut Child, deadline: Instant) -> std::io::Result<Option<Exit
 }
 
 /// The exit code, or 128 plus the signal, as shells have it.
-pub fn code(status: ExitStatus) -> i32 {
+pub(crate) fn code(status: ExitStatus) -> i32 {
     status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 

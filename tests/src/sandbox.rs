@@ -29,7 +29,7 @@ use crate::stdio::{Reader, Reading};
 
 /// What a pod is to be, as the kubelet would write it.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct PodSettings<'a> {
+pub(crate) struct PodSettings<'a> {
     /// Host name.
     pub hostname: &'a str,
     /// A name server.
@@ -84,7 +84,7 @@ fn message(write: impl FnOnce(&mut CodedOutputStream<'_>) -> Written) -> Vec<u8>
 }
 
 /// A shim that serves the Sandbox API.
-pub struct Sandbox {
+pub(crate) struct Sandbox {
     /// Its bundle: a directory without a specification.
     pub bundle: Bundle,
     /// The address of its socket.
@@ -99,7 +99,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// When it fails, or its answer is not what containerd understands.
-    pub fn launch(host: &ShimHost, id: &str, config: Option<&Path>) -> Outcome<Self> {
+    pub(crate) fn launch(host: &ShimHost, id: &str, config: Option<&Path>) -> Outcome<Self> {
         let path = host.path().join("bundles").join(id);
         fs::create_dir_all(&path).explain(|| format!("make {}", path.display()))?;
         let log = path.join("log");
@@ -115,7 +115,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn create(&self, settings: &PodSettings<'_>) -> Result<(), CallError> {
+    pub(crate) fn create(&self, settings: &PodSettings<'_>) -> Result<(), CallError> {
         let request = CreateSandboxRequest {
             sandbox_id: self.id(),
             bundle_path: self.bundle.path.display().to_string(),
@@ -129,7 +129,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn start(&self) -> Result<u32, CallError> {
+    pub(crate) fn start(&self) -> Result<u32, CallError> {
         let request = StartSandboxRequest { sandbox_id: self.id(), ..StartSandboxRequest::default() };
         call("start-sandbox", CALL_LIMIT, |context| self.client.start_sandbox(context, &request))
             .map(|response| response.pid)
@@ -139,7 +139,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn platform(&self) -> Result<(String, String), CallError> {
+    pub(crate) fn platform(&self) -> Result<(String, String), CallError> {
         let request = PlatformRequest { sandbox_id: self.id(), ..PlatformRequest::default() };
         let response = call("platform", CALL_LIMIT, |context| self.client.platform(context, &request))?;
         let platform = response.platform.unwrap_or_default();
@@ -150,7 +150,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn status(&self) -> Result<SandboxStatusResponse, CallError> {
+    pub(crate) fn status(&self) -> Result<SandboxStatusResponse, CallError> {
         let request = SandboxStatusRequest { sandbox_id: self.id(), verbose: true, ..Default::default() };
         call("sandbox-status", CALL_LIMIT, |context| self.client.sandbox_status(context, &request))
     }
@@ -159,13 +159,13 @@ impl Sandbox {
     ///
     /// # Errors
     /// When it is not.
-    pub fn ping(&self) -> Result<(), CallError> {
+    pub(crate) fn ping(&self) -> Result<(), CallError> {
         let request = PingRequest { sandbox_id: self.id(), ..PingRequest::default() };
         call("ping-sandbox", CALL_LIMIT, |context| self.client.ping_sandbox(context, &request)).map(drop)
     }
 
     /// Waits for its end, on a thread of its own.
-    pub fn waiting(&self, limit: Duration) -> JoinHandle<Result<WaitSandboxResponse, CallError>> {
+    pub(crate) fn waiting(&self, limit: Duration) -> JoinHandle<Result<WaitSandboxResponse, CallError>> {
         let (client, sandbox_id) = (self.client.clone(), self.id());
         thread::spawn(move || {
             let request = WaitSandboxRequest { sandbox_id, ..WaitSandboxRequest::default() };
@@ -177,7 +177,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn stop(&self) -> Result<(), CallError> {
+    pub(crate) fn stop(&self) -> Result<(), CallError> {
         let request =
             StopSandboxRequest { sandbox_id: self.id(), timeout_secs: 5, ..StopSandboxRequest::default() };
         call("stop-sandbox", CALL_LIMIT, |context| self.client.stop_sandbox(context, &request)).map(drop)
@@ -187,7 +187,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// What the shim refuses, and statistics that are not of control groups version 2.
-    pub fn metrics(&self) -> Outcome<Metrics> {
+    pub(crate) fn metrics(&self) -> Outcome<Metrics> {
         let request = SandboxMetricsRequest { sandbox_id: self.id(), ..SandboxMetricsRequest::default() };
         let response =
             call("sandbox-metrics", CALL_LIMIT, |context| self.client.sandbox_metrics(context, &request))?;
@@ -202,7 +202,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// When the shim stays, or something of the bundle does.
-    pub fn shut_down(self, host: &ShimHost, shim: i32) -> Outcome<DeleteResponse> {
+    pub(crate) fn shut_down(self, host: &ShimHost, shim: i32) -> Outcome<DeleteResponse> {
         let request = ShutdownSandboxRequest { sandbox_id: self.id(), ..ShutdownSandboxRequest::default() };
         let answer =
             call("shutdown-sandbox", CALL_LIMIT, |context| self.client.shutdown_sandbox(context, &request));

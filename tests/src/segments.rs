@@ -10,10 +10,10 @@ use nix::sys::socket::{setsockopt, sockopt};
 use crate::failure::{Explain, Failure, Outcome};
 
 /// The port of a receiver in a container.
-pub const PORT: u16 = 5002;
+pub(crate) const PORT: u16 = 5002;
 
 /// Datagrams in all.
-pub const DATAGRAMS: u32 = BATCH * BATCHES;
+pub(crate) const DATAGRAMS: u32 = BATCH * BATCHES;
 
 /// Bytes of a datagram.
 const SIZE: usize = 1000;
@@ -47,7 +47,7 @@ pub fn command(arguments: &[String]) -> Outcome {
 ///
 /// # Errors
 /// When the port can't be had.
-pub fn receiver(port: u16) -> io::Result<UdpSocket> {
+pub(crate) fn receiver(port: u16) -> io::Result<UdpSocket> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port))?;
     socket.set_read_timeout(Some(LIMIT))?;
     Ok(socket)
@@ -57,7 +57,7 @@ pub fn receiver(port: u16) -> io::Result<UdpSocket> {
 ///
 /// # Errors
 /// When a datagram is not as it was sent, or does not come.
-pub fn receive(socket: &UdpSocket) -> io::Result<()> {
+pub(crate) fn receive(socket: &UdpSocket) -> io::Result<()> {
     let mut buffer = [0; 2 * SIZE];
     for batch in 0..BATCHES {
         let mut missing: Vec<u32> = (batch * BATCH..(batch + 1) * BATCH).collect();
@@ -79,7 +79,7 @@ pub fn receive(socket: &UdpSocket) -> io::Result<()> {
 ///
 /// # Errors
 /// When a batch can't be sent, or no receipt comes.
-pub fn send(address: Ipv4Addr, port: u16) -> io::Result<()> {
+pub(crate) fn send(address: Ipv4Addr, port: u16) -> io::Result<()> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
     socket.connect((address, port))?;
     socket.set_read_timeout(Some(LIMIT))?;

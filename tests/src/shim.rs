@@ -30,7 +30,7 @@ use crate::stdio::{Reader, Reading, Stdio, Streams};
 use crate::{ensure, fail};
 
 /// How long a call to a shim may take: the time within which every failure has to be reported.
-pub const CALL_LIMIT: Duration = Duration::from_secs(10);
+pub(crate) const CALL_LIMIT: Duration = Duration::from_secs(10);
 
 /// The namespace that everything is made in.
 const NAMESPACE: &str = "bulkhead-test";
@@ -41,7 +41,7 @@ const CGROUP_PARENT: &str = "bulkhead-test";
 /// A call that the shim refused.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{call}: {code:?}: {message}")]
-pub struct CallError {
+pub(crate) struct CallError {
     /// The method.
     pub call: &'static str,
     /// The ttrpc status code.
@@ -57,7 +57,7 @@ impl From<CallError> for Failure {
 }
 
 /// containerd's side: its event service, and a directory for bundles.
-pub struct ShimHost {
+pub(crate) struct ShimHost {
     layout: Layout,
     directory: Arc<WorkDir>,
     /// What the shims reported.
@@ -70,7 +70,7 @@ impl ShimHost {
     ///
     /// # Errors
     /// When either can't be had.
-    pub fn new(layout: &Layout, program: &'static str) -> Outcome<Self> {
+    pub(crate) fn new(layout: &Layout, program: &'static str) -> Outcome<Self> {
         let directory = Arc::new(WorkDir::new("shim")?);
         let events = Arc::new(EventServer::start(&directory.path().join("events.sock"))?);
         Ok(Self { layout: layout.clone(), directory, events, program })
@@ -78,13 +78,13 @@ impl ShimHost {
 
     /// The same place for shims of another program.
     #[must_use]
-    pub fn with(&self, program: &'static str) -> Self {
+    pub(crate) fn with(&self, program: &'static str) -> Self {
         let ShimHost { layout, directory, events, .. } = self;
         Self { layout: layout.clone(), directory: directory.clone(), events: events.clone(), program }
     }
 
     /// The directory with everything of this host.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.directory.path()
     }
 
@@ -92,7 +92,7 @@ impl ShimHost {
     ///
     /// # Errors
     /// When its files can't be made.
-    pub fn bundle(&self, id: &str, spec: &Value) -> Outcome<Bundle> {
+    pub(crate) fn bundle(&self, id: &str, spec: &Value) -> Outcome<Bundle> {
         Bundle::new(self.path(), id, &self.layout.rootfs("busybox"), spec)
     }
 
@@ -100,7 +100,7 @@ impl ShimHost {
     ///
     /// # Errors
     /// When it fails, or its answer is not what containerd understands.
-    pub fn start(&self, bundle: &Bundle) -> Outcome<Shim> {
+    pub(crate) fn start(&self, bundle: &Bundle) -> Outcome<Shim> {
         let log = bundle.path.join("log");
         mkfifo(&log, Mode::S_IRWXU).explain(|| format!("make FIFO {}", log.display()))?;
         let log = Reader::new(log, Reading::AtOnce)?;
@@ -113,7 +113,7 @@ impl ShimHost {
     ///
     /// # Errors
     /// When it can't be reached.
-    pub fn join(&self, bundle: &Bundle, address: &str) -> Outcome<Shim> {
+    pub(crate) fn join(&self, bundle: &Bundle, address: &str) -> Outcome<Shim> {
         let log = bundle.path.join("log.member");
         if !log.exists() {
             mkfifo(&log, Mode::S_IRWXU).explain(|| format!("make FIFO {}", log.display()))?;
@@ -128,7 +128,7 @@ impl ShimHost {
     ///
     /// # Errors
     /// When it fails, or its answer is not what containerd understands.
-    pub fn start_action(&self, bundle: &Bundle, config: Option<&Path>) -> Outcome<String> {
+    pub(crate) fn start_action(&self, bundle: &Bundle, config: Option<&Path>) -> Outcome<String> {
         let options = config.map(|config| runtime_options(config).write_to_bytes());
         let options =
             options.transpose().explain(|| "encode the runtime options".into())?.unwrap_or_default();
@@ -153,7 +153,7 @@ impl ShimHost {
     ///
     /// # Errors
     /// When it fails.
-    pub fn delete(&self, bundle: &Bundle) -> Outcome<DeleteResponse> {
+    pub(crate) fn delete(&self, bundle: &Bundle) -> Outcome<DeleteResponse> {
         let path = bundle.path.display().to_string();
         let output = self.invoke(bundle, &["-bundle", &path, "delete"])?.success("shim delete")?;
         DeleteResponse::parse_from_bytes(&output.stdout_bytes)
@@ -164,7 +164,7 @@ impl ShimHost {
     ///
     /// # Errors
     /// When it does not end in time.
-    pub fn invoke(&self, bundle: &Bundle, arguments: &[&str]) -> Outcome<Output> {
+    pub(crate) fn invoke(&self, bundle: &Bundle, arguments: &[&str]) -> Outcome<Output> {
         self.invoke_with(bundle, arguments, b"")
     }
 
@@ -195,7 +195,7 @@ impl Drop for ShimHost {
 }
 
 /// A shim that serves the Task API.
-pub struct Shim {
+pub(crate) struct Shim {
     /// The bundle that it was started for.
     pub bundle: Bundle,
     /// The address of its socket.
@@ -207,7 +207,7 @@ pub struct Shim {
 
 /// How to create a container.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct CreateOptions<'a> {
+pub(crate) struct CreateOptions<'a> {
     /// Configuration file for the runtime options.
     pub config: Option<&'a Path>,
     /// Leave the root file system's mounts out.
@@ -219,7 +219,7 @@ impl Shim {
     ///
     /// # Errors
     /// When it does not answer.
-    pub fn pid(&self) -> Outcome<i32> {
+    pub(crate) fn pid(&self) -> Outcome<i32> {
         i32::try_from(self.connect()?.shim_pid).explain(|| "shim's process id".into())
     }
 
@@ -227,7 +227,7 @@ impl Shim {
     ///
     /// # Errors
     /// When they can't be made.
-    pub fn stdio(&self, name: &str, streams: Streams) -> Outcome<Stdio> {
+    pub(crate) fn stdio(&self, name: &str, streams: Streams) -> Outcome<Stdio> {
         Stdio::new(&self.bundle.path, name, streams)
     }
 
@@ -235,7 +235,7 @@ impl Shim {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn create(&self, stdio: &Stdio, options: CreateOptions) -> Result<u32, CallError> {
+    pub(crate) fn create(&self, stdio: &Stdio, options: CreateOptions) -> Result<u32, CallError> {
         let request = CreateTaskRequest {
             id: self.id(),
             bundle: self.bundle.path.display().to_string(),
@@ -255,7 +255,7 @@ impl Shim {
     ///
     /// # Errors
     /// When it was started in another way.
-    pub fn expect_started(&self, how: &str) -> Outcome<u64> {
+    pub(crate) fn expect_started(&self, how: &str) -> Outcome<u64> {
         let log = self.log.until("agent ready", CALL_LIMIT)?;
         let expected = format!("agent ready, {how}: ");
         let after = log.split_once(&expected).map(|(_, after)| after);
@@ -269,7 +269,7 @@ impl Shim {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn start(&self, exec: &str) -> Result<u32, CallError> {
+    pub(crate) fn start(&self, exec: &str) -> Result<u32, CallError> {
         let request = StartRequest { id: self.id(), exec_id: exec.into(), ..StartRequest::default() };
         self.call("start", |context| self.client.start(context, &request)).map(|response| response.pid)
     }
@@ -278,7 +278,7 @@ impl Shim {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn exec(&self, exec: &str, process: &Value, stdio: &Stdio) -> Result<(), CallError> {
+    pub(crate) fn exec(&self, exec: &str, process: &Value, stdio: &Stdio) -> Result<(), CallError> {
         let spec = Any {
             type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
             value: process.to_string().into_bytes(),
@@ -301,7 +301,7 @@ impl Shim {
     ///
     /// # Errors
     /// When it has not ended within `limit`, or is unknown.
-    pub fn wait(&self, exec: &str, limit: Duration) -> Result<WaitResponse, CallError> {
+    pub(crate) fn wait(&self, exec: &str, limit: Duration) -> Result<WaitResponse, CallError> {
         let request = WaitRequest { id: self.id(), exec_id: exec.into(), ..WaitRequest::default() };
         call("wait", limit, |context| self.client.wait(context, &request))
     }
@@ -310,7 +310,7 @@ impl Shim {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn state(&self, exec: &str) -> Result<StateResponse, CallError> {
+    pub(crate) fn state(&self, exec: &str) -> Result<StateResponse, CallError> {
         let request = StateRequest { id: self.id(), exec_id: exec.into(), ..StateRequest::default() };
         self.call("state", |context| self.client.state(context, &request))
     }
@@ -319,7 +319,7 @@ impl Shim {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn kill(&self, exec: &str, signal: u32, all: bool) -> Result<(), CallError> {
+    pub(crate) fn kill(&self, exec: &str, signal: u32, all: bool) -> Result<(), CallError> {
         let request =
             KillRequest { id: self.id(), exec_id: exec.into(), signal, all, ..KillRequest::default() };
         self.call("kill", |context| self.client.kill(context, &request)).map(drop)
@@ -329,7 +329,7 @@ impl Shim {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn delete(&self, exec: &str) -> Result<DeleteResponse, CallError> {
+    pub(crate) fn delete(&self, exec: &str) -> Result<DeleteResponse, CallError> {
         let request = DeleteRequest { id: self.id(), exec_id: exec.into(), ..DeleteRequest::default() };
         self.call("delete", |context| self.client.delete(context, &request))
     }
@@ -338,7 +338,7 @@ impl Shim {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn pids(&self) -> Result<Vec<u32>, CallError> {
+    pub(crate) fn pids(&self) -> Result<Vec<u32>, CallError> {
         let request = PidsRequest { id: self.id(), ..PidsRequest::default() };
         let response = self.call("pids", |context| self.client.pids(context, &request))?;
         Ok(response.processes.iter().map(|process| process.pid).collect())
@@ -348,7 +348,7 @@ impl Shim {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn pause(&self) -> Result<(), CallError> {
+    pub(crate) fn pause(&self) -> Result<(), CallError> {
         let request = PauseRequest { id: self.id(), ..PauseRequest::default() };
         self.call("pause", |context| self.client.pause(context, &request)).map(drop)
     }
@@ -357,7 +357,7 @@ impl Shim {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn resume(&self) -> Result<(), CallError> {
+    pub(crate) fn resume(&self) -> Result<(), CallError> {
         let request = ResumeRequest { id: self.id(), ..ResumeRequest::default() };
         self.call("resume", |context| self.client.resume(context, &request)).map(drop)
     }
@@ -366,7 +366,7 @@ impl Shim {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn resize(&self, exec: &str, width: u32, height: u32) -> Result<(), CallError> {
+    pub(crate) fn resize(&self, exec: &str, width: u32, height: u32) -> Result<(), CallError> {
         let request = ResizePtyRequest {
             id: self.id(),
             exec_id: exec.into(),
@@ -381,7 +381,7 @@ impl Shim {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn close_stdin(&self, exec: &str) -> Result<(), CallError> {
+    pub(crate) fn close_stdin(&self, exec: &str) -> Result<(), CallError> {
         let request =
             CloseIORequest { id: self.id(), exec_id: exec.into(), stdin: true, ..CloseIORequest::default() };
         self.call("close-io", |context| self.client.close_io(context, &request)).map(drop)
@@ -391,7 +391,7 @@ impl Shim {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn update(&self, resources: &Value) -> Result<(), CallError> {
+    pub(crate) fn update(&self, resources: &Value) -> Result<(), CallError> {
         let resources = Any {
             type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
             value: resources.to_string().into_bytes(),
@@ -409,7 +409,7 @@ impl Shim {
     ///
     /// # Errors
     /// What the shim refuses, and statistics that are not of control groups version 2.
-    pub fn stats(&self) -> Outcome<Metrics> {
+    pub(crate) fn stats(&self) -> Outcome<Metrics> {
         let request = StatsRequest { id: self.id(), ..StatsRequest::default() };
         let response = self.call("stats", |context| self.client.stats(context, &request))?;
         let any = response.stats.as_ref().explain(|| "stats: an empty answer".into())?;
@@ -423,7 +423,7 @@ impl Shim {
     ///
     /// # Errors
     /// When it does not answer.
-    pub fn connect(&self) -> Result<ConnectResponse, CallError> {
+    pub(crate) fn connect(&self) -> Result<ConnectResponse, CallError> {
         let request = ConnectRequest { id: self.id(), ..ConnectRequest::default() };
         self.call("connect", |context| self.client.connect(context, &request))
     }
@@ -432,7 +432,7 @@ impl Shim {
     ///
     /// # Errors
     /// A refusal. That the connection breaks is none.
-    pub fn shutdown(&self) -> Result<(), CallError> {
+    pub(crate) fn shutdown(&self) -> Result<(), CallError> {
         let request = ShutdownRequest { id: self.id(), ..ShutdownRequest::default() };
         match self.call("shutdown", |context| self.client.shutdown(context, &request)) {
             Err(error) if error.code != Code::UNKNOWN => Err(error),
@@ -457,7 +457,7 @@ impl Shim {
 ///
 /// # Errors
 /// The refusal, or that there is no answer within `limit`.
-pub fn call<T>(
+pub(crate) fn call<T>(
     call: &'static str,
     limit: Duration,
     request: impl FnOnce(context::Context) -> ttrpc::Result<T>,

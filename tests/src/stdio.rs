@@ -17,7 +17,7 @@ use crate::failure::{Explain, Outcome};
 
 /// Which streams a process gets.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Streams {
+pub(crate) struct Streams {
     /// Whether there is a standard input.
     pub stdin: bool,
     /// Whether it gets a terminal; its error output then comes with the rest.
@@ -28,7 +28,7 @@ pub struct Streams {
 
 /// When a process's output is read.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Reading {
+pub(crate) enum Reading {
     /// From the start.
     #[default]
     AtOnce,
@@ -40,7 +40,7 @@ pub enum Reading {
 
 /// The FIFOs of one process, and what came out of them.
 #[derive(Debug)]
-pub struct Stdio {
+pub(crate) struct Stdio {
     /// Path of the input FIFO; empty when there is none.
     pub stdin_path: String,
     /// Path of the output FIFO.
@@ -61,7 +61,7 @@ impl Stdio {
     ///
     /// # Errors
     /// When they can't be made.
-    pub fn new(directory: &Path, name: &str, streams: Streams) -> Outcome<Self> {
+    pub(crate) fn new(directory: &Path, name: &str, streams: Streams) -> Outcome<Self> {
         let fifo = |stream: &str, wanted: bool| -> Outcome<PathBuf> {
             let path = directory.join(format!("{name}-{stream}"));
             if wanted {
@@ -96,7 +96,7 @@ impl Stdio {
     ///
     /// # Errors
     /// When there is none.
-    pub fn write(&mut self, bytes: &[u8]) -> Outcome {
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Outcome {
         match self.input.as_mut() {
             Some(input) => input.write_all(bytes).explain(|| format!("write to {}", self.stdin_path)),
             None => fail!("the process has no standard input"),
@@ -104,12 +104,12 @@ impl Stdio {
     }
 
     /// Closes our end of the standard input.
-    pub fn close_stdin(&mut self) {
+    pub(crate) fn close_stdin(&mut self) {
         self.input.take();
     }
 
     /// Starts reading streams that were left undrained.
-    pub fn drain(&self) {
+    pub(crate) fn drain(&self) {
         self.stdout.start();
         if !self.stderr_path.is_empty() {
             self.stderr.start();
@@ -119,7 +119,7 @@ impl Stdio {
 
 /// Reads one FIFO from its first writer to the last one's close.
 #[derive(Debug)]
-pub struct Reader {
+pub(crate) struct Reader {
     path: PathBuf,
     shared: Arc<(Mutex<Content>, Condvar)>,
     // Keeps a FIFO that nobody reads yet open, so that the shim's open for writing succeeds.
@@ -166,7 +166,7 @@ impl Reader {
     }
 
     /// What was written so far.
-    pub fn so_far(&self) -> String {
+    pub(crate) fn so_far(&self) -> String {
         let content = self.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
         String::from_utf8_lossy(&content.bytes).into_owned()
     }
@@ -175,7 +175,7 @@ impl Reader {
     ///
     /// # Errors
     /// When it is still open after `limit`.
-    pub fn to_end(&self, limit: Duration) -> Outcome<String> {
+    pub(crate) fn to_end(&self, limit: Duration) -> Outcome<String> {
         self.wait(limit, "the end", |content| content.ended)
     }
 
@@ -183,7 +183,7 @@ impl Reader {
     ///
     /// # Errors
     /// When it does not within `limit`.
-    pub fn until(&self, text: &str, limit: Duration) -> Outcome<String> {
+    pub(crate) fn until(&self, text: &str, limit: Duration) -> Outcome<String> {
         let found = |content: &Content| String::from_utf8_lossy(&content.bytes).contains(text);
         self.wait(limit, &format!("{text:?}"), found)
     }

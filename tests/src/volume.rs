@@ -13,16 +13,16 @@ use crate::failure::{Explain, Outcome};
 use crate::process;
 
 /// Bytes of a volume.
-pub const SIZE: u64 = 1 << 20;
+pub(crate) const SIZE: u64 = 1 << 20;
 
 /// Bytes that are written alike.
-pub const SECTOR: u64 = 512;
+pub(crate) const SECTOR: u64 = 512;
 
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// A loop device. Dropping it detaches and removes the file.
 #[derive(Debug)]
-pub struct Volume {
+pub(crate) struct Volume {
     /// The device.
     pub device: PathBuf,
     file: PathBuf,
@@ -35,7 +35,7 @@ impl Volume {
     ///
     /// # Errors
     /// When it can't be had.
-    pub fn new(directory: &Path, name: &str) -> Outcome<Self> {
+    pub(crate) fn new(directory: &Path, name: &str) -> Outcome<Self> {
         let file = directory.join(name);
         let contents = File::create(&file).explain(|| format!("make {}", file.display()))?;
         for sector in 0..SIZE / SECTOR {
@@ -52,7 +52,7 @@ impl Volume {
     }
 
     /// Adds it to a specification as `path`, with a rule that allows `access`.
-    pub fn add_to(&self, spec: &mut Value, path: &str, access: &str) {
+    pub(crate) fn add_to(&self, spec: &mut Value, path: &str, access: &str) {
         let device =
             json!({ "path": path, "type": "b", "major": self.major, "minor": self.minor, "fileMode": 0o660 });
         let rule =
@@ -69,7 +69,7 @@ impl Volume {
     ///
     /// # Errors
     /// When the file can't be read.
-    pub fn sector(&self, number: u64) -> Outcome<String> {
+    pub(crate) fn sector(&self, number: u64) -> Outcome<String> {
         let mut bytes = [0; SECTOR as usize];
         File::open(&self.file)
             .and_then(|file| file.read_exact_at(&mut bytes, number * SECTOR))

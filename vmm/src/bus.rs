@@ -42,7 +42,7 @@ impl Bus {
     }
 
     /// Puts a device into window number `index`, or takes it away.
-    pub fn set_device(&self, index: usize, device: Option<MmioTransport>) {
+    pub(crate) fn set_device(&self, index: usize, device: Option<MmioTransport>) {
         if let Some(window) = self.devices.get(index) {
             *lock(window) = device;
         }
@@ -54,7 +54,7 @@ impl Bus {
     }
 
     /// The state of device number `index`, with that of its backend; `None` when there is no such device.
-    pub fn device_state(
+    pub(crate) fn device_state(
         &self,
         index: usize,
         backend: BackendState,

@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::devices::worker::DeviceWorker;
 
 /// Stack of every thread but the first, in bytes: too small for the host to back it with a huge page, which it would keep.
-pub const THREAD_STACK: usize = 128 * 1024;
+pub(crate) const THREAD_STACK: usize = 128 * 1024;
 
 /// Events taken from the kernel in one go.
 const READY_EVENTS: usize = 32;
@@ -29,7 +29,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(5);
 
 /// The device thread can't do its work.
 #[derive(Debug, thiserror::Error)]
-pub enum LoopError {
+pub(crate) enum LoopError {
     /// No eventfd, no epoll.
     #[error("can't create the device loop: {0}")]
     Create(event_manager::Error),
@@ -46,7 +46,7 @@ pub enum LoopError {
 
 /// A handle to the running device thread. A thread that has not been given its devices ends with its handle.
 #[derive(Debug)]
-pub struct DeviceLoop {
+pub(crate) struct DeviceLoop {
     thread: JoinHandle<Option<Stopped>>,
     orders: Sender<Order>,
     control: Arc<Control>,
@@ -63,7 +63,7 @@ enum Order {
 }
 
 /// The devices after their thread has ended.
-pub struct Stopped {
+pub(crate) struct Stopped {
     /// The workers that it started with, each with the number that it came with.
     pub workers: Vec<(usize, DeviceWorker)>,
     /// Whether everything that was queued is finished.
@@ -72,7 +72,7 @@ pub struct Stopped {
 
 impl Stopped {
     /// Without devices there is nothing left to do.
-    pub fn idle() -> Self {
+    pub(crate) fn idle() -> Self {
         Stopped { workers: Vec::new(), at_rest: true }
     }
 }
@@ -113,7 +113,7 @@ impl MutEventSubscriber for Subscriber {
 impl DeviceLoop {
     /// Starts the thread, which then waits for its devices. `enter` runs in it first (it installs the thread's seccomp
     /// filter); when it or the loop fails, `failed` hears of it.
-    pub fn start(
+    pub(crate) fn start(
         name: &str,
         enter: impl FnOnce() -> Result<(), String> + Send + 'static,
         failed: impl FnOnce(String) + Send + 'static,
@@ -156,19 +156,19 @@ impl DeviceLoop {
     }
 
     /// Gives the thread the devices that it runs from the start, each with a number of the caller's.
-    pub fn run(&self, workers: Vec<(usize, DeviceWorker)>) {
+    pub(crate) fn run(&self, workers: Vec<(usize, DeviceWorker)>) {
         // A thread that has ended has reported why.
         let _ = self.orders.send(Order::Start(workers));
     }
 
     /// Has the running thread take on another device; `key` is the caller's number for it.
-    pub fn add(&self, key: usize, worker: DeviceWorker) {
+    pub(crate) fn add(&self, key: usize, worker: DeviceWorker) {
         let _ = self.orders.send(Order::Add(key, Box::new(worker)));
         let _ = self.control.wake.write(1);
     }
 
     /// Has the thread drop a device that was added. `false`: it has not done so in time.
-    pub fn remove(&self, key: usize) -> bool {
+    pub(crate) fn remove(&self, key: usize) -> bool {
         let (done, dropped) = channel();
         let _ = self.orders.send(Order::Remove(key, done));
         let _ = self.control.wake.write(1);
@@ -176,7 +176,7 @@ impl DeviceLoop {
     }
 
     /// Lets the devices finish what is queued, then stops the thread. `None`: it failed, or didn't end in time.
-    pub fn stop(self) -> Option<Stopped> {
+    pub(crate) fn stop(self) -> Option<Stopped> {
         self.control.stop.store(true, Ordering::SeqCst);
         let _ = self.control.wake.write(1);
         let start = Instant::now();

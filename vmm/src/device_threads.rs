@@ -14,7 +14,7 @@ use crate::devices::worker::DeviceWorker;
 
 /// What a device's thread may have to wait for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Waits {
+pub(crate) enum Waits {
     /// Nothing.
     Never,
     /// What the containers' files are on, and the guest's image.
@@ -48,7 +48,7 @@ impl From<DiskRole> for Waits {
 
 /// Handles to the threads.
 #[derive(Debug)]
-pub struct DeviceThreads {
+pub(crate) struct DeviceThreads {
     never: DeviceLoop,
     for_files: DeviceLoop,
     for_volumes: DeviceLoop,
@@ -56,7 +56,7 @@ pub struct DeviceThreads {
 
 impl DeviceThreads {
     /// Starts the threads, each under its seccomp filter; they wait for their devices. When one fails, `failed` hears of it.
-    pub fn start(failed: impl FnOnce(String) + Clone + Send + 'static) -> Result<Self, LoopError> {
+    pub(crate) fn start(failed: impl FnOnce(String) + Clone + Send + 'static) -> Result<Self, LoopError> {
         let start = |name, filter: Filter| {
             let enter = move || filter.install().map_err(|error: FilterError| chain(&error));
             DeviceLoop::start(name, enter, failed.clone())
@@ -69,7 +69,7 @@ impl DeviceThreads {
     }
 
     /// Gives the threads the devices that they run from the start, which have their places as numbers.
-    pub fn run(&self, workers: Vec<DeviceWorker>) {
+    pub(crate) fn run(&self, workers: Vec<DeviceWorker>) {
         let (never, for_files) =
             workers.into_iter().enumerate().partition(|(_, worker)| Waits::of(worker.kind()) == Waits::Never);
         self.never.run(never);
@@ -78,18 +78,18 @@ impl DeviceThreads {
     }
 
     /// Has a thread take on another device; `key` is a number of the caller's for it.
-    pub fn add(&self, key: usize, waits: Waits, worker: DeviceWorker) {
+    pub(crate) fn add(&self, key: usize, waits: Waits, worker: DeviceWorker) {
         self.thread(waits).add(key, worker);
     }
 
     /// Has the thread drop a device that it took on. `false`: it has not done so in time.
-    pub fn remove(&self, key: usize, waits: Waits) -> bool {
+    pub(crate) fn remove(&self, key: usize, waits: Waits) -> bool {
         self.thread(waits).remove(key)
     }
 
     /// Lets the devices finish what is queued, then stops the threads: all devices that they ran from the start, by their numbers.
     /// `None`: a thread failed, or didn't end in time.
-    pub fn stop(self) -> Option<Stopped> {
+    pub(crate) fn stop(self) -> Option<Stopped> {
         let stopped = [self.never, self.for_files, self.for_volumes].map(DeviceLoop::stop);
         let mut all = Stopped::idle();
         for thread in stopped {

@@ -17,7 +17,7 @@ const ENOUGH: u64 = 8 << 20;
 static MOVED: AtomicU64 = AtomicU64::new(0);
 
 /// Counts bytes that a device has moved into guest memory or out of it.
-pub fn moved(ram: &GuestRam, bytes: u64) {
+pub(crate) fn moved(ram: &GuestRam, bytes: u64) {
     if is_crossed(MOVED.fetch_add(bytes, Ordering::Relaxed), bytes) {
         allow_huge_pages(ram);
     }

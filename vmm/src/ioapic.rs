@@ -81,12 +81,12 @@ impl IoApic {
     }
 
     /// What software wrote so far.
-    pub fn state(&self) -> &IoApicState {
+    pub(crate) fn state(&self) -> &IoApicState {
         &self.state
     }
 
     /// A guest's read at `offset` of the window.
-    pub fn read(&self, offset: u64, data: &mut [u8]) {
+    pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         let value = match offset {
             IOREGSEL => u32::from(self.state.select),
@@ -99,7 +99,7 @@ impl IoApic {
     }
 
     /// A guest's write at `offset` of the window.
-    pub fn write(&mut self, offset: u64, data: &[u8]) {
+    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) {
         let mut bytes = [0; 4];
         for (to, from) in bytes.iter_mut().zip(data) {
             *to = *from;

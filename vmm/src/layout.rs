@@ -15,72 +15,72 @@
 //! ```
 
 /// The word where PC firmware looks for how a reset came about; Linux writes it before every reset.
-pub const RESET_FLAG: u64 = 0x472;
+pub(crate) const RESET_FLAG: u64 = 0x472;
 /// The global descriptor table.
-pub const GDT: u64 = 0x500;
+pub(crate) const GDT: u64 = 0x500;
 /// `struct boot_params`.
-pub const ZERO_PAGE: u64 = 0x7000;
+pub(crate) const ZERO_PAGE: u64 = 0x7000;
 /// Where the stack starts (downwards): unused by Linux, which has its own.
-pub const BOOT_STACK: u64 = 0x8ff0;
+pub(crate) const BOOT_STACK: u64 = 0x8ff0;
 /// The first of the page tables: PML4, PDPT, four page directories.
-pub const PAGE_TABLES: u64 = 0x9000;
+pub(crate) const PAGE_TABLES: u64 = 0x9000;
 /// The kernel command line.
-pub const CMDLINE: u64 = 0x2_0000;
+pub(crate) const CMDLINE: u64 = 0x2_0000;
 /// Room for the kernel command line with its terminating NUL: what x86 Linux takes (`COMMAND_LINE_SIZE`).
-pub const CMDLINE_SIZE: usize = 2048;
+pub(crate) const CMDLINE_SIZE: usize = 2048;
 /// The MP configuration table: the last KiB of base memory, where kernels look for it.
-pub const MP_TABLE: u64 = 0x9_fc00;
+pub(crate) const MP_TABLE: u64 = 0x9_fc00;
 /// Where "high memory" starts; kernels are loaded at or above this.
-pub const HIGH_RAM: u64 = 0x10_0000;
+pub(crate) const HIGH_RAM: u64 = 0x10_0000;
 
 /// The first device window.
 pub const MMIO_BASE: u64 = 0xd000_0000;
 /// Size and distance of device windows: the registers and as many bytes of configuration space.
-pub const MMIO_STRIDE: u64 = 0x200;
+pub(crate) const MMIO_STRIDE: u64 = 0x200;
 /// The IOAPIC's window.
 pub const IOAPIC_BASE: u64 = 0xfec0_0000;
 /// Size of the IOAPIC's window.
-pub const IOAPIC_SIZE: u64 = 0x1000;
+pub(crate) const IOAPIC_SIZE: u64 = 0x1000;
 /// The local APICs' window.
-pub const LAPIC_BASE: u64 = 0xfee0_0000;
+pub(crate) const LAPIC_BASE: u64 = 0xfee0_0000;
 /// Three pages that KVM uses on CPUs that can't run real mode natively.
-pub const KVM_TSS: usize = 0xfffb_d000;
+pub(crate) const KVM_TSS: usize = 0xfffb_d000;
 /// Where RAM goes on above the window for devices.
-pub const RAM_ABOVE_4G: u64 = 1 << 32;
+pub(crate) const RAM_ABOVE_4G: u64 = 1 << 32;
 
 /// Pins of the IOAPIC, which are the interrupt numbers of the guest.
-pub const IRQ_PINS: u32 = 24;
+pub(crate) const IRQ_PINS: u32 = 24;
 /// The first pin for devices; kernels look for parts of a PC that we don't have at the lower ones (8 is the clock).
-pub const FIRST_IRQ: u32 = 9;
+pub(crate) const FIRST_IRQ: u32 = 9;
 /// Windows for devices that come while the machine runs; they follow those of the devices that it starts with.
-pub const DEVICE_SLOTS: usize = bulkhead_vmm_protocol::DEVICE_SLOTS as usize;
+pub(crate) const DEVICE_SLOTS: usize = bulkhead_vmm_protocol::DEVICE_SLOTS as usize;
 /// Pins for two more devices. They were those of sound cards and printers, which kernels don't look for.
 const SPARE_IRQS: [u32; 2] = [5, 7];
 /// The most devices, those in slots included.
-pub const MAX_DEVICES: usize = (IRQ_PINS - FIRST_IRQ) as usize + SPARE_IRQS.len();
+pub(crate) const MAX_DEVICES: usize = (IRQ_PINS - FIRST_IRQ) as usize + SPARE_IRQS.len();
 
 /// The port that the agent writes [`POWER_OFF`](bulkhead_base::guest::POWER_OFF) to.
-pub const POWER_PORT: u16 = 0x604;
+pub(crate) const POWER_PORT: u16 = 0x604;
 /// Data port of the keyboard controller.
-pub const I8042_DATA: u16 = 0x60;
+pub(crate) const I8042_DATA: u16 = 0x60;
 /// Command and status port of the keyboard controller.
-pub const I8042_COMMAND: u16 = 0x64;
+pub(crate) const I8042_COMMAND: u16 = 0x64;
 /// The keyboard controller's command that resets the machine.
-pub const I8042_RESET: u8 = 0xfe;
+pub(crate) const I8042_RESET: u8 = 0xfe;
 
 /// Guest-physical address of device number `index`'s window.
-pub const fn mmio_address(index: usize) -> u64 {
+pub(crate) const fn mmio_address(index: usize) -> u64 {
     MMIO_BASE + MMIO_STRIDE * index as u64
 }
 
 /// Interrupt number of device number `index`.
-pub const fn irq(index: usize) -> u32 {
+pub(crate) const fn irq(index: usize) -> u32 {
     let pin = FIRST_IRQ + index as u32;
     if pin < IRQ_PINS { pin } else { SPARE_IRQS[(pin - IRQ_PINS) as usize] }
 }
 
 /// The number of the device whose interrupt it is.
-pub const fn device_of(irq: u32) -> Option<usize> {
+pub(crate) const fn device_of(irq: u32) -> Option<usize> {
     match irq {
         _ if irq == SPARE_IRQS[0] => Some(MAX_DEVICES - 2),
         _ if irq == SPARE_IRQS[1] => Some(MAX_DEVICES - 1),

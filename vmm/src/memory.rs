@@ -15,7 +15,7 @@ use crate::layout::{MMIO_BASE, RAM_ABOVE_4G};
 
 /// What guest memory is made of.
 #[derive(Debug)]
-pub enum Memory {
+pub(crate) enum Memory {
     /// Zeroes of its own.
     Anonymous,
     /// A file that is written through.
@@ -35,7 +35,7 @@ const HUGE_PAGE: usize = 2 << 20;
 
 /// No guest memory to be had.
 #[derive(Debug, thiserror::Error)]
-pub enum MemoryError {
+pub(crate) enum MemoryError {
     /// The host refused.
     #[error("can't map {bytes} bytes of guest memory")]
     Map {
@@ -68,7 +68,7 @@ pub enum MemoryError {
 }
 
 /// Maps guest memory; no page of it is touched. It stays until the process ends, as one process is one machine.
-pub fn map_ram(mib: u32, memory: &Memory) -> Result<SharedRam, MemoryError> {
+pub(crate) fn map_ram(mib: u32, memory: &Memory) -> Result<SharedRam, MemoryError> {
     if let Memory::Shared(file) | Memory::Private(file) = memory {
         let found = file.metadata().map_err(MemoryError::FileStatus)?.len();
         let wanted = u64::from(mib) << 20;
@@ -202,7 +202,7 @@ fn map_aligned(size: usize, protection: libc::c_int) -> Result<*mut u8, MemoryEr
 }
 
 /// Where RAM is: below the window for devices, and the rest above 4 GiB.
-pub fn ram_ranges(mib: u32) -> Vec<(GuestAddress, usize)> {
+pub(crate) fn ram_ranges(mib: u32) -> Vec<(GuestAddress, usize)> {
     let size = u64::from(mib) << 20;
     let low = size.min(MMIO_BASE);
     let mut ranges = vec![(GuestAddress(0), low as usize)];
@@ -213,7 +213,7 @@ pub fn ram_ranges(mib: u32) -> Vec<(GuestAddress, usize)> {
 }
 
 /// The end of the RAM that starts at address 0.
-pub fn low_ram_end(ram: &GuestRam) -> u64 {
+pub(crate) fn low_ram_end(ram: &GuestRam) -> u64 {
     ram.iter().next().map_or(0, |region| region.len())
 }
 

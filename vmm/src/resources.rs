@@ -19,7 +19,7 @@ use crate::memory::Memory;
 
 /// What can't be used.
 #[derive(Debug, thiserror::Error)]
-pub enum ResourceError {
+pub(crate) enum ResourceError {
     /// The configuration breaks a limit.
     #[error("it breaks a limit")]
     Config(#[from] bulkhead_vmm_protocol::ConfigError),
@@ -52,7 +52,7 @@ pub enum ResourceError {
 }
 
 /// Handles to devices that the control thread talks to.
-pub struct Handles {
+pub(crate) struct Handles {
     /// Opens connections to the guest.
     pub vsock: VsockConnector,
 }
@@ -84,7 +84,7 @@ pub(crate) struct Preparation {
 
 impl Preparation {
     /// Takes the descriptors of a `Prepare` request.
-    pub fn take(config: &PrepareConfig, fds: Vec<OwnedFd>) -> Result<Self, ResourceError> {
+    pub(crate) fn take(config: &PrepareConfig, fds: Vec<OwnedFd>) -> Result<Self, ResourceError> {
         config.validate(fds.len())?;
         let mut fds = Fds(fds.into_iter().map(Some).collect());
         Ok(Preparation {
@@ -102,7 +102,7 @@ impl Preparation {
 impl Resources {
     /// Turns descriptors into devices. What the configuration doesn't name is closed. `start` is the kernel, or the
     /// state of a saved machine.
-    pub fn take(config: &VmConfig, start: FdIndex, fds: Vec<OwnedFd>) -> Result<Self, ResourceError> {
+    pub(crate) fn take(config: &VmConfig, start: FdIndex, fds: Vec<OwnedFd>) -> Result<Self, ResourceError> {
         config.validate(fds.len())?;
         let mut fds = Fds(fds.into_iter().map(Some).collect());
         let device_failed = |what| move |source| ResourceError::Device { what, source };

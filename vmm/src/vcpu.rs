@@ -33,7 +33,7 @@ thread_local! {
 }
 
 /// Everything a vCPU's thread needs.
-pub struct Vcpu {
+pub(crate) struct Vcpu {
     id: u8,
     fd: VcpuFd,
     /// Where its accesses go.
@@ -47,7 +47,7 @@ pub struct Vcpu {
 }
 
 /// Prepares the process for [`kick`]; once, before any vCPU's thread starts.
-pub fn install_kick_handler() -> Result<(), vmm_sys_util::errno::Error> {
+pub(crate) fn install_kick_handler() -> Result<(), vmm_sys_util::errno::Error> {
     extern "C" fn leave_guest(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
         let flag = IMMEDIATE_EXIT.get();
         if !flag.is_null() {
@@ -60,13 +60,13 @@ pub fn install_kick_handler() -> Result<(), vmm_sys_util::errno::Error> {
 }
 
 /// Makes a vCPU's thread leave the guest, or not enter it again, and look at its `stop` flag.
-pub fn kick<T>(thread: &JoinHandle<T>) {
+pub(crate) fn kick<T>(thread: &JoinHandle<T>) {
     // The only failure is a thread that has ended.
     let _ = thread.kill(SIGRTMIN());
 }
 
 /// Stops vCPU threads whose `stop` flag is set. Returns what they leave, or `None` if not all ended in time.
-pub fn join<T>(threads: Vec<JoinHandle<T>>) -> Option<Vec<T>> {
+pub(crate) fn join<T>(threads: Vec<JoinHandle<T>>) -> Option<Vec<T>> {
     for thread in &threads {
         kick(thread);
     }
@@ -82,13 +82,13 @@ pub fn join<T>(threads: Vec<JoinHandle<T>>) -> Option<Vec<T>> {
 
 impl Vcpu {
     /// A vCPU that hasn't run in this thread.
-    pub fn new(id: u8, fd: VcpuFd, bus: Arc<Bus>, ram: SharedRam, stop: Arc<AtomicBool>) -> Self {
+    pub(crate) fn new(id: u8, fd: VcpuFd, bus: Arc<Bus>, ram: SharedRam, stop: Arc<AtomicBool>) -> Self {
         Vcpu { id, fd, bus, ram, stop, left: false }
     }
 
     /// Runs until the guest ends (the reason) or `stop` is set (`None`). KVM's vCPU comes back: with `None` its state is
     /// complete, so that it could be saved.
-    pub fn run(mut self) -> (VcpuFd, Option<ExitReason>) {
+    pub(crate) fn run(mut self) -> (VcpuFd, Option<ExitReason>) {
         let flag: *mut u8 = &raw mut self.fd.get_kvm_run().immediate_exit;
         IMMEDIATE_EXIT.set(flag);
         let reason = self.run_guest();

@@ -11,7 +11,7 @@ use bulkhead_cri::grpc::{Channel, GrpcError};
 /// A single call may take this long; in the nested host that is virtual time.
 const CALL_LIMIT: Duration = Duration::from_secs(60);
 /// The namespace that everything of the benchmark lives in.
-pub const NAMESPACE: &str = "bulkhead-bench";
+pub(crate) const NAMESPACE: &str = "bulkhead-bench";
 /// Keeps an object from containerd's garbage collection.
 const GC_ROOT: (&str, &str) = ("containerd.io/gc.root", "2025-01-01T00:00:00Z");
 
@@ -26,7 +26,7 @@ impl Client {
     ///
     /// # Errors
     /// When nobody answers there.
-    pub async fn connect(socket: &Path, namespace: &str) -> Result<Self, GrpcError> {
+    pub(crate) async fn connect(socket: &Path, namespace: &str) -> Result<Self, GrpcError> {
         let metadata = vec![("containerd-namespace", namespace.to_owned())];
         Ok(Self { channel: Channel::connect(socket, metadata, CALL_LIMIT).await? })
     }
@@ -47,7 +47,7 @@ impl Client {
     ///
     /// # Errors
     /// As for every call: see [`Channel::call`].
-    pub async fn write_content(&self, digest: &str, data: Vec<u8>) -> Result<(), GrpcError> {
+    pub(crate) async fn write_content(&self, digest: &str, data: Vec<u8>) -> Result<(), GrpcError> {
         let request = proto::WriteContentRequest {
             action: EnumOrUnknown::new(proto::WriteAction::COMMIT),
             ref_: format!("bench-{digest}"),
@@ -66,7 +66,7 @@ impl Client {
     ///
     /// # Errors
     /// As for every call: see [`Channel::call`].
-    pub async fn create_image(&self, name: &str, target: proto::Descriptor) -> Result<(), GrpcError> {
+    pub(crate) async fn create_image(&self, name: &str, target: proto::Descriptor) -> Result<(), GrpcError> {
         let image =
             proto::Image { name: name.to_owned(), target: MessageField::some(target), ..Default::default() };
         let request = proto::CreateImageRequest { image: MessageField::some(image), ..Default::default() };
@@ -79,7 +79,7 @@ impl Client {
     ///
     /// # Errors
     /// As for every call: see [`Channel::call`].
-    pub async fn prepare_snapshot(
+    pub(crate) async fn prepare_snapshot(
         &self,
         snapshotter: &str,
         key: &str,
@@ -101,7 +101,7 @@ impl Client {
     ///
     /// # Errors
     /// As for every call: see [`Channel::call`].
-    pub async fn apply_layer(
+    pub(crate) async fn apply_layer(
         &self,
         layer: proto::Descriptor,
         mounts: Vec<proto::Mount>,
@@ -116,7 +116,12 @@ impl Client {
     ///
     /// # Errors
     /// As for every call: see [`Channel::call`].
-    pub async fn commit_snapshot(&self, snapshotter: &str, key: &str, name: &str) -> Result<(), GrpcError> {
+    pub(crate) async fn commit_snapshot(
+        &self,
+        snapshotter: &str,
+        key: &str,
+        name: &str,
+    ) -> Result<(), GrpcError> {
         let request = proto::CommitSnapshotRequest {
             snapshotter: snapshotter.to_owned(),
             name: name.to_owned(),
@@ -133,7 +138,7 @@ impl Client {
     ///
     /// # Errors
     /// As for every call: see [`Channel::call`].
-    pub async fn remove_snapshot(&self, snapshotter: &str, key: &str) -> Result<(), GrpcError> {
+    pub(crate) async fn remove_snapshot(&self, snapshotter: &str, key: &str) -> Result<(), GrpcError> {
         let request = proto::RemoveSnapshotRequest {
             snapshotter: snapshotter.to_owned(),
             key: key.to_owned(),
@@ -148,7 +153,7 @@ impl Client {
     ///
     /// # Errors
     /// As for every call: see [`Channel::call`].
-    pub async fn create_container(&self, container: proto::Container) -> Result<(), GrpcError> {
+    pub(crate) async fn create_container(&self, container: proto::Container) -> Result<(), GrpcError> {
         let request =
             proto::CreateContainerRequest { container: MessageField::some(container), ..Default::default() };
         let _: proto::CreateContainerResponse =
@@ -160,7 +165,7 @@ impl Client {
     ///
     /// # Errors
     /// As for every call: see [`Channel::call`].
-    pub async fn delete_container(&self, id: &str) -> Result<(), GrpcError> {
+    pub(crate) async fn delete_container(&self, id: &str) -> Result<(), GrpcError> {
         let request = proto::DeleteContainerRequest { id: id.to_owned(), ..Default::default() };
         let _: proto::Empty =
             self.channel.call("containerd.services.containers.v1.Containers/Delete", &request).await?;
@@ -171,7 +176,7 @@ impl Client {
     ///
     /// # Errors
     /// As for every call: see [`Channel::call`].
-    pub async fn create_task(
+    pub(crate) async fn create_task(
         &self,
         id: &str,
         rootfs: Vec<proto::Mount>,
@@ -194,7 +199,7 @@ impl Client {
     ///
     /// # Errors
     /// As for every call: see [`Channel::call`].
-    pub async fn start_task(&self, id: &str) -> Result<(), GrpcError> {
+    pub(crate) async fn start_task(&self, id: &str) -> Result<(), GrpcError> {
         let request = proto::StartRequest { container_id: id.to_owned(), ..Default::default() };
         let _: proto::StartResponse =
             self.channel.call("containerd.services.tasks.v1.Tasks/Start", &request).await?;
@@ -205,7 +210,7 @@ impl Client {
     ///
     /// # Errors
     /// As for every call: see [`Channel::call`].
-    pub async fn kill_task(&self, id: &str) -> Result<(), GrpcError> {
+    pub(crate) async fn kill_task(&self, id: &str) -> Result<(), GrpcError> {
         let request = proto::KillRequest {
             container_id: id.to_owned(),
             signal: libc::SIGKILL as u32,
@@ -219,7 +224,7 @@ impl Client {
     ///
     /// # Errors
     /// As for every call: see [`Channel::call`].
-    pub async fn wait_task(&self, id: &str) -> Result<u32, GrpcError> {
+    pub(crate) async fn wait_task(&self, id: &str) -> Result<u32, GrpcError> {
         let request = proto::WaitRequest { container_id: id.to_owned(), ..Default::default() };
         let answer: proto::WaitResponse =
             self.channel.call("containerd.services.tasks.v1.Tasks/Wait", &request).await?;
@@ -230,7 +235,7 @@ impl Client {
     ///
     /// # Errors
     /// As for every call: see [`Channel::call`].
-    pub async fn delete_task(&self, id: &str) -> Result<(), GrpcError> {
+    pub(crate) async fn delete_task(&self, id: &str) -> Result<(), GrpcError> {
         let request = proto::DeleteTaskRequest { container_id: id.to_owned(), ..Default::default() };
         let _: proto::DeleteResponse =
             self.channel.call("containerd.services.tasks.v1.Tasks/Delete", &request).await?;

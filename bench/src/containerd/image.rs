@@ -12,7 +12,7 @@ use crate::workload::files;
 use bulkhead_cri::grpc::GrpcError;
 
 /// The image's name in containerd.
-pub const NAME: &str = "bulkhead.bench/workload:1";
+pub(crate) const NAME: &str = "bulkhead.bench/workload:1";
 const LAYER_TYPE: &str = "application/vnd.oci.image.layer.v1.tar";
 const CONFIG_TYPE: &str = "application/vnd.oci.image.config.v1+json";
 const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";

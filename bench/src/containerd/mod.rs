@@ -1,9 +1,9 @@
 //! A containerd of our own: private root, state, sockets and configuration, gone without a trace afterwards.
 
-pub mod client;
+pub(crate) mod client;
 pub mod image;
-pub mod spec;
-pub mod tar;
+pub(crate) mod spec;
+pub(crate) mod tar;
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -89,7 +89,10 @@ impl Containerd {
     ///
     /// # Errors
     /// As [`start`](Self::start).
-    pub async fn start_with_cri(directory: &Path, plugins: &str) -> Result<(Self, Client), ContainerdError> {
+    pub(crate) async fn start_with_cri(
+        directory: &Path,
+        plugins: &str,
+    ) -> Result<(Self, Client), ContainerdError> {
         Self::start_configured(directory, CRI_NAMESPACE, &WITHOUT_ANYWAY, plugins).await
     }
 
@@ -128,12 +131,12 @@ impl Containerd {
     }
 
     /// The socket of its gRPC server.
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.directory.join("containerd.sock")
     }
 
     /// Its process id while it runs.
-    pub fn pid(&self) -> Option<u32> {
+    pub(crate) fn pid(&self) -> Option<u32> {
         self.process.as_ref().and_then(Child::id)
     }
 

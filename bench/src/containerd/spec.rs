@@ -8,7 +8,7 @@ use super::client::NAMESPACE;
 
 /// What differs between the containers.
 #[derive(Debug, Clone, Default)]
-pub struct Container {
+pub(crate) struct Container {
     /// The process's arguments, the program first.
     pub args: Vec<String>,
     /// A block device of the host that the container may use, at the same path.
@@ -17,7 +17,7 @@ pub struct Container {
 
 /// A block device of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BlockDevice {
+pub(crate) struct BlockDevice {
     /// Where it is, on the host and in the container.
     pub path: PathBuf,
     /// Its major number.
@@ -40,7 +40,7 @@ const CAPABILITIES: [&str; 9] = [
 ];
 
 /// The specification of the container `id`, as JSON.
-pub fn spec(id: &str, container: &Container) -> Value {
+pub(crate) fn spec(id: &str, container: &Container) -> Value {
     let mut device_rules = vec![json!({ "allow": false, "access": "rwm" })];
     let mut devices = Vec::new();
     if let Some(device) = &container.device {

@@ -7,7 +7,7 @@ const DIRECTORY: u8 = b'5';
 
 /// A tar archive under construction. Every entry belongs to root and is dated at the epoch, so equal contents are equal bytes.
 #[derive(Debug, Default)]
-pub struct Archive {
+pub(crate) struct Archive {
     bytes: Vec<u8>,
 }
 
@@ -21,7 +21,7 @@ impl Archive {
     ///
     /// # Errors
     /// When the name does not fit.
-    pub fn directory(&mut self, name: &str, mode: u32) -> Result<(), NameTooLong> {
+    pub(crate) fn directory(&mut self, name: &str, mode: u32) -> Result<(), NameTooLong> {
         self.header(name, mode, DIRECTORY, 0)
     }
 
@@ -29,7 +29,7 @@ impl Archive {
     ///
     /// # Errors
     /// When the name does not fit.
-    pub fn file(&mut self, name: &str, mode: u32, content: &[u8]) -> Result<(), NameTooLong> {
+    pub(crate) fn file(&mut self, name: &str, mode: u32, content: &[u8]) -> Result<(), NameTooLong> {
         self.header(name, mode, REGULAR, content.len())?;
         self.bytes.extend_from_slice(content);
         self.bytes.resize(self.bytes.len().next_multiple_of(BLOCK), 0);
@@ -37,7 +37,7 @@ impl Archive {
     }
 
     /// The finished archive.
-    pub fn finish(mut self) -> Vec<u8> {
+    pub(crate) fn finish(mut self) -> Vec<u8> {
         // Two empty blocks end an archive.
         self.bytes.resize(self.bytes.len() + 2 * BLOCK, 0);
         self.bytes
@@ -70,7 +70,7 @@ impl Archive {
 
 /// An entry of an archive that is being read.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Entry<'a> {
+pub(crate) enum Entry<'a> {
     /// A directory.
     Directory {
         /// Its path.
@@ -86,7 +86,7 @@ pub enum Entry<'a> {
 }
 
 /// The entries of an archive made by [`Archive`]; ends at the first block that is none of its headers.
-pub fn entries(mut archive: &[u8]) -> impl Iterator<Item = Entry<'_>> {
+pub(crate) fn entries(mut archive: &[u8]) -> impl Iterator<Item = Entry<'_>> {
     std::iter::from_fn(move || {
         let (header, rest) = archive.split_at_checked(BLOCK)?;
         let name_end = header[..NAME_BYTES].iter().position(|byte| *byte == 0).unwrap_or(NAME_BYTES);

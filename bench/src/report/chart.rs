@@ -17,13 +17,13 @@ const COLOURS: [&str; 14] = [
 ];
 
 /// The colour of the thing with this number.
-pub fn colour(number: usize) -> &'static str {
+pub(crate) fn colour(number: usize) -> &'static str {
     COLOURS[number % COLOURS.len()]
 }
 
 /// A bar for each row up to its median, with a whisker up to its 99th percentile. A runtime's place in `runtimes` decides its
 /// colour, which is the same in every chart.
-pub fn bars(rows: &[&Row], runtimes: &[&str]) -> String {
+pub(crate) fn bars(rows: &[&Row], runtimes: &[&str]) -> String {
     let longest = rows.iter().map(|row| row.p99.max(row.p50)).fold(0.0, f64::max);
     let mut svg = open(rows.len());
     for (number, row) in rows.iter().enumerate() {
@@ -55,7 +55,7 @@ pub fn bars(rows: &[&Row], runtimes: &[&str]) -> String {
 /// One bar for each of `stacks`, made of its phases' medians in the order given.
 ///
 /// A stack is a label and the phases' names with their medians, all in the same unit.
-pub fn stacks(stacks: &[(&str, Vec<(&str, f64)>)], unit: &str) -> String {
+pub(crate) fn stacks(stacks: &[(&str, Vec<(&str, f64)>)], unit: &str) -> String {
     let total = |phases: &[(&str, f64)]| phases.iter().map(|(_, value)| value.max(0.0)).sum::<f64>();
     let longest = stacks.iter().map(|(_, phases)| total(phases)).fold(0.0, f64::max);
     let mut names: Vec<&str> = Vec::new();
@@ -120,7 +120,7 @@ fn scale(value: f64, longest: f64) -> f64 {
 }
 
 /// Text as HTML.
-pub fn escape(text: &str) -> String {
+pub(crate) fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 

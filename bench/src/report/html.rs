@@ -21,7 +21,7 @@ svg{max-width:100%;height:auto}svg text{font-size:13px;fill:currentColor}
 const PHASE_SEPARATOR: char = '/';
 
 /// The page.
-pub fn page(report: &Report) -> String {
+pub(crate) fn page(report: &Report) -> String {
     let mut html = format!(
         "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>Bulkhead: isolation overhead</title>\n\
          <meta name=\"viewport\" content=\"width=device-width\"><style>{STYLE}</style></head><body>\n\

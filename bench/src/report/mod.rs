@@ -1,7 +1,7 @@
 //! The report: facts about the node, and rows of samples.
 
-pub mod chart;
-pub mod html;
+pub(crate) mod chart;
+pub(crate) mod html;
 pub mod table;
 
 use std::collections::BTreeMap;
@@ -42,7 +42,7 @@ pub enum Clock {
 
 impl Clock {
     /// For people.
-    pub fn explanation(self) -> &'static str {
+    pub(crate) fn explanation(self) -> &'static str {
         match self {
             Self::Virtual => {
                 "virtual time: the node is a software CPU that counts one nanosecond per executed instruction. It repeats \
@@ -159,7 +159,13 @@ pub enum ReportError {
 
 impl Row {
     /// A row of samples; `None` without any.
-    pub fn new(row: &str, runtime: &str, unit: &str, better: Better, samples: Vec<f64>) -> Option<Self> {
+    pub(crate) fn new(
+        row: &str,
+        runtime: &str,
+        unit: &str,
+        better: Better,
+        samples: Vec<f64>,
+    ) -> Option<Self> {
         Some(Self {
             row: row.to_owned(),
             runtime: runtime.to_owned(),
@@ -221,17 +227,17 @@ impl Report {
     }
 
     /// The row of a name and runtime.
-    pub fn row(&self, row: &str, runtime: &str) -> Option<&Row> {
+    pub(crate) fn row(&self, row: &str, runtime: &str) -> Option<&Row> {
         self.rows.iter().find(|candidate| candidate.row == row && candidate.runtime == runtime)
     }
 
     /// The names of the rows, each once, in order.
-    pub fn row_names(&self) -> Vec<&str> {
+    pub(crate) fn row_names(&self) -> Vec<&str> {
         unique(self.rows.iter().map(|row| row.row.as_str()))
     }
 
     /// The runtimes, each once, in order.
-    pub fn runtimes(&self) -> Vec<&str> {
+    pub(crate) fn runtimes(&self) -> Vec<&str> {
         unique(self.rows.iter().map(|row| row.runtime.as_str()))
     }
 }
@@ -247,7 +253,7 @@ fn unique<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
 }
 
 /// A number with three significant digits, more for large ones.
-pub fn short(value: f64) -> String {
+pub(crate) fn short(value: f64) -> String {
     match value.abs() {
         large if large >= 100.0 => format!("{value:.0}"),
         medium if medium >= 10.0 => format!("{value:.1}"),

@@ -38,7 +38,7 @@ pub fn table(report: &Report) -> String {
 }
 
 /// Columns as wide as they need to be; numbers to the right.
-pub fn align<const COLUMNS: usize>(head: &[String; COLUMNS], lines: &[[String; COLUMNS]]) -> String {
+pub(crate) fn align<const COLUMNS: usize>(head: &[String; COLUMNS], lines: &[[String; COLUMNS]]) -> String {
     let mut widths = head.each_ref().map(|cell| cell.chars().count());
     for line in lines {
         for (width, cell) in widths.iter_mut().zip(line) {

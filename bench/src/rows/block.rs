@@ -19,7 +19,7 @@ const LOOP_CLR_FD: libc::Ioctl = 0x4C01;
 const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4C82;
 
 /// Measures it, one runtime after the other.
-pub async fn measure(bench: &mut Bench<'_>) {
+pub(crate) async fn measure(bench: &mut Bench<'_>) {
     let volume = match Volume::new(bench.directory) {
         Ok(volume) => volume,
         Err(error) => {

@@ -8,7 +8,7 @@ use crate::report::Better;
 use crate::runtime::Runtime;
 
 /// Measures a burst of `count` pods of each runtime, one runtime after the other.
-pub async fn measure(bench: &mut Bench<'_>, count: usize) {
+pub(crate) async fn measure(bench: &mut Bench<'_>, count: usize) {
     for runtime in bench.runtimes.clone() {
         one(bench, &runtime, count).await;
         bench.progress(&format!("burst of {count}: {} done", runtime.kind.name()));

@@ -10,7 +10,7 @@ const WARM_UP: usize = 1;
 const ROW: &str = "cri-start";
 
 /// Measures it.
-pub async fn measure(bench: &mut Bench<'_>) {
+pub(crate) async fn measure(bench: &mut Bench<'_>) {
     let node = match Node::start(&bench.directory.join("cri"), bench.image, &bench.runtimes).await {
         Ok(node) => node,
         Err(error) => {

@@ -31,7 +31,7 @@ const fn pod_memory(kind: Kind) -> u64 {
 }
 
 /// Measures starts on a node where many file systems are mounted.
-pub async fn measure_with_mounts(bench: &mut Bench<'_>) {
+pub(crate) async fn measure_with_mounts(bench: &mut Bench<'_>) {
     let directory = bench.directory.join("mounts");
     if let Err(error) = mount_many(&directory) {
         bench.progress(&format!("SKIPPED mounts: {}: {error}", directory.display()));
@@ -68,7 +68,7 @@ fn mount_many(directory: &Path) -> io::Result<()> {
 }
 
 /// Measures starts beside many idle pods of the same runtime, one runtime after the other.
-pub async fn measure_with_pods(bench: &mut Bench<'_>) {
+pub(crate) async fn measure_with_pods(bench: &mut Bench<'_>) {
     for runtime in bench.runtimes.clone() {
         let name = runtime.kind.name();
         let needed = PODS as u64 * pod_memory(runtime.kind);

@@ -11,16 +11,16 @@ use crate::workload::files;
 const ROOTFS: &str = "rootfs";
 
 /// The snapshotter whose root file systems are disks.
-pub const ON_DISKS: OtherRoots = OtherRoots { snapshotter: "blockfile", group: "rootfs-block" };
+pub(crate) const ON_DISKS: OtherRoots = OtherRoots { snapshotter: "blockfile", group: "rootfs-block" };
 /// The one whose layers are.
-pub const ON_LAYERS: OtherRoots = OtherRoots { snapshotter: "erofs", group: "rootfs-erofs" };
+pub(crate) const ON_LAYERS: OtherRoots = OtherRoots { snapshotter: "erofs", group: "rootfs-erofs" };
 
 /// What the rows begin with whose root file systems' changes are on disks.
-pub const CHANGES: &str = "rootfs-changes";
+pub(crate) const CHANGES: &str = "rootfs-changes";
 
 /// Root file systems of another than the default snapshotter.
 #[derive(Debug, Clone, Copy)]
-pub struct OtherRoots {
+pub(crate) struct OtherRoots {
     /// Which.
     pub snapshotter: &'static str,
     /// What the rows begin with.
@@ -28,12 +28,12 @@ pub struct OtherRoots {
 }
 
 /// Runs `workload NAME` once under each runtime and takes over the samples that it prints.
-pub async fn measure(bench: &mut Bench<'_>, name: &str) {
+pub(crate) async fn measure(bench: &mut Bench<'_>, name: &str) {
     run_workload(bench, bench.pods.clone(), name, |row| row.to_owned()).await;
 }
 
 /// The same for the workload `rootfs` on other root file systems.
-pub async fn measure_on(bench: &mut Bench<'_>, roots: OtherRoots) {
+pub(crate) async fn measure_on(bench: &mut Bench<'_>, roots: OtherRoots) {
     let OtherRoots { snapshotter, group } = roots;
     let snapshot = bench.image.snapshot();
     if let Err(error) = bench.image.unpack(&bench.client, snapshotter, snapshot).await {
@@ -46,7 +46,7 @@ pub async fn measure_on(bench: &mut Bench<'_>, roots: OtherRoots) {
 }
 
 /// The same with the changes on disks.
-pub async fn measure_changes(bench: &mut Bench<'_>) {
+pub(crate) async fn measure_changes(bench: &mut Bench<'_>) {
     let mut runtimes = Vec::new();
     for runtime in &bench.runtimes {
         match runtime.with_changes_on_disk() {
@@ -92,7 +92,7 @@ async fn one(
 }
 
 /// Adds the lines `ROW UNIT NUMBER` of a workload's output, to the rows that `row_of` makes of these.
-pub fn add_samples(
+pub(crate) fn add_samples(
     bench: &mut Bench<'_>,
     runtime: &Runtime,
     name: &str,

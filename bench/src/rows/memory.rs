@@ -19,7 +19,7 @@ const GUEST_MEMORY: u64 = 32 << 20;
 const VMM: &str = "bulkhead-vmm";
 
 /// Measures it, one runtime after the other.
-pub async fn measure(bench: &mut Bench<'_>) {
+pub(crate) async fn measure(bench: &mut Bench<'_>) {
     for runtime in bench.runtimes.clone() {
         let mut pods = Vec::new();
         if let Err(error) = one(bench, &runtime, &mut pods).await {

@@ -1,15 +1,15 @@
 //! What is measured: groups of rows that share their pods.
 
-pub mod block;
-pub mod burst;
-pub mod cri;
-pub mod crowded;
-pub mod inside;
-pub mod memory;
-pub mod network;
-pub mod setup;
-pub mod start;
-pub mod vmm;
+pub(crate) mod block;
+pub(crate) mod burst;
+pub(crate) mod cri;
+pub(crate) mod crowded;
+pub(crate) mod inside;
+pub(crate) mod memory;
+pub(crate) mod network;
+pub(crate) mod setup;
+pub(crate) mod start;
+pub(crate) mod vmm;
 
 use std::path::Path;
 use std::time::Duration;
@@ -128,7 +128,7 @@ impl Group {
     }
 
     /// The group of a name.
-    pub fn from_name(name: &str) -> Option<Self> {
+    pub(crate) fn from_name(name: &str) -> Option<Self> {
         GROUPS.into_iter().find(|group| group.name() == name)
     }
 
@@ -194,7 +194,14 @@ struct Series {
 
 impl Results {
     /// Adds a sample to the row of this name and runtime.
-    pub fn add(&mut self, row: &str, runtime: &'static str, unit: &'static str, better: Better, sample: f64) {
+    pub(crate) fn add(
+        &mut self,
+        row: &str,
+        runtime: &'static str,
+        unit: &'static str,
+        better: Better,
+        sample: f64,
+    ) {
         match self.series.iter_mut().find(|series| series.row == row && series.runtime == runtime) {
             Some(series) => series.samples.push(sample),
             None => {
@@ -204,7 +211,7 @@ impl Results {
     }
 
     /// Adds a duration, in milliseconds.
-    pub fn add_time(&mut self, row: &str, runtime: &'static str, duration: Duration) {
+    pub(crate) fn add_time(&mut self, row: &str, runtime: &'static str, duration: Duration) {
         self.add(row, runtime, "ms", Better::Lower, duration.as_secs_f64() * 1e3);
     }
 
@@ -244,12 +251,12 @@ impl Results {
 
 impl Bench<'_> {
     /// Tells how far it is.
-    pub fn progress(&self, text: &str) {
+    pub(crate) fn progress(&self, text: &str) {
         (self.progress)(text);
     }
 
     /// Notes a runtime that fails in a group, and says so at once.
-    pub fn fail(&mut self, row: &str, runtime: &'static str, error: &PodError) {
+    pub(crate) fn fail(&mut self, row: &str, runtime: &'static str, error: &PodError) {
         self.progress(&format!("FAILED {row} under {runtime}: {error}"));
         self.results.skip(row, runtime, error.to_string());
     }

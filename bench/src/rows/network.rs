@@ -11,7 +11,7 @@ const ROUNDS: usize = 3;
 const ROW: &str = "tcp-1-stream-to-pod";
 
 /// Measures it.
-pub async fn measure(bench: &mut Bench<'_>) {
+pub(crate) async fn measure(bench: &mut Bench<'_>) {
     // A pod that has booted is no different from one of a template here.
     let mut runtimes = bench.runtimes.clone();
     if runtimes.iter().any(|runtime| runtime.kind == Kind::BulkheadTemplate) {

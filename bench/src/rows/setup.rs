@@ -14,7 +14,7 @@ const SNAPSHOTTERS: [&str; 2] = ["overlayfs", "erofs"];
 const ROUNDS: usize = 3;
 
 /// Measures it.
-pub async fn measure(bench: &mut Bench<'_>) {
+pub(crate) async fn measure(bench: &mut Bench<'_>) {
     for snapshotter in SNAPSHOTTERS {
         for round in 0..ROUNDS {
             if let Err(error) = one(bench, snapshotter, round).await {

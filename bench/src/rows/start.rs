@@ -23,7 +23,7 @@ struct Start {
 }
 
 /// Measures it.
-pub async fn measure(bench: &mut Bench<'_>) {
+pub(crate) async fn measure(bench: &mut Bench<'_>) {
     let mut runtimes = bench.runtimes.clone();
     let mut starts = Vec::new();
     for round in 0..WARM_UP + bench.rounds {

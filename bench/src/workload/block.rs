@@ -25,7 +25,7 @@ enum Direction {
 }
 
 /// Measures the volume at `path`, overwriting it.
-pub fn measure(samples: &mut Samples<'_>, path: &Path) -> Result<(), WorkloadError> {
+pub(crate) fn measure(samples: &mut Samples<'_>, path: &Path) -> Result<(), WorkloadError> {
     let volume = OpenOptions::new()
         .read(true)
         .write(true)

@@ -3,23 +3,23 @@
 use crate::containerd::tar::{Archive, NameTooLong};
 
 /// The workload's binary.
-pub const PROGRAM: &str = "/bin/workload";
+pub(crate) const PROGRAM: &str = "/bin/workload";
 /// The root of a tree of [`TREE_DIRECTORIES`] times [`TREE_FILES`] small files, to be walked.
-pub const TREE: &str = "/tree";
+pub(crate) const TREE: &str = "/tree";
 /// Directories in the tree.
-pub const TREE_DIRECTORIES: usize = 20;
+pub(crate) const TREE_DIRECTORIES: usize = 20;
 /// Files in each of its directories.
-pub const TREE_FILES: usize = 20;
+pub(crate) const TREE_FILES: usize = 20;
 /// An archive of [`ARCHIVE_FILES`] files of [`ARCHIVE_FILE_BYTES`] bytes each, to be unpacked.
-pub const ARCHIVE: &str = "/files.tar";
+pub(crate) const ARCHIVE: &str = "/files.tar";
 /// Files in the archive.
-pub const ARCHIVE_FILES: usize = 200;
+pub(crate) const ARCHIVE_FILES: usize = 200;
 /// Bytes of each.
-pub const ARCHIVE_FILE_BYTES: usize = 4096;
+pub(crate) const ARCHIVE_FILE_BYTES: usize = 4096;
 /// What the workload says on the console as a virtual machine's init.
-pub const INIT_READY: &[u8] = b"workload: init is ready";
+pub(crate) const INIT_READY: &[u8] = b"workload: init is ready";
 /// The workload's output ends with this.
-pub const END_MARK: &[u8] = b"end\n";
+pub(crate) const END_MARK: &[u8] = b"end\n";
 
 const TREE_FILE_BYTES: usize = 64;
 
@@ -27,7 +27,7 @@ const TREE_FILE_BYTES: usize = 64;
 ///
 /// # Errors
 /// Never, as long as its names are short.
-pub fn add_tree(layer: &mut Archive) -> Result<(), NameTooLong> {
+pub(crate) fn add_tree(layer: &mut Archive) -> Result<(), NameTooLong> {
     let root = TREE.trim_start_matches('/');
     layer.directory(&format!("{root}/"), 0o755)?;
     for directory in 0..TREE_DIRECTORIES {
@@ -43,7 +43,7 @@ pub fn add_tree(layer: &mut Archive) -> Result<(), NameTooLong> {
 ///
 /// # Errors
 /// Never, as long as its names are short.
-pub fn archive() -> Result<Vec<u8>, NameTooLong> {
+pub(crate) fn archive() -> Result<Vec<u8>, NameTooLong> {
     let mut archive = Archive::default();
     archive.directory("unpacked/", 0o755)?;
     for file in 0..ARCHIVE_FILES {

@@ -4,8 +4,8 @@
 //! It is one static binary without a runtime, so that its start costs next to nothing anywhere.
 
 mod block;
-pub mod files;
-pub mod net;
+pub(crate) mod files;
+pub(crate) mod net;
 mod rootfs;
 mod syscalls;
 
@@ -36,7 +36,7 @@ pub enum WorkloadError {
 }
 
 /// Where samples go: the workload's output.
-pub struct Samples<'a> {
+pub(crate) struct Samples<'a> {
     out: &'a mut dyn Write,
 }
 

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// The port of the server, of both kinds.
-pub const PORT: u16 = 5001;
+pub(crate) const PORT: u16 = 5001;
 
 /// What a connection is for: the client sends, and hears how much came.
 const SINK: u8 = b'S';
@@ -34,13 +34,13 @@ const LIMIT: Duration = Duration::from_secs(30);
 const ANSWER_LIMIT: Duration = Duration::from_millis(100);
 
 /// One measurement: the row's name, its unit and the figure.
-pub type Sample = (&'static str, &'static str, f64);
+pub(crate) type Sample = (&'static str, &'static str, f64);
 
 /// Serves for ever. `ready` is called once it can be connected to.
 ///
 /// # Errors
 /// When the ports can't be had.
-pub fn serve(ready: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+pub(crate) fn serve(ready: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))?;
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT))?;
     thread::spawn(move || count_datagrams(&socket));
@@ -107,7 +107,7 @@ fn send(connection: &mut TcpStream, mut length: u64, buffer: &[u8]) -> io::Resul
 ///
 /// # Errors
 /// When the server does not answer as it should.
-pub fn measure(address: Ipv4Addr) -> io::Result<Vec<Sample>> {
+pub(crate) fn measure(address: Ipv4Addr) -> io::Result<Vec<Sample>> {
     let server = SocketAddr::V4(SocketAddrV4::new(address, PORT));
     let mut samples = Vec::new();
     for (streams, to, from) in [
@@ -129,7 +129,7 @@ pub fn measure(address: Ipv4Addr) -> io::Result<Vec<Sample>> {
 ///
 /// # Errors
 /// As [`measure`].
-pub fn measure_one_stream(address: Ipv4Addr) -> io::Result<f64> {
+pub(crate) fn measure_one_stream(address: Ipv4Addr) -> io::Result<f64> {
     bulk(SocketAddr::V4(SocketAddrV4::new(address, PORT)), 1, download)
 }
 

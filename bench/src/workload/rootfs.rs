@@ -15,7 +15,7 @@ const LARGE_FILE_BYTES: usize = 8 << 20;
 const TRANSFER_BYTES: usize = 128 << 10;
 
 /// Measures them all below `root`, where the image's files are.
-pub fn measure(samples: &mut Samples<'_>, root: &Path) -> Result<(), WorkloadError> {
+pub(crate) fn measure(samples: &mut Samples<'_>, root: &Path) -> Result<(), WorkloadError> {
     let below = |path: &str| root.join(path.trim_start_matches('/'));
     for _ in 0..SAMPLES {
         let elapsed = timed(|| walk(&below(files::TREE)).map(drop)).map_err(step("walk the tree"))?;

@@ -14,7 +14,7 @@ const PAGE: usize = 4096;
 const ROUND_TRIPS: u32 = 100;
 
 /// Measures them all.
-pub fn measure(samples: &mut Samples<'_>) -> Result<(), WorkloadError> {
+pub(crate) fn measure(samples: &mut Samples<'_>) -> Result<(), WorkloadError> {
     let own = std::env::current_exe().unwrap_or_else(|_| files::PROGRAM.into());
     let own = CString::new(own.into_os_string().into_encoded_bytes())
         .map_err(|error| step("name this program")(error.into()))?;

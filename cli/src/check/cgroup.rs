@@ -11,7 +11,7 @@ const WHAT: &str = "cgroups";
 const NEEDED: [&str; 3] = ["cpu", "memory", "pids"];
 
 /// Looks at the cgroup tree mounted on `root`.
-pub fn check(root: &Path) -> Finding {
+pub(crate) fn check(root: &Path) -> Finding {
     match statfs(root) {
         Ok(stat) if stat.filesystem_type() == CGROUP2_SUPER_MAGIC => {}
         Ok(_) => {

@@ -12,7 +12,7 @@ const INSTALL: &str = "bulkhead install --restart";
 
 /// What was found, and the shim's configuration file that containerd names.
 #[derive(Debug)]
-pub struct Registered {
+pub(crate) struct Registered {
     /// The findings.
     pub findings: Vec<Finding>,
     /// `ConfigPath` of the runtime's options.
@@ -20,7 +20,7 @@ pub struct Registered {
 }
 
 /// Looks at the configuration of the containerd of the system in `root`.
-pub fn check(root: &Path, file: &Path) -> Registered {
+pub(crate) fn check(root: &Path, file: &Path) -> Registered {
     match look(root, file) {
         Ok(registered) => registered,
         Err(error) => Registered {

@@ -12,7 +12,7 @@ const OLDEST: (u32, u32) = (5, 10);
 const TRIED: (u32, u32) = (6, 1);
 
 /// Looks at the system in `root`.
-pub fn check(root: &Path) -> Vec<Finding> {
+pub(crate) fn check(root: &Path) -> Vec<Finding> {
     vec![kernel(root), vulnerabilities(root), smt(root), ksm(root), swap(root), udev(root)]
 }
 

@@ -32,7 +32,7 @@ const SLOW: f64 = 1.0 / 20.0;
 
 /// The kind of KVM a node has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// The processor executes guests.
     Hardware,
     /// The same, by leave of another hypervisor.
@@ -56,7 +56,7 @@ impl fmt::Display for Kind {
 
 /// What the kind of KVM is told by.
 #[derive(Debug)]
-pub struct Evidence {
+pub(crate) struct Evidence {
     /// Or why there is no KVM.
     speed: Result<Speed, String>,
     processor: Processor,
@@ -64,7 +64,7 @@ pub struct Evidence {
 
 impl Evidence {
     /// The kind of KVM.
-    pub fn kind(&self) -> Kind {
+    pub(crate) fn kind(&self) -> Kind {
         match (&self.speed, self.processor.extension, &self.processor.hypervisor) {
             (Err(_), ..) => Kind::None,
             (Ok(speed), ..) if speed.ratio() < SLOW => Kind::Software,
@@ -75,7 +75,7 @@ impl Evidence {
     }
 
     /// Why there is no KVM.
-    pub fn reason(&self) -> Option<&str> {
+    pub(crate) fn reason(&self) -> Option<&str> {
         self.speed.as_ref().err().map(String::as_str)
     }
 
@@ -122,7 +122,7 @@ fn spoken(speed: &Speed) -> String {
 }
 
 /// Finds out what kind of KVM is behind `device`; takes a tenth of a second on a software KVM, [`TIME_LIMIT`] at most.
-pub fn look(device: &Path) -> Evidence {
+pub(crate) fn look(device: &Path) -> Evidence {
     let (sender, receiver) = mpsc::channel();
     let device = device.to_owned();
     // On a thread of its own, since a KVM that is broken enough never comes back from the guest; it ends with the process.
@@ -140,7 +140,7 @@ pub fn look(device: &Path) -> Evidence {
 }
 
 /// The findings about the KVM device; those after a failure that explains them are left out.
-pub fn check(device: &Path) -> Vec<Finding> {
+pub(crate) fn check(device: &Path) -> Vec<Finding> {
     const WHAT: &str = "KVM device";
     let kvm = match open(device) {
         Ok(kvm) => kvm,

@@ -1,12 +1,12 @@
 //! `bulkhead check`: can pods run on this node, and how well are they kept apart?
 
-pub mod cgroup;
-pub mod containerd;
-pub mod host;
-pub mod kvm;
-pub mod modules;
-pub mod parts;
-pub mod processor;
+pub(crate) mod cgroup;
+pub(crate) mod containerd;
+pub(crate) mod host;
+pub(crate) mod kvm;
+pub(crate) mod modules;
+pub(crate) mod parts;
+pub(crate) mod processor;
 
 use std::fmt;
 use std::io::{self, Write};
@@ -17,7 +17,7 @@ use serde::Serialize;
 
 /// What one look at the node gave.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Finding {
+pub(crate) struct Finding {
     /// How it affects pods.
     pub verdict: Verdict,
     /// What was looked at.
@@ -35,7 +35,7 @@ pub struct Finding {
 
 /// How a finding affects pods.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// As it should be.
     #[serde(rename = "ok")]
     Ok,
@@ -97,7 +97,7 @@ impl fmt::Display for Finding {
 
 /// What keeps the check from being made.
 #[derive(Debug, thiserror::Error)]
-pub enum CheckError {
+pub(crate) enum CheckError {
     /// It is not known where to look for the installed parts.
     #[error("cannot tell where this program is installed ({0}); give --prefix")]
     Prefix(#[source] io::Error),
@@ -108,7 +108,7 @@ pub enum CheckError {
 
 /// What `bulkhead check` looks at.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Options {
+pub(crate) struct Options {
     /// The KVM device, if it is not the configured one.
     pub device: Option<PathBuf>,
     /// Where Bulkhead is installed, if it was given.
@@ -137,7 +137,7 @@ impl Default for Options {
 ///
 /// # Errors
 /// When the findings can't be printed, or `prefix` is not given and can't be found out.
-pub fn run(options: &Options, out: &mut impl Write) -> Result<bool, CheckError> {
+pub(crate) fn run(options: &Options, out: &mut impl Write) -> Result<bool, CheckError> {
     let prefix = match &options.prefix {
         Some(prefix) => prefix.clone(),
         None => own_prefix().map_err(CheckError::Prefix)?,
@@ -174,7 +174,7 @@ pub fn run(options: &Options, out: &mut impl Write) -> Result<bool, CheckError> 
 ///
 /// # Errors
 /// When that is not how this program is installed.
-pub fn own_prefix() -> io::Result<PathBuf> {
+pub(crate) fn own_prefix() -> io::Result<PathBuf> {
     let program = std::env::current_exe()?;
     match program.parent().and_then(Path::parent) {
         Some(prefix) => Ok(prefix.to_owned()),

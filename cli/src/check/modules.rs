@@ -6,7 +6,7 @@ use super::Finding;
 use super::host::text;
 
 /// Looks at the parameters of KVM's modules of the system in `root`.
-pub fn check(root: &Path) -> Vec<Finding> {
+pub(crate) fn check(root: &Path) -> Vec<Finding> {
     let (module, paging) = if root.join("sys/module/kvm_amd").exists() {
         ("kvm_amd", "npt")
     } else if root.join("sys/module/kvm_intel").exists() {

@@ -20,7 +20,7 @@ const BZIMAGE: Magic = (0x202, b"HdrS");
 const EROFS: Magic = (1024, &0xe0f5_e1e2_u32.to_le_bytes());
 
 /// Looks at what is installed under `prefix`, and at what the configuration names.
-pub fn check(prefix: &Path, config: &Config) -> Vec<Finding> {
+pub(crate) fn check(prefix: &Path, config: &Config) -> Vec<Finding> {
     vec![
         program("shim", &prefix.join(parts::SHIM)),
         program("VMM", &config.vmm),
@@ -31,7 +31,7 @@ pub fn check(prefix: &Path, config: &Config) -> Vec<Finding> {
 }
 
 /// Whether what was installed is still what it was. The prefix is one of the system in `root`.
-pub fn unaltered(root: &Path, prefix: &Path) -> Finding {
+pub(crate) fn unaltered(root: &Path, prefix: &Path) -> Finding {
     const WHAT: &str = "installed files";
     match install::altered(root, prefix) {
         Ok(None) => Finding::ok(WHAT, "not put there by bulkhead install: nothing to compare with"),

@@ -21,7 +21,7 @@ const HYPERVISORS: [(&str, &str); 6] = [
 
 /// What is known of the processor without running a guest on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Processor {
+pub(crate) struct Processor {
     /// Its extension for virtual machines.
     pub extension: Extension,
     /// The hypervisor that this machine itself is a guest of.
@@ -32,7 +32,7 @@ pub struct Processor {
 
 /// Whether a processor has an extension for virtual machines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Extension {
+pub(crate) enum Extension {
     /// VT-x or AMD-V, and its flag in `/proc/cpuinfo`.
     Present(&'static str, &'static str),
     /// Its flags have none.
@@ -43,7 +43,7 @@ pub enum Extension {
 
 impl Processor {
     /// Looks at the system in `root` and at the processor.
-    pub fn here(root: &Path) -> Self {
+    pub(crate) fn here(root: &Path) -> Self {
         let cpuinfo = text(root, "proc/cpuinfo");
         let flags =
             cpuinfo.lines().find(|line| line.starts_with("flags")).and_then(|line| line.split_once(':'));

@@ -22,7 +22,7 @@ const PARTS: [(&str, u32); 6] = [
 
 /// A file that can't be read or put where it belongs.
 #[derive(Debug, thiserror::Error)]
-pub enum FileError {
+pub(crate) enum FileError {
     /// Not every part is there.
     #[error(
         "{0} is missing: --from names a directory with bin, libexec/bulkhead and share/bulkhead, as make install leaves it"
@@ -66,7 +66,7 @@ enum Content {
 
 /// One file to be installed.
 #[derive(Debug)]
-pub struct Part {
+pub(super) struct Part {
     /// Where it goes, as the installed system sees it.
     pub path: PathBuf,
     /// The same as seen from here.
@@ -77,7 +77,7 @@ pub struct Part {
 
 /// What is there already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
+pub(super) enum State {
     /// Nothing.
     New,
     /// Something else.
@@ -88,7 +88,7 @@ pub enum State {
 
 impl State {
     /// For what has been done.
-    pub fn done(self) -> &'static str {
+    pub(super) fn done(self) -> &'static str {
         match self {
             Self::New => "installed",
             Self::Changed => "replaced",
@@ -97,7 +97,7 @@ impl State {
     }
 
     /// For what would be done.
-    pub fn would(self) -> &'static str {
+    pub(super) fn would(self) -> &'static str {
         match self {
             Self::New => "would install",
             Self::Changed => "would replace",
@@ -106,7 +106,7 @@ impl State {
     }
 
     /// Whether there is nothing to do.
-    pub fn is_same(self) -> bool {
+    pub(super) fn is_same(self) -> bool {
         self == Self::Same
     }
 }
@@ -115,7 +115,7 @@ impl State {
 ///
 /// # Errors
 /// When one is not there.
-pub fn parts(from: &Path, options: &Options) -> Result<Vec<Part>, FileError> {
+pub(super) fn parts(from: &Path, options: &Options) -> Result<Vec<Part>, FileError> {
     PARTS
         .iter()
         .map(|(name, mode)| {
@@ -132,7 +132,7 @@ pub fn parts(from: &Path, options: &Options) -> Result<Vec<Part>, FileError> {
 
 impl Part {
     /// A part whose content is made here.
-    pub fn written(options: &Options, path: PathBuf, text: Vec<u8>) -> Self {
+    pub(super) fn written(options: &Options, path: PathBuf, text: Vec<u8>) -> Self {
         let place = options.place(&path);
         Self { path, place, mode: 0o644, content: Content::Text(text) }
     }
@@ -141,7 +141,7 @@ impl Part {
     ///
     /// # Errors
     /// When that can't be read.
-    pub fn digest(&self) -> Result<String, FileError> {
+    pub(super) fn digest(&self) -> Result<String, FileError> {
         match &self.content {
             Content::Copy(source) => digest(source),
             Content::Text(text) => Ok(hex(&Sha256::digest(text))),
@@ -152,7 +152,7 @@ impl Part {
     ///
     /// # Errors
     /// When that can't be read.
-    pub fn present(&self) -> Result<Option<String>, FileError> {
+    pub(super) fn present(&self) -> Result<Option<String>, FileError> {
         present(&self.place)
     }
 
@@ -160,7 +160,7 @@ impl Part {
     ///
     /// # Errors
     /// When what is there, or is to be, can't be read.
-    pub fn state(&self) -> Result<State, FileError> {
+    pub(super) fn state(&self) -> Result<State, FileError> {
         let Some(present) = self.present()? else { return Ok(State::New) };
         let metadata = fs::metadata(&self.place)
             .map_err(|source| FileError::Read { path: self.place.clone(), source })?;
@@ -172,7 +172,7 @@ impl Part {
     ///
     /// # Errors
     /// When it can't be written.
-    pub fn put(&self) -> Result<(), FileError> {
+    pub(super) fn put(&self) -> Result<(), FileError> {
         let failed = |source| FileError::Write { path: self.place.clone(), source };
         if let Some(directory) = self.place.parent() {
             fs::create_dir_all(directory).map_err(failed)?;
@@ -204,7 +204,7 @@ impl Part {
 ///
 /// # Errors
 /// When it can't be read.
-pub fn present(place: &Path) -> Result<Option<String>, FileError> {
+pub(super) fn present(place: &Path) -> Result<Option<String>, FileError> {
     match digest(place) {
         Ok(digest) => Ok(Some(digest)),
         Err(FileError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),

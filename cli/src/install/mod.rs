@@ -12,7 +12,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-pub use uninstall::{UninstallError, uninstall};
+pub(crate) use uninstall::{UninstallError, uninstall};
 
 use self::files::{FileError, Part};
 use self::record::{Record, RecordError};
@@ -23,7 +23,7 @@ const DROP_IN: &str = "conf.d/bulkhead.toml";
 
 /// What `bulkhead install` is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Options {
+pub(crate) struct Options {
     /// The prefix that the parts come from; this program's own if there is none.
     pub from: Option<PathBuf>,
     /// Where they go.
@@ -103,7 +103,7 @@ impl Options {
 ///
 /// # Errors
 /// When the record or a file can't be read.
-pub fn altered(root: &Path, prefix: &Path) -> Result<Option<(usize, Vec<PathBuf>)>, InstallError> {
+pub(crate) fn altered(root: &Path, prefix: &Path) -> Result<Option<(usize, Vec<PathBuf>)>, InstallError> {
     let options = Options { root: root.to_owned(), prefix: prefix.to_owned(), ..Options::default() };
     let record = Record::load(&options.place(&options.record_path()))?;
     record.map(|record| Ok((record.files.len(), record.altered(root)?))).transpose()
@@ -111,7 +111,7 @@ pub fn altered(root: &Path, prefix: &Path) -> Result<Option<(usize, Vec<PathBuf>
 
 /// What keeps an installation from being made.
 #[derive(Debug, thiserror::Error)]
-pub enum InstallError {
+pub(crate) enum InstallError {
     /// It is not known where the parts are.
     #[error("can't tell where this program is installed; give --from")]
     From(#[source] io::Error),
@@ -144,7 +144,7 @@ pub enum InstallError {
 ///
 /// # Errors
 /// What keeps a part from being installed. What only comes later, such as a template, is reported and fails nothing.
-pub fn install(options: &Options, out: &mut impl Write) -> Result<(), InstallError> {
+pub(crate) fn install(options: &Options, out: &mut impl Write) -> Result<(), InstallError> {
     for (option, path) in
         [("--prefix", &options.prefix), ("--root", &options.root), ("--containerd-config", &options.config)]
     {

@@ -13,7 +13,7 @@ use crate::containerd::in_root;
 /// The record.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Record {
+pub(super) struct Record {
     /// Files, as the installed system sees them, with the digests that they may have: two while they are being replaced.
     pub files: BTreeMap<PathBuf, Vec<String>>,
     /// Directories that were not there before, outermost first.
@@ -24,7 +24,7 @@ pub struct Record {
 
 /// The record can't be kept.
 #[derive(Debug, thiserror::Error)]
-pub enum RecordError {
+pub(crate) enum RecordError {
     /// It can't be read.
     #[error("can't read {path}")]
     Read {
@@ -59,7 +59,7 @@ impl Record {
     ///
     /// # Errors
     /// When it can't be read.
-    pub fn load(place: &Path) -> Result<Option<Self>, RecordError> {
+    pub(super) fn load(place: &Path) -> Result<Option<Self>, RecordError> {
         match fs::read(place) {
             Ok(bytes) => serde_json::from_slice(&bytes)
                 .map(Some)
@@ -74,7 +74,7 @@ impl Record {
     ///
     /// # Errors
     /// When a part can't be read.
-    pub fn with(&self, parts: &[Part]) -> Result<Self, FileError> {
+    pub(super) fn with(&self, parts: &[Part]) -> Result<Self, FileError> {
         let mut record = self.clone();
         for part in parts {
             let digest = part.digest()?;
@@ -93,7 +93,7 @@ impl Record {
     ///
     /// # Errors
     /// When a part can't be read.
-    pub fn only(&mut self, parts: &[Part]) -> Result<(), FileError> {
+    pub(super) fn only(&mut self, parts: &[Part]) -> Result<(), FileError> {
         for part in parts {
             if let Some(digests) = self.files.get_mut(&part.path) {
                 *digests = vec![part.digest()?];
@@ -103,7 +103,7 @@ impl Record {
     }
 
     /// Notes the directories that are missing for the files of the record and for the record itself.
-    pub fn add_directories(&mut self, root: &Path, own: &Path) {
+    pub(super) fn add_directories(&mut self, root: &Path, own: &Path) {
         let paths: Vec<PathBuf> = self.files.keys().cloned().chain([own.to_owned()]).collect();
         for path in paths {
             let mut missing: Vec<PathBuf> = path
@@ -122,7 +122,7 @@ impl Record {
     }
 
     /// Whether a file with this digest was put there.
-    pub fn has(&self, path: &Path, digest: &str) -> bool {
+    pub(super) fn has(&self, path: &Path, digest: &str) -> bool {
         self.files.get(path).is_some_and(|digests| digests.iter().any(|known| known == digest))
     }
 
@@ -130,7 +130,7 @@ impl Record {
     ///
     /// # Errors
     /// When one can't be read.
-    pub fn altered(&self, root: &Path) -> Result<Vec<PathBuf>, FileError> {
+    pub(super) fn altered(&self, root: &Path) -> Result<Vec<PathBuf>, FileError> {
         let mut altered = Vec::new();
         for path in self.files.keys() {
             let present = present(&in_root(root, path))?;
@@ -145,7 +145,7 @@ impl Record {
     ///
     /// # Errors
     /// When it can't be written.
-    pub fn save(&self, place: &Path) -> Result<(), RecordError> {
+    pub(super) fn save(&self, place: &Path) -> Result<(), RecordError> {
         let write = || {
             if let Some(directory) = place.parent() {
                 fs::create_dir_all(directory)?;

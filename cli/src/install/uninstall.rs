@@ -13,7 +13,7 @@ use crate::pods;
 
 /// What keeps an installation from being removed.
 #[derive(Debug, thiserror::Error)]
-pub enum UninstallError {
+pub(crate) enum UninstallError {
     /// There is nothing.
     #[error("bulkhead install has installed nothing under {0}")]
     Nothing(PathBuf),
@@ -48,7 +48,7 @@ pub enum UninstallError {
 ///
 /// # Errors
 /// When nothing was installed, pods run, or something can't be removed.
-pub fn uninstall(options: &Options, force: bool, out: &mut impl Write) -> Result<(), UninstallError> {
+pub(crate) fn uninstall(options: &Options, force: bool, out: &mut impl Write) -> Result<(), UninstallError> {
     let path = options.record_path();
     let place = options.place(&path);
     let record = Record::load(&place)?.ok_or_else(|| UninstallError::Nothing(options.prefix.clone()))?;

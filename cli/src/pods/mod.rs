@@ -15,7 +15,7 @@ const SHIM: &str = "containerd-shim-bulkhead-v1";
 
 /// One pod.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Pod {
+pub(crate) struct Pod {
     /// The id of its sandbox, or of its only container.
     pub id: String,
     /// containerd's namespace.
@@ -41,7 +41,7 @@ pub struct Pod {
 /// How a pod is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum PodState {
+pub(crate) enum PodState {
     /// There is no virtual machine yet.
     Starting,
     /// The virtual machine runs.
@@ -62,7 +62,7 @@ impl PodState {
 
 /// A pod that can't be picked.
 #[derive(Debug, thiserror::Error)]
-pub enum PodsError {
+pub(crate) enum PodsError {
     /// None, or several.
     #[error(
         "{count} pods of this node have an id or a name that begins with {text:?}; bulkhead ps shows them"
@@ -82,7 +82,7 @@ pub enum PodsError {
 }
 
 /// Every pod of this node.
-pub fn running() -> Vec<Pod> {
+pub(crate) fn running() -> Vec<Pod> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let mut pods: Vec<Pod> =
         entries.filter_map(|entry| pod(entry.file_name().to_str()?.parse().ok()?)).collect();
@@ -94,7 +94,7 @@ pub fn running() -> Vec<Pod> {
 ///
 /// # Errors
 /// When there is none, or several.
-pub fn pick(text: &str) -> Result<Pod, PodsError> {
+pub(crate) fn pick(text: &str) -> Result<Pod, PodsError> {
     pick_from(running(), text)
 }
 
@@ -211,7 +211,7 @@ fn age(start_time: u64) -> u64 {
 ///
 /// # Errors
 /// When there is no such pod, or no answer.
-pub fn ask(pod: &str, method: Method, question: &str, out: &mut impl Write) -> Result<(), PodsError> {
+pub(crate) fn ask(pod: &str, method: Method, question: &str, out: &mut impl Write) -> Result<(), PodsError> {
     let answer = operator::ask(&pick(pod)?.address, method, question)?;
     out.write_all(answer.as_bytes())?;
     if !answer.is_empty() && !answer.ends_with('\n') {
@@ -224,7 +224,7 @@ pub fn ask(pod: &str, method: Method, question: &str, out: &mut impl Write) -> R
 ///
 /// # Errors
 /// When they can't be printed.
-pub fn list(json: bool, out: &mut impl Write) -> Result<(), PodsError> {
+pub(crate) fn list(json: bool, out: &mut impl Write) -> Result<(), PodsError> {
     let pods = running();
     if json {
         writeln!(out, "{:#}", serde_json::json!(pods))?;

@@ -14,7 +14,7 @@ const CHUNK: usize = 128 << 10;
 const FILES: usize = 200;
 
 /// A measurement: name, what it counts, and per second how many.
-pub struct Figure {
+pub(crate) struct Figure {
     pub name: &'static str,
     pub value: f64,
     pub unit: &'static str,
@@ -25,7 +25,7 @@ fn rate(name: &'static str, unit: &'static str, count: f64, since: Instant) -> F
 }
 
 /// Measures in a fresh directory. `forget` drops what the guest's kernel has cached.
-pub fn measure(directory: &Path, forget: impl Fn()) -> io::Result<Vec<Figure>> {
+pub(crate) fn measure(directory: &Path, forget: impl Fn()) -> io::Result<Vec<Figure>> {
     fs::create_dir(directory)?;
     let mebibytes = LARGE as f64 / f64::from(1 << 20);
     let mut figures = Vec::new();
@@ -109,7 +109,7 @@ pub fn measure(directory: &Path, forget: impl Fn()) -> io::Result<Vec<Figure>> {
 }
 
 /// Does what programs do to files, and fails at the first thing that isn't as on any other file system.
-pub fn check(directory: &Path) -> io::Result<()> {
+pub(crate) fn check(directory: &Path) -> io::Result<()> {
     fs::create_dir(directory)?;
     let path = |name: &str| directory.join(name);
 

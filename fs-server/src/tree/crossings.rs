@@ -12,11 +12,11 @@ use super::host::{Attributes, open_entry};
 
 /// Mounts by their numbers, each with the directory and the name by which it was entered.
 #[derive(Debug, Default)]
-pub struct Crossings(Mutex<HashMap<u64, (u64, CString)>>);
+pub(super) struct Crossings(Mutex<HashMap<u64, (u64, CString)>>);
 
 impl Crossings {
     /// Notes that the mount was entered by this name in the directory with that node id.
-    pub fn note(&self, mount: u64, parent: u64, name: &CStr) {
+    pub(super) fn note(&self, mount: u64, parent: u64, name: &CStr) {
         let mut known = self.lock();
         if !known.get(&mount).is_some_and(|(directory, by)| *directory == parent && by.as_c_str() == name) {
             known.insert(mount, (parent, name.to_owned()));
@@ -31,7 +31,7 @@ impl Crossings {
 
 impl SharedTree {
     /// Lets go of all files on mounts that are not there any more.
-    pub fn drop_unmounted(&self) {
+    pub(crate) fn drop_unmounted(&self) {
         let mut known: Vec<(u64, (u64, CString))> =
             self.crossings.lock().iter().map(|(mount, by)| (*mount, by.clone())).collect();
         let mut dropped = HashSet::new();

@@ -18,13 +18,13 @@ const BUFFER: (usize, usize) = (280, 8 * 1024);
 
 /// How many bytes of the host's entries fit into a reply of `size` bytes, however they are cut: the shortest entry has 24
 /// bytes on the host, and 32 in a reply, or 160 with attributes.
-pub fn fitting(size: u32, with_attributes: bool) -> usize {
+pub(super) fn fitting(size: u32, with_attributes: bool) -> usize {
     let in_reply = if with_attributes { 160 } else { 32 };
     (size as usize / in_reply * 24).clamp(BUFFER.0, BUFFER.1)
 }
 
 /// One entry as the host lists it.
-pub struct Listed<'a> {
+pub(super) struct Listed<'a> {
     pub name: &'a CStr,
     pub number: u64,
     pub kind: FileType,
@@ -34,7 +34,7 @@ pub struct Listed<'a> {
 
 impl<'a> Listed<'a> {
     /// As the FUSE library wants it.
-    pub fn to_dir_entry(&self, guest_number: u64) -> DirEntry<'a> {
+    pub(super) fn to_dir_entry(&self, guest_number: u64) -> DirEntry<'a> {
         DirEntry {
             ino: guest_number,
             offset: self.next,
@@ -44,7 +44,7 @@ impl<'a> Listed<'a> {
     }
 
     /// Whether it is the directory itself or its parent.
-    pub fn is_dots(&self) -> bool {
+    pub(super) fn is_dots(&self) -> bool {
         matches!(self.name.to_bytes(), b"." | b"..")
     }
 }
@@ -57,7 +57,7 @@ impl<'a> Listed<'a> {
 ///
 /// An error counts only before the first entry; after that the guest gets what there is, and the error with its next
 /// request.
-pub fn list(
+pub(super) fn list(
     handle: &Handle,
     offset: u64,
     room: usize,

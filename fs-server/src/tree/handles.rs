@@ -11,7 +11,7 @@ use super::room::Room;
 
 /// An open file or directory.
 #[derive(Debug)]
-pub struct Handle {
+pub(crate) struct Handle {
     /// The node id it was opened by.
     node: u64,
     /// The open file.
@@ -24,7 +24,7 @@ pub struct Handle {
 }
 
 /// All open files and directories. Handle numbers are never used twice.
-pub struct Handles {
+pub(super) struct Handles {
     room: Arc<Room>,
     next: AtomicU64,
     open: Mutex<HashMap<u64, Arc<Handle>>>,
@@ -32,17 +32,17 @@ pub struct Handles {
 
 impl Handles {
     /// None is open.
-    pub fn new(room: Arc<Room>) -> Self {
+    pub(super) fn new(room: Arc<Room>) -> Self {
         Handles { room, next: AtomicU64::new(1), open: Mutex::default() }
     }
 
     /// Fails with `ENFILE` when another open file would be too many.
-    pub fn check_room(&self) -> Result<()> {
+    pub(super) fn check_room(&self) -> Result<()> {
         if self.room.is_left() { Ok(()) } else { Err(Errno::NFILE) }
     }
 
     /// Keeps an open file; the number is for the guest.
-    pub fn insert(&self, node: u64, file: File) -> Result<u64> {
+    pub(super) fn insert(&self, node: u64, file: File) -> Result<u64> {
         if !self.room.take() {
             return Err(Errno::NFILE);
         }
@@ -53,12 +53,12 @@ impl Handles {
     }
 
     /// The open file of this number, if it was opened by this node id; else `EBADF`.
-    pub fn get(&self, number: u64, node: u64) -> Result<Arc<Handle>> {
+    pub(super) fn get(&self, number: u64, node: u64) -> Result<Arc<Handle>> {
         self.lock().get(&number).filter(|handle| handle.node == node).cloned().ok_or(Errno::BADF)
     }
 
     /// Closes it, once whoever uses it right now is done.
-    pub fn remove(&self, number: u64, node: u64) -> Result<()> {
+    pub(super) fn remove(&self, number: u64, node: u64) -> Result<()> {
         // Declared first, dropped last: closing may write back data.
         let _closed;
         let mut open = self.lock();
@@ -73,7 +73,7 @@ impl Handles {
     }
 
     /// Closes all.
-    pub fn clear(&self) {
+    pub(super) fn clear(&self) {
         let closed = std::mem::take(&mut *self.lock());
         self.room.give(closed.len());
     }
@@ -86,22 +86,22 @@ impl Handles {
 
 impl Handle {
     /// A file that was opened by this node id.
-    pub fn new(node: u64, file: File) -> Handle {
+    pub(crate) fn new(node: u64, file: File) -> Handle {
         Handle { node, file, position: Mutex::new(Some(0)), transfers: AtomicU32::new(0) }
     }
 
     /// The node id it was opened by.
-    pub fn node(&self) -> u64 {
+    pub(crate) fn node(&self) -> u64 {
         self.node
     }
 
     /// Counts another transfer; tells how many there were before it.
-    pub fn count_transfer(&self) -> u32 {
+    pub(crate) fn count_transfer(&self) -> u32 {
         self.transfers.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Exclusive use of the file's position.
-    pub fn lock_position(&self) -> MutexGuard<'_, Option<u64>> {
+    pub(crate) fn lock_position(&self) -> MutexGuard<'_, Option<u64>> {
         self.position.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

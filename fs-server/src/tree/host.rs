@@ -12,17 +12,17 @@ use rustix::thread::{set_thread_res_gid, set_thread_res_uid};
 
 /// `/proc/self/fd`, by which a held `O_PATH` descriptor is opened for real, or named where only a path will do.
 #[derive(Debug)]
-pub struct OwnFds(OwnedFd);
+pub(super) struct OwnFds(OwnedFd);
 
 impl OwnFds {
     /// Takes the directory `/proc/self/fd` and makes it the working directory, for the calls that take paths only.
-    pub fn new(directory: OwnedFd) -> Result<Self> {
+    pub(super) fn new(directory: OwnedFd) -> Result<Self> {
         rustix::process::fchdir(&directory)?;
         Ok(OwnFds(directory))
     }
 
     /// Opens the file behind an `O_PATH` descriptor.
-    pub fn reopen(&self, path_fd: impl AsFd, flags: OFlags) -> Result<File> {
+    pub(super) fn reopen(&self, path_fd: impl AsFd, flags: OFlags) -> Result<File> {
         let name = FdName::new(path_fd.as_fd());
         openat(&self.0, name.as_c_str(), flags | OFlags::CLOEXEC, Mode::empty()).map(File::from)
     }
@@ -35,11 +35,11 @@ impl AsFd for OwnFds {
 }
 
 /// A descriptor's name in `/proc/self/fd`.
-pub struct FdName([u8; 12]);
+pub(super) struct FdName([u8; 12]);
 
 impl FdName {
     /// Names an open descriptor.
-    pub fn new(fd: BorrowedFd<'_>) -> Self {
+    pub(super) fn new(fd: BorrowedFd<'_>) -> Self {
         let mut name = [0; 12];
         // Ten digits are the most that there can be; NUL follows.
         let _fits = write!(&mut name[..11], "{}", fd.as_raw_fd());
@@ -47,18 +47,18 @@ impl FdName {
     }
 
     /// The name, relative to `/proc/self/fd` (which is the working directory).
-    pub fn as_c_str(&self) -> &CStr {
+    pub(super) fn as_c_str(&self) -> &CStr {
         CStr::from_bytes_until_nul(&self.0).unwrap_or(c"")
     }
 }
 
 /// Opens a directory's entry as `O_PATH`, following no symbolic link.
-pub fn open_entry(directory: impl AsFd, name: &CStr) -> Result<OwnedFd> {
+pub(super) fn open_entry(directory: impl AsFd, name: &CStr) -> Result<OwnedFd> {
     openat(directory, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
 }
 
 /// Whether the guest may see what is mounted where this file was found: asked of the descriptor that is then used.
-pub fn may_enter(path_fd: impl AsFd) -> Result<bool> {
+pub(super) fn may_enter(path_fd: impl AsFd) -> Result<bool> {
     let stat = fstatfs(path_fd)?;
     let nodev = stat.f_flags as u64 & libc::ST_NODEV != 0;
     // The kernel's numbers have 32 bits, whatever the type they come in.
@@ -66,60 +66,60 @@ pub fn may_enter(path_fd: impl AsFd) -> Result<bool> {
 }
 
 /// What the host knows of a held file.
-pub struct Attributes(Statx);
+pub(super) struct Attributes(Statx);
 
 impl Attributes {
     const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::MNT_ID);
 
     /// Asks for them.
-    pub fn of(file: impl AsFd) -> Result<Self> {
+    pub(super) fn of(file: impl AsFd) -> Result<Self> {
         statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW, Self::WANTED).map(Attributes)
     }
 
     /// The same of a directory's entry.
-    pub fn of_entry(directory: impl AsFd, name: &CStr) -> Result<Self> {
+    pub(super) fn of_entry(directory: impl AsFd, name: &CStr) -> Result<Self> {
         statx(directory, name, AtFlags::NO_AUTOMOUNT | AtFlags::SYMLINK_NOFOLLOW, Self::WANTED)
             .map(Attributes)
     }
 
     /// Its number on its file system.
-    pub fn number(&self) -> u64 {
+    pub(super) fn number(&self) -> u64 {
         self.0.stx_ino
     }
 
     /// The mount it was reached by.
-    pub fn mount_id(&self) -> u64 {
+    pub(super) fn mount_id(&self) -> u64 {
         self.0.stx_mnt_id
     }
 
     /// Device number, major and minor.
-    pub fn device(&self) -> (u32, u32) {
+    pub(super) fn device(&self) -> (u32, u32) {
         (self.0.stx_dev_major, self.0.stx_dev_minor)
     }
 
     /// Its type and permissions.
-    pub fn mode(&self) -> u32 {
+    pub(super) fn mode(&self) -> u32 {
         self.0.stx_mode.into()
     }
 
     /// How many names it has.
-    pub fn links(&self) -> u32 {
+    pub(super) fn links(&self) -> u32 {
         self.0.stx_nlink
     }
 
     /// Whether it is marked as one that may stand for a device node.
-    pub fn is_marked(&self) -> bool {
+    pub(super) fn is_marked(&self) -> bool {
         let Statx { stx_size, stx_mode, .. } = self.0;
         stx_size == 0 && u32::from(stx_mode) & (libc::S_IFMT | libc::S_ISVTX) == libc::S_IFREG | libc::S_ISVTX
     }
 
     /// What it is.
-    pub fn kind(&self) -> FileType {
+    pub(super) fn kind(&self) -> FileType {
         FileType::from_raw_mode(self.0.stx_mode.into())
     }
 
     /// As the FUSE library wants them, with the number that the guest is to see.
-    pub fn to_stat(&self, guest_number: u64) -> libc::stat64 {
+    pub(super) fn to_stat(&self, guest_number: u64) -> libc::stat64 {
         let Attributes(from) = self;
         // SAFETY: `stat64` is plain data, for which zeros are valid; it has padding, so it can't be written out in full.
         let mut stat: libc::stat64 = unsafe { std::mem::zeroed() };
@@ -145,13 +145,13 @@ impl Attributes {
 
 /// The file-creation identity of the calling thread, until dropped: new files belong to this user and group.
 #[derive(Debug)]
-pub struct ActingAs {
+pub(super) struct ActingAs {
     changed: bool,
 }
 
 impl ActingAs {
     /// Takes on the ids of the guest's process. Capabilities stay: see the jail's secure bits.
-    pub fn new(uid: u32, gid: u32) -> Result<Self> {
+    pub(super) fn new(uid: u32, gid: u32) -> Result<Self> {
         // All ones means "leave as it is" to the system call, and is no id.
         if uid == u32::MAX || gid == u32::MAX {
             return Err(Errno::INVAL);

@@ -21,11 +21,11 @@ use super::room::Room;
 use super::set_id;
 
 /// The node id of the shared directory itself (`FUSE_ROOT_ID`).
-pub const ROOT: u64 = 1;
+pub(super) const ROOT: u64 = 1;
 
 /// Identifies a file on the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Key {
+pub(super) struct Key {
     /// The view it belongs to.
     pub view: u32,
     /// Its file system: the slot of its [`Mount`].
@@ -38,7 +38,7 @@ pub struct Key {
 
 /// Where in the shared tree an inode was first found, as far as that matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
+pub(super) enum Place {
     /// The shared directory.
     Top,
     /// A container's directory in it.
@@ -49,7 +49,7 @@ pub enum Place {
 
 /// A file, directory or anything else the guest has looked up.
 #[derive(Debug)]
-pub struct Inode {
+pub(super) struct Inode {
     path_fd: OwnedFd,
     key: Key,
     mount_id: u64,
@@ -69,7 +69,7 @@ pub struct Inode {
 
 impl Inode {
     /// Wraps an `O_PATH` descriptor of a file with these attributes.
-    pub fn new(
+    pub(super) fn new(
         path_fd: OwnedFd,
         attributes: &Attributes,
         place: Place,
@@ -88,7 +88,7 @@ impl Inode {
     }
 
     /// The same, standing for a device node.
-    pub fn standing_for(mut self, node: Option<Node>) -> Self {
+    pub(super) fn standing_for(mut self, node: Option<Node>) -> Self {
         if let Some(node) = node {
             self.kind = node.kind;
         }
@@ -97,17 +97,17 @@ impl Inode {
     }
 
     /// Whether it may have set-id bits.
-    pub fn has_set_id(&self) -> bool {
+    pub(super) fn has_set_id(&self) -> bool {
         self.set_id.load(Ordering::Relaxed)
     }
 
     /// Notes what its mode is.
-    pub fn note_mode(&self, mode: u32) {
+    pub(super) fn note_mode(&self, mode: u32) {
         self.set_id.store(set_id::has(mode), Ordering::Relaxed);
     }
 
     /// Which mount of the host it was reached by.
-    pub fn mount_id(&self) -> u64 {
+    pub(super) fn mount_id(&self) -> u64 {
         self.mount_id
     }
 }
@@ -119,7 +119,7 @@ impl AsFd for Inode {
 }
 
 /// All known inodes.
-pub struct Inodes {
+pub(super) struct Inodes {
     room: Arc<Room>,
     table: Mutex<Table>,
 }
@@ -138,24 +138,24 @@ struct Entry {
 
 impl Inodes {
     /// A table with the root in it, which is not counted.
-    pub fn new(root: Inode, room: Arc<Room>) -> Self {
+    pub(super) fn new(root: Inode, room: Arc<Room>) -> Self {
         let by_key = HashMap::from([(root.key, ROOT)]);
         let by_node = HashMap::from([(ROOT, Entry { inode: Arc::new(root), lookups: 1 })]);
         Inodes { room, table: Mutex::new(Table { by_node, by_key, next: ROOT + 1 }) }
     }
 
     /// The inode with this node id; `ESTALE` if the guest has none such.
-    pub fn get(&self, node: u64) -> Result<Arc<Inode>> {
+    pub(super) fn get(&self, node: u64) -> Result<Arc<Inode>> {
         self.lock().by_node.get(&node).map(|entry| entry.inode.clone()).ok_or(Errno::STALE)
     }
 
     /// Fails with `ENFILE` when another inode would be too many.
-    pub fn check_room(&self) -> Result<()> {
+    pub(super) fn check_room(&self) -> Result<()> {
         if self.room.is_left() { Ok(()) } else { Err(Errno::NFILE) }
     }
 
     /// Counts one lookup of this file, whether it is known or new, and tells its node id and inode.
-    pub fn look_up(&self, found: Inode) -> Result<(u64, Arc<Inode>)> {
+    pub(super) fn look_up(&self, found: Inode) -> Result<(u64, Arc<Inode>)> {
         let mut table = self.lock();
         if let Some(&node) = table.by_key.get(&found.key)
             && let Some(entry) = table.by_node.get_mut(&node)
@@ -175,7 +175,7 @@ impl Inodes {
     }
 
     /// Takes back so many lookups; the inode is dropped with the last. The root stays.
-    pub fn forget(&self, node: u64, lookups: u64) {
+    pub(super) fn forget(&self, node: u64, lookups: u64) {
         if node == ROOT {
             return;
         }
@@ -194,7 +194,7 @@ impl Inodes {
     }
 
     /// Forgets all that was found by these mounts, whatever the guest still counts on; gives the node ids.
-    pub fn drop_mounts(&self, mounts: &HashSet<u64>) -> Vec<u64> {
+    pub(super) fn drop_mounts(&self, mounts: &HashSet<u64>) -> Vec<u64> {
         // Declared first, dropped last: closing may take the host time, nobody should wait for it.
         let dropped: Vec<(u64, Entry)>;
         let mut table = self.lock();
@@ -211,7 +211,7 @@ impl Inodes {
     }
 
     /// Forgets everything but the root.
-    pub fn clear(&self) {
+    pub(super) fn clear(&self) {
         let mut table = self.lock();
         let before = table.by_node.len();
         table.by_node.retain(|&node, _| node == ROOT);

@@ -42,7 +42,7 @@ use inodes::{Inode, Inodes, Place};
 use mounts::{Mounts, Sharing};
 use nodes::Node;
 use recent::{Access, Recent};
-pub use room::Rooms;
+pub(crate) use room::Rooms;
 
 /// `FUSE_ATTR_SUBMOUNT`: the guest's kernel mounts it, by itself, as a file system of its own.
 const ATTR_SUBMOUNT: u32 = 1 << 0;
@@ -55,7 +55,7 @@ const LENT_AGAIN: u32 = 64;
 
 /// What the guest may rely on in all of a session: a property of the FUSE connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Session {
+pub(crate) enum Session {
     /// Of the whole tree: the host may change files, too.
     Shared,
     /// Of root file systems: nobody but the guest changes anything.
@@ -63,7 +63,7 @@ pub enum Session {
 }
 
 /// The shared directory.
-pub struct SharedTree {
+pub(crate) struct SharedTree {
     inodes: Inodes,
     handles: Handles,
     /// Instead of handles of files, in a session of roots: in that the guest does not say when it opens and closes one.
@@ -75,7 +75,7 @@ pub struct SharedTree {
 
 /// A range to copy from one open file to another: `struct fuse_copy_file_range_in`.
 #[derive(Debug, Clone, Copy)]
-pub struct CopyRange {
+pub(crate) struct CopyRange {
     /// Node id and handle of the source, and where to start there.
     pub from: (u64, u64, u64),
     /// Node id and handle of the destination, and where to start there.
@@ -88,7 +88,7 @@ pub struct CopyRange {
 
 impl SharedTree {
     /// Serves the process's root directory. `own_fds` is `/proc/self/fd`.
-    pub fn new(own_fds: OwnedFd, rooms: &Rooms, session: Session) -> Result<Self> {
+    pub(crate) fn new(own_fds: OwnedFd, rooms: &Rooms, session: Session) -> Result<Self> {
         // The guest's umask has been applied to the modes it sends.
         rustix::process::umask(rustix::fs::Mode::empty());
         let root = open_entry(rustix::fs::CWD, c"/")?;
@@ -109,12 +109,12 @@ impl SharedTree {
     }
 
     /// What it is served for.
-    pub fn session(&self) -> Session {
+    pub(crate) fn session(&self) -> Session {
         if self.recent.is_some() { Session::Roots } else { Session::Shared }
     }
 
     /// Closes and forgets everything but the root.
-    pub fn clear(&self) {
+    pub(crate) fn clear(&self) {
         self.handles.clear();
         self.recent.iter().for_each(Recent::clear);
         self.inodes.clear();
@@ -148,7 +148,7 @@ impl SharedTree {
     /// Counts a read or write of an open file. The second one of those gives the file, if the VMM may do the others by itself: of what only
     /// the pod changes, where nobody else's disk makes a read wait, and without set-id bits, which need attention at each
     /// write. It does so again after some more, which the VMM would not have asked for if it still had the file.
-    pub fn to_lend(&self, node: u64, handle: u64) -> Option<Arc<Handle>> {
+    pub(crate) fn to_lend(&self, node: u64, handle: u64) -> Option<Arc<Handle>> {
         let open = match &self.recent {
             Some(recent) if handle == 0 => recent.find(node, Access::Read)?,
             _ => self.handles.get(handle, node).ok()?,
@@ -163,7 +163,7 @@ impl SharedTree {
     }
 
     /// Copies inside the host, as far as one system call goes; tells how many bytes.
-    pub fn copy_range(&self, range: &CopyRange) -> Result<usize> {
+    pub(crate) fn copy_range(&self, range: &CopyRange) -> Result<usize> {
         let (node, handle, mut from) = range.from;
         let source = self.opened(node, handle, Access::Read)?;
         let (node, handle, mut to) = range.to;

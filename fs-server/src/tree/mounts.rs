@@ -29,7 +29,7 @@ const MAX_SLOTS: u16 = u16::MAX;
 
 /// Who may change a mount's files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Sharing {
+pub(super) enum Sharing {
     /// The host too (volumes, `ConfigMap`s): the guest must look again soon.
     WithHost,
     /// Only the guest (a container's root file system).
@@ -46,7 +46,7 @@ impl Sharing {
     ///
     /// A second is what a change on the host may take to be seen. Nothing changes behind the guest's back otherwise; the
     /// longer time is still limited so that attributes which only the host's file system knows (blocks in use) come right.
-    pub fn timeout(self) -> Duration {
+    pub(super) fn timeout(self) -> Duration {
         match self {
             Sharing::WithHost => Duration::from_secs(1),
             Sharing::GuestOnly | Sharing::Changes => Duration::from_secs(60),
@@ -55,14 +55,14 @@ impl Sharing {
     }
 
     /// Whether nobody but the guest changes anything.
-    pub fn is_guest_only(self) -> bool {
+    pub(super) fn is_guest_only(self) -> bool {
         self != Sharing::WithHost
     }
 }
 
 /// A file system of the host as the guest may use it. The same one by a read-only mount counts as another.
 #[derive(Debug)]
-pub struct Mount {
+pub(super) struct Mount {
     slot: u16,
     key: MountKey,
     /// Others of its mount (see [`Mounts::within`]), which the guest may come back to for as long as it knows this one.
@@ -77,17 +77,17 @@ pub struct Mount {
 
 impl Mount {
     /// Which of the file systems that the guest knows it is.
-    pub fn slot(&self) -> u16 {
+    pub(super) fn slot(&self) -> u16 {
         self.slot
     }
 
     /// Whether files without a mount of their own on them may be on another device; see [`Mounts::within`].
-    pub fn has_parts(&self) -> bool {
+    pub(super) fn has_parts(&self) -> bool {
         !self.parts.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
     }
 
     /// The number by which the guest knows, in a view, the file with this number on it.
-    pub fn guest_number(&self, view: u32, number: u64) -> u64 {
+    pub(super) fn guest_number(&self, view: u32, number: u64) -> u64 {
         let (bits, slot_bits) = SMALL_BITS;
         if view == self.view {
             number
@@ -104,13 +104,13 @@ type MountKey = ((u32, u32), bool, Sharing);
 
 /// All mounts that the guest knows files of.
 #[derive(Default)]
-pub struct Mounts {
+pub(super) struct Mounts {
     known: Mutex<HashMap<MountKey, Weak<Mount>>>,
 }
 
 impl Mounts {
     /// The file system, new if it isn't known.
-    pub fn get(&self, device: (u32, u32), read_only: bool, sharing: Sharing) -> Result<Arc<Mount>> {
+    pub(super) fn get(&self, device: (u32, u32), read_only: bool, sharing: Sharing) -> Result<Arc<Mount>> {
         let key = (device, read_only, sharing);
         // The map is sound after each statement, whoever may have panicked.
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -130,7 +130,7 @@ impl Mounts {
     /// The file system of a file that was reached through `mount` without entering another: the same one, as a rule. But layers
     /// of an overlay that lie on file systems of their own keep device and inode numbers of theirs, and so do subvolumes of
     /// btrfs; to the same number belong different files there.
-    pub fn within(&self, mount: &Arc<Mount>, device: (u32, u32)) -> Result<Arc<Mount>> {
+    pub(super) fn within(&self, mount: &Arc<Mount>, device: (u32, u32)) -> Result<Arc<Mount>> {
         let (own, read_only, sharing) = mount.key;
         if device == own {
             return Ok(mount.clone());

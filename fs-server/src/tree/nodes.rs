@@ -17,7 +17,7 @@ use rustix::io::{Errno, Result};
 use super::host::{Attributes, FdName, OwnFds};
 
 /// Names of extended attributes that are ours.
-pub const PREFIX: &[u8] = b"user.bulkhead.";
+pub(super) const PREFIX: &[u8] = b"user.bulkhead.";
 
 /// `c` or `b`, then the number.
 const NAME: &CStr = c"user.bulkhead.node";
@@ -27,7 +27,7 @@ const MAX_DESCRIPTION: usize = 32;
 
 /// What a marked file stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Node {
+pub(super) struct Node {
     /// Character or block device.
     pub kind: FileType,
     /// As in `st_rdev`.
@@ -36,13 +36,13 @@ pub struct Node {
 
 impl Node {
     /// From a request to make one, which has the number as the kernel's `new_encode_dev` writes it.
-    pub fn new(kind: FileType, encoded: u32) -> Node {
+    pub(super) fn new(kind: FileType, encoded: u32) -> Node {
         let (major, minor) = (encoded >> 8 & 0xfff, encoded & 0xff | encoded >> 12 & 0xfff00);
         Node { kind, number: libc::makedev(major, minor) }
     }
 
     /// Makes the file that stands for it. The thread acts as the owner.
-    pub fn create(
+    pub(super) fn create(
         self,
         directory: impl AsFd,
         name: &CStr,
@@ -69,7 +69,7 @@ impl Node {
     }
 
     /// What a marked file stands for.
-    pub fn of(file: impl AsFd, number: u64, kept: &Kept) -> Option<Node> {
+    pub(super) fn of(file: impl AsFd, number: u64, kept: &Kept) -> Option<Node> {
         kept.get(number).or_else(|| Node::described_by(file))
     }
 
@@ -80,7 +80,7 @@ impl Node {
     }
 
     /// Attributes as the guest is to see them.
-    pub fn show(self, stat: &mut libc::stat64) {
+    pub(super) fn show(self, stat: &mut libc::stat64) {
         stat.st_mode = stat.st_mode & !(libc::S_IFMT | libc::S_ISVTX) | self.kind.as_raw_mode();
         stat.st_rdev = self.number;
     }
@@ -104,7 +104,7 @@ impl Node {
 
 /// Nodes of one file system that it has no room for, by the numbers of the files that stand for them.
 #[derive(Debug, Default)]
-pub struct Kept(Mutex<HashMap<u64, (OwnedFd, Node)>>);
+pub(super) struct Kept(Mutex<HashMap<u64, (OwnedFd, Node)>>);
 
 /// How many of them all mounts together have.
 static KEPT: AtomicUsize = AtomicUsize::new(0);
@@ -113,7 +113,7 @@ static KEPT: AtomicUsize = AtomicUsize::new(0);
 static KEPT_LIMIT: AtomicUsize = AtomicUsize::new(0);
 
 /// Says how many files that stand for nodes may be held open.
-pub fn limit_kept(files: usize) {
+pub(super) fn limit_kept(files: usize) {
     KEPT_LIMIT.store(files, Ordering::Relaxed);
 }
 

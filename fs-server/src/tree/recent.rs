@@ -10,11 +10,11 @@ use rustix::io::Result;
 use super::handles::Handle;
 
 /// The most that are open at a time.
-pub const LIMIT: usize = 128;
+pub(super) const LIMIT: usize = 128;
 
 /// What a file is needed for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Access {
+pub(super) enum Access {
     /// To be read, or anything that any open file will do for.
     Read,
     /// To be changed.
@@ -23,7 +23,7 @@ pub enum Access {
 
 /// The open files.
 #[derive(Debug, Default)]
-pub struct Recent(Mutex<Table>);
+pub(super) struct Recent(Mutex<Table>);
 
 #[derive(Debug, Default)]
 struct Table {
@@ -41,7 +41,12 @@ struct Entry {
 
 impl Recent {
     /// The file of this node id; opens it if it is not here, or not for this.
-    pub fn get(&self, node: u64, access: Access, open: impl FnOnce() -> Result<File>) -> Result<Arc<Handle>> {
+    pub(super) fn get(
+        &self,
+        node: u64,
+        access: Access,
+        open: impl FnOnce() -> Result<File>,
+    ) -> Result<Arc<Handle>> {
         if let Some(found) = self.find(node, access) {
             return Ok(found);
         }
@@ -51,7 +56,7 @@ impl Recent {
     }
 
     /// The file of this node id if it is here, open for this.
-    pub fn find(&self, node: u64, access: Access) -> Option<Arc<Handle>> {
+    pub(super) fn find(&self, node: u64, access: Access) -> Option<Arc<Handle>> {
         let mut table = self.lock();
         table.now += 1;
         let now = table.now;
@@ -61,7 +66,7 @@ impl Recent {
     }
 
     /// Keeps a file that was opened for this.
-    pub fn put(&self, open: Arc<Handle>, access: Access) {
+    pub(super) fn put(&self, open: Arc<Handle>, access: Access) {
         // Declared first, dropped last: closing may write back data.
         let (_evicted, _replaced);
         let mut table = self.lock();
@@ -74,12 +79,12 @@ impl Recent {
     }
 
     /// Closes what the guest has forgotten, once whoever uses it right now is done.
-    pub fn remove(&self, node: u64) {
+    pub(super) fn remove(&self, node: u64) {
         let _closed = self.lock().by_node.remove(&node);
     }
 
     /// Closes all.
-    pub fn clear(&self) {
+    pub(super) fn clear(&self) {
         let _closed = std::mem::take(&mut self.lock().by_node);
     }
 

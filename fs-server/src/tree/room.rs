@@ -14,37 +14,37 @@ const SPARE_FDS: usize = 64 + recent::LIMIT;
 
 /// Room for so many of a kind.
 #[derive(Debug)]
-pub struct Room {
+pub(crate) struct Room {
     limit: usize,
     taken: AtomicUsize,
 }
 
 impl Room {
     /// None of it is taken.
-    pub fn new(limit: usize) -> Arc<Room> {
+    pub(crate) fn new(limit: usize) -> Arc<Room> {
         Arc::new(Room { limit, taken: AtomicUsize::new(0) })
     }
 
     /// Whether there is room for one more right now.
-    pub fn is_left(&self) -> bool {
+    pub(crate) fn is_left(&self) -> bool {
         self.taken.load(Ordering::Relaxed) < self.limit
     }
 
     /// Takes room for one. `false`: there is none.
-    pub fn take(&self) -> bool {
+    pub(crate) fn take(&self) -> bool {
         let one_more = |taken| (taken < self.limit).then_some(taken + 1);
         self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).is_ok()
     }
 
     /// Gives back what was taken.
-    pub fn give(&self, count: usize) {
+    pub(crate) fn give(&self, count: usize) {
         self.taken.fetch_sub(count, Ordering::Relaxed);
     }
 }
 
 /// What sessions share.
 #[derive(Debug, Clone)]
-pub struct Rooms {
+pub(crate) struct Rooms {
     /// For inodes that the guest knows.
     pub inodes: Arc<Room>,
     /// For files and directories that it has open.
@@ -53,7 +53,7 @@ pub struct Rooms {
 
 impl Rooms {
     /// Divides so many descriptors.
-    pub fn of(open_files: usize) -> Rooms {
+    pub(crate) fn of(open_files: usize) -> Rooms {
         let room = open_files.saturating_sub(SPARE_FDS);
         let inodes = room / INODE_SHARE.1 * INODE_SHARE.0;
         Rooms { inodes: Room::new(inodes), handles: Room::new(room - inodes) }

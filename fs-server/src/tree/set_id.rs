@@ -15,18 +15,18 @@ use super::inodes::Inode;
 const SET_ID: u32 = libc::S_ISUID | libc::S_ISGID;
 
 /// Whether a file with this mode has something to lose.
-pub fn has(mode: u32) -> bool {
+pub(super) fn has(mode: u32) -> bool {
     mode & SET_ID != 0
 }
 
 /// Whether set-id bits go where a request says nothing about them, as `FUSE_FALLOCATE` and `FUSE_COPY_FILE_RANGE`: unless it is
 /// root who asks, who nearly always has `CAP_FSETID`, as nearly nobody else has.
-pub fn taken_by(uid: u32) -> bool {
+pub(super) fn taken_by(uid: u32) -> bool {
     uid != 0
 }
 
 /// Changes the file of `inode` by `change`. Unless `kill`, what set-id bits it has stay.
-pub fn keep<T, E: From<rustix::io::Errno>>(
+pub(super) fn keep<T, E: From<rustix::io::Errno>>(
     own_fds: &OwnFds,
     inode: &Inode,
     kill: bool,

@@ -9,12 +9,12 @@ use fuse_backend_rs::file_traits::FileReadWriteVolatile;
 use rustix::io::{ReadWriteFlags, pread, pwritev2};
 
 /// Reads from a file into a reply.
-pub fn read(file: &File, reply: &mut dyn ZeroCopyWriter, size: usize, offset: u64) -> Result<usize> {
+pub(super) fn read(file: &File, reply: &mut dyn ZeroCopyWriter, size: usize, offset: u64) -> Result<usize> {
     reply.write_from(&mut At { file, flags: ReadWriteFlags::empty() }, size, offset)
 }
 
 /// Writes a request's data to a file as the guest's file was opened (`O_APPEND`, `O_DSYNC`, `O_SYNC`).
-pub fn write(
+pub(super) fn write(
     file: &File,
     request: &mut dyn ZeroCopyReader,
     size: usize,

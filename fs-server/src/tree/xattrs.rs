@@ -29,7 +29,7 @@ const TRUSTED_ON_HOST: &[u8] = b"user.bulkhead.trusted.";
 
 /// What becomes of an attribute of a guest's file.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Kept {
+pub(super) enum Kept {
     /// It is kept under this name.
     As(CString),
     /// It is not, which nobody is told.
@@ -37,7 +37,7 @@ pub enum Kept {
 }
 
 /// What becomes of an attribute; an error if a guest's file can't have it.
-pub fn keep(name: &CStr, sharing: Sharing) -> Result<Kept> {
+pub(super) fn keep(name: &CStr, sharing: Sharing) -> Result<Kept> {
     let bytes = name.to_bytes();
     if sharing == Sharing::Changes && bytes.starts_with(OVERLAY) && bytes != OPAQUE {
         return Ok(Kept::Not);
@@ -46,7 +46,7 @@ pub fn keep(name: &CStr, sharing: Sharing) -> Result<Kept> {
 }
 
 /// Why a guest's file has not an attribute which it can't have: as file systems say it.
-pub fn missing(name: &CStr) -> Errno {
+pub(super) fn missing(name: &CStr) -> Errno {
     const KINDS: [&[u8]; 4] = [b"user.", b"trusted.", b"security.", b"system.posix_acl_"];
     if KINDS.iter().any(|kind| name.to_bytes().starts_with(kind)) { Errno::NODATA } else { Errno::OPNOTSUPP }
 }
@@ -63,7 +63,7 @@ fn on_host(name: &CStr) -> Option<CString> {
 }
 
 /// The guest's list of names for the host's. Those of privileged processes are told to root only.
-pub fn in_guest(host: &[u8], is_root: bool) -> Vec<u8> {
+pub(super) fn in_guest(host: &[u8], is_root: bool) -> Vec<u8> {
     let mut list = Vec::with_capacity(host.len());
     for name in host.split_inclusive(|&byte| byte == 0) {
         match name.strip_prefix(TRUSTED_ON_HOST) {

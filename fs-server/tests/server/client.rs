@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-pub use bulkhead_vmm_protocol::fuse::opcode as op;
+pub(crate) use bulkhead_vmm_protocol::fuse::opcode as op;
 use bulkhead_vmm_protocol::loan::{self, Loan};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -17,15 +17,15 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socket
 use tempfile::TempDir;
 
 /// `FATTR_UID` and `FATTR_GID`: that a request changes both.
-pub const FATTR_UID_GID: u32 = 0b110;
+pub(crate) const FATTR_UID_GID: u32 = 0b110;
 
 /// The node id of the shared directory.
-pub const ROOT: u64 = 1;
+pub(crate) const ROOT: u64 = 1;
 
 /// A server with a shared directory of its own: `c1/rootfs` is a mount, `c1/mounts/0` another.
 ///
 /// The calling thread gets a mount namespace of its own, which the kernel takes down with it.
-pub struct Server {
+pub(crate) struct Server {
     pub shared: TempDir,
     child: Child,
     /// The session of the shared tree.
@@ -35,12 +35,12 @@ pub struct Server {
 }
 
 impl Server {
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self::start_with_files(4096)
     }
 
     /// Starts a server that may have so many open files.
-    pub fn start_with_files(open_files: u64) -> Self {
+    pub(crate) fn start_with_files(open_files: u64) -> Self {
         assert!(nix::unistd::geteuid().is_root(), "these tests mount and start the server: run them as root");
         unshare(CloneFlags::CLONE_NEWNS).unwrap();
         let none = None::<&str>;
@@ -84,25 +84,25 @@ impl Server {
     }
 
     /// Looks the path up, name by name.
-    pub fn node(&mut self, path: &str) -> u64 {
+    pub(crate) fn node(&mut self, path: &str) -> u64 {
         path.split('/').fold(ROOT, |node, name| self.fuse.lookup(node, name).unwrap().node)
     }
 
     /// The container's root file system.
-    pub fn rootfs(&mut self) -> u64 {
+    pub(crate) fn rootfs(&mut self) -> u64 {
         self.node("c1/rootfs")
     }
 
-    pub fn path(&self, below: &str) -> PathBuf {
+    pub(crate) fn path(&self, below: &str) -> PathBuf {
         self.shared.path().join(below)
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// How the process ended, within some seconds.
-    pub fn wait(&mut self) -> ExitStatus {
+    pub(crate) fn wait(&mut self) -> ExitStatus {
         let end = Instant::now() + Duration::from_secs(20);
         while Instant::now() < end {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -113,7 +113,7 @@ impl Server {
         panic!("the file server does not end");
     }
 
-    pub fn assert_alive(&mut self) {
+    pub(crate) fn assert_alive(&mut self) {
         if let Some(status) = self.child.try_wait().unwrap() {
             panic!("the file server died: {status}");
         }
@@ -129,13 +129,13 @@ impl Drop for Server {
     }
 }
 
-pub fn mount_tmpfs(target: &Path) {
+pub(crate) fn mount_tmpfs(target: &Path) {
     let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
     mount(Some("none"), target, Some("tmpfs"), flags, Some("mode=755")).unwrap();
 }
 
 /// A FUSE client. Calls answer with the reply's body, or its errno.
-pub struct Fuse {
+pub(crate) struct Fuse {
     pub socket: UnixDatagram,
     unique: u64,
     /// Ids in the header of each request.
@@ -146,7 +146,7 @@ pub struct Fuse {
 
 /// What a lookup tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Entry {
+pub(crate) struct Entry {
     pub node: u64,
     /// Seconds that the name and the attributes are valid.
     pub valid: (u64, u64),
@@ -154,7 +154,7 @@ pub struct Entry {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Attr {
+pub(crate) struct Attr {
     pub number: u64,
     pub size: u64,
     pub mode: u32,
@@ -172,7 +172,7 @@ impl Fuse {
     }
 
     /// A whole request.
-    pub fn packet(&mut self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
+    pub(crate) fn packet(&mut self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
         self.unique += 1;
         let mut packet = Vec::new();
         packet.extend((40 + body.len() as u32).to_le_bytes());
@@ -186,12 +186,12 @@ impl Fuse {
         packet
     }
 
-    pub fn send(&self, packet: &[u8]) {
+    pub(crate) fn send(&self, packet: &[u8]) {
         self.socket.send(packet).unwrap();
     }
 
     /// The next reply: its `unique`, and body or errno. Files that are lent before it are kept.
-    pub fn receive(&self) -> (u64, Result<Vec<u8>, i32>) {
+    pub(crate) fn receive(&self) -> (u64, Result<Vec<u8>, i32>) {
         let mut reply = vec![0; 256 * 1024];
         loop {
             recv(self.socket.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK)
@@ -211,7 +211,7 @@ impl Fuse {
         (u64_at(&reply, 8), if error == 0 { Ok(body) } else { Err(-error) })
     }
 
-    pub fn call(&mut self, opcode: u32, node: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
+    pub(crate) fn call(&mut self, opcode: u32, node: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
         let packet = self.packet(opcode, node, body);
         self.send(&packet);
         let (unique, result) = self.receive();
@@ -219,55 +219,61 @@ impl Fuse {
         result
     }
 
-    pub fn init(&mut self) -> Vec<u8> {
+    pub(crate) fn init(&mut self) -> Vec<u8> {
         let mut body = bytes(&[7, 41, 128 * 1024, u32::MAX]);
         body.resize(64, 0);
         self.call(op::INIT, 0, &body).unwrap()
     }
 
-    pub fn lookup(&mut self, parent: u64, name: &str) -> Result<Entry, i32> {
+    pub(crate) fn lookup(&mut self, parent: u64, name: &str) -> Result<Entry, i32> {
         self.call(op::LOOKUP, parent, &name_bytes(name)).map(|body| entry(&body))
     }
 
-    pub fn forget(&mut self, node: u64, count: u64) {
+    pub(crate) fn forget(&mut self, node: u64, count: u64) {
         let packet = self.packet(op::FORGET, node, &count.to_le_bytes());
         self.send(&packet);
     }
 
-    pub fn getattr(&mut self, node: u64) -> Result<Attr, i32> {
+    pub(crate) fn getattr(&mut self, node: u64) -> Result<Attr, i32> {
         self.call(op::GETATTR, node, &[0; 16]).map(|body| attr(&body[16..]))
     }
 
     /// Creates and opens; the handle too.
-    pub fn create(&mut self, parent: u64, name: &str, flags: i32, mode: u32) -> Result<(Entry, u64), i32> {
+    pub(crate) fn create(
+        &mut self,
+        parent: u64,
+        name: &str,
+        flags: i32,
+        mode: u32,
+    ) -> Result<(Entry, u64), i32> {
         let body = [bytes(&[flags as u32, mode, 0, 0]), name_bytes(name)].concat();
         self.call(op::CREATE, parent, &body).map(|body| (entry(&body), u64_at(&body, 128)))
     }
 
-    pub fn mkdir(&mut self, parent: u64, name: &str, mode: u32) -> Result<Entry, i32> {
+    pub(crate) fn mkdir(&mut self, parent: u64, name: &str, mode: u32) -> Result<Entry, i32> {
         let body = [bytes(&[mode, 0]), name_bytes(name)].concat();
         self.call(op::MKDIR, parent, &body).map(|body| entry(&body))
     }
 
-    pub fn open(&mut self, node: u64, flags: i32) -> Result<u64, i32> {
+    pub(crate) fn open(&mut self, node: u64, flags: i32) -> Result<u64, i32> {
         self.call(op::OPEN, node, &bytes(&[flags as u32, 0])).map(|body| u64_at(&body, 0))
     }
 
-    pub fn opendir(&mut self, node: u64) -> Result<u64, i32> {
+    pub(crate) fn opendir(&mut self, node: u64) -> Result<u64, i32> {
         self.call(op::OPENDIR, node, &bytes(&[0, 0])).map(|body| u64_at(&body, 0))
     }
 
-    pub fn release(&mut self, node: u64, handle: u64) -> Result<Vec<u8>, i32> {
+    pub(crate) fn release(&mut self, node: u64, handle: u64) -> Result<Vec<u8>, i32> {
         let mut body = handle.to_le_bytes().to_vec();
         body.resize(24, 0);
         self.call(op::RELEASE, node, &body)
     }
 
-    pub fn read(&mut self, node: u64, handle: u64, offset: u64, size: u32) -> Result<Vec<u8>, i32> {
+    pub(crate) fn read(&mut self, node: u64, handle: u64, offset: u64, size: u32) -> Result<Vec<u8>, i32> {
         self.call(op::READ, node, &read_body(handle, offset, size))
     }
 
-    pub fn write(
+    pub(crate) fn write(
         &mut self,
         node: u64,
         handle: u64,
@@ -282,7 +288,7 @@ impl Fuse {
     }
 
     /// `struct fuse_setattr_in` with these fields.
-    pub fn setattr(
+    pub(crate) fn setattr(
         &mut self,
         node: u64,
         valid: u32,
@@ -300,12 +306,12 @@ impl Fuse {
     }
 
     /// All names of a directory, by requests of `size` bytes.
-    pub fn names(&mut self, node: u64, handle: u64, size: u32) -> Result<Vec<String>, i32> {
+    pub(crate) fn names(&mut self, node: u64, handle: u64, size: u32) -> Result<Vec<String>, i32> {
         Ok(self.entries(node, handle, size)?.into_iter().map(|(name, _)| name).collect())
     }
 
     /// The same with the numbers that it says they have.
-    pub fn entries(&mut self, node: u64, handle: u64, size: u32) -> Result<Vec<(String, u64)>, i32> {
+    pub(crate) fn entries(&mut self, node: u64, handle: u64, size: u32) -> Result<Vec<(String, u64)>, i32> {
         let mut names = Vec::new();
         let mut offset = 0;
         loop {
@@ -326,31 +332,31 @@ impl Fuse {
 }
 
 /// `struct fuse_read_in`.
-pub fn read_body(handle: u64, offset: u64, size: u32) -> Vec<u8> {
+pub(crate) fn read_body(handle: u64, offset: u64, size: u32) -> Vec<u8> {
     let mut body = [handle.to_le_bytes(), offset.to_le_bytes()].concat();
     body.extend(size.to_le_bytes());
     body.resize(40, 0);
     body
 }
 
-pub fn name_bytes(name: &str) -> Vec<u8> {
+pub(crate) fn name_bytes(name: &str) -> Vec<u8> {
     [name.as_bytes(), b"\0"].concat()
 }
 
-pub fn bytes(values: &[u32]) -> Vec<u8> {
+pub(crate) fn bytes(values: &[u32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
-pub fn u32_at(bytes: &[u8], at: usize) -> u32 {
+pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
 }
 
-pub fn u64_at(bytes: &[u8], at: usize) -> u64 {
+pub(crate) fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
 /// `struct fuse_entry_out`.
-pub fn entry(body: &[u8]) -> Entry {
+pub(crate) fn entry(body: &[u8]) -> Entry {
     Entry { node: u64_at(body, 0), valid: (u64_at(body, 16), u64_at(body, 24)), attr: attr(&body[40..]) }
 }
 
@@ -367,13 +373,13 @@ fn attr(body: &[u8]) -> Attr {
 }
 
 /// Open descriptors of a process.
-pub fn open_fds(pid: u32) -> usize {
+pub(crate) fn open_fds(pid: u32) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
 }
 
 /// Expects as many open descriptors of a process, soon: whoever looks for what was unmounted has one more now and then, and
 /// forgetting has no answer.
-pub fn expect_open_fds(pid: u32, count: usize) {
+pub(crate) fn expect_open_fds(pid: u32, count: usize) {
     let end = Instant::now() + Duration::from_secs(10);
     while open_fds(pid) != count && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(5));

@@ -23,7 +23,7 @@ pub struct CapabilitySets {
 /// A failed change of capabilities.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
-pub enum CapabilityError {
+pub(crate) enum CapabilityError {
     #[error("can't read the kernel's last capability")]
     Last(#[source] io::Error),
     #[error("can't drop capability {0} from the bounding set")]
@@ -39,7 +39,7 @@ pub enum CapabilityError {
 impl CapabilitySets {
     /// Reads the specification's names. Those that the kernel does not know can't be given, so they are left out, as
     /// runtimes do; they are returned for the log.
-    pub fn new(capabilities: &spec::Capabilities) -> (Self, Vec<String>) {
+    pub(crate) fn new(capabilities: &spec::Capabilities) -> (Self, Vec<String>) {
         let mut unknown = Vec::new();
         let mut set = |names: &Option<Vec<String>>| {
             items(names).iter().fold(0, |set, name| match number(name) {
@@ -66,7 +66,7 @@ impl CapabilitySets {
     }
 
     /// Reduces the bounding set, and has the change of user that follows keep the permitted set.
-    pub fn prepare(&self) -> Result<(), CapabilityError> {
+    pub(crate) fn prepare(&self) -> Result<(), CapabilityError> {
         let last = last_capability()?;
         for number in (0..=last).filter(|number| self.bounding & 1 << number == 0) {
             process::prctl(libc::PR_CAPBSET_DROP, number.into())
@@ -77,7 +77,7 @@ impl CapabilitySets {
 
     /// Sets everything after the change of user. With `keep_admin` the right to install a system call filter stays
     /// until [`drop_to_final`](Self::drop_to_final).
-    pub fn apply(&self, keep_admin: bool) -> Result<(), CapabilityError> {
+    pub(crate) fn apply(&self, keep_admin: bool) -> Result<(), CapabilityError> {
         let kept = if keep_admin { SYS_ADMIN } else { 0 };
         // The permitted set shrinks here and not before: the inheritable set needs what it held.
         set(self.effective | kept, self.permitted | kept, self.inheritable).map_err(CapabilityError::Set)?;
@@ -91,7 +91,7 @@ impl CapabilitySets {
     }
 
     /// Gives up what [`apply`](Self::apply) kept.
-    pub fn drop_to_final(&self) -> Result<(), CapabilityError> {
+    pub(crate) fn drop_to_final(&self) -> Result<(), CapabilityError> {
         set(self.effective, self.permitted, self.inheritable).map_err(CapabilityError::Set)
     }
 }

@@ -14,7 +14,7 @@ const MAX_DEPTH: usize = 64;
 /// Copies directories, files and symbolic links with owner and mode from `from` to `to`, both handles of directories.
 ///
 /// Other kinds of files are left out: nothing that listens or drives a device can be copied.
-pub fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
+pub(crate) fn copy(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<()> {
     if path::file_type(from)? != libc::S_IFDIR {
         return Ok(());
     }

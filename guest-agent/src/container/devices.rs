@@ -10,7 +10,7 @@ use crate::sys::{c_path, check, mount};
 
 /// A device node to make.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DevicePlan {
+pub(crate) struct DevicePlan {
     /// Path in the container, absolute.
     pub path: PathBuf,
     /// File type bits: character or block device, or FIFO.
@@ -65,7 +65,10 @@ const MISC: u32 = 10;
 
 /// The default devices and those of the specification, which overrule the default ones. A container that may use any
 /// device was given all there are, and does without some.
-pub fn plan(devices: &[spec::Device], rules: &[spec::DeviceRule]) -> Result<Vec<DevicePlan>, DeviceError> {
+pub(crate) fn plan(
+    devices: &[spec::Device],
+    rules: &[spec::DeviceRule],
+) -> Result<Vec<DevicePlan>, DeviceError> {
     let is_wild = |number: Option<i64>| number.is_none_or(|number| number < 0);
     let may_use_any = rules.iter().any(|rule| {
         rule.allow
@@ -122,7 +125,7 @@ impl DevicePlan {
 
     /// Makes the node inside `root`. Where nodes can't be made (a user namespace, a file system without devices) the
     /// guest's own node of that name is bound in its place, so this has to happen before the root is changed.
-    pub fn make(&self, root: BorrowedFd<'_>) -> Result<(), DeviceError> {
+    pub(crate) fn make(&self, root: BorrowedFd<'_>) -> Result<(), DeviceError> {
         if self.kind == libc::S_IFCHR && self.major == MISC && !self.guest_has_it() {
             let absent =
                 DeviceError::Absent { path: self.path.clone(), major: self.major, minor: self.minor };
@@ -187,7 +190,7 @@ fn is_refusal(error: &io::Error) -> bool {
 }
 
 /// Makes the usual links in `/dev`; those that exist stay.
-pub fn make_links(root: BorrowedFd<'_>) -> Result<(), DeviceError> {
+pub(crate) fn make_links(root: BorrowedFd<'_>) -> Result<(), DeviceError> {
     let error = |path: &str| {
         let path = Path::new("/dev").join(path);
         move |source| DeviceError::Link { path, source }

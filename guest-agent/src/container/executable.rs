@@ -12,7 +12,7 @@ use crate::sys::{c_path, check};
 /// The program can't be executed. The wording is that of other OCI runtimes: tools look for it.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
-pub enum ExecutableError {
+pub(crate) enum ExecutableError {
     #[error("exec: {0:?}: executable file not found in $PATH")]
     NotInPath(String),
     #[error("exec: {0:?}: stat {0}: no such file or directory")]
@@ -28,7 +28,7 @@ pub enum ExecutableError {
 }
 
 /// Finds the program `name` for the calling process: in its own `PATH`-like `search_path`, or as the path that it is.
-pub fn find(name: &OsStr, search_path: Option<&OsStr>) -> Result<PathBuf, ExecutableError> {
+pub(crate) fn find(name: &OsStr, search_path: Option<&OsStr>) -> Result<PathBuf, ExecutableError> {
     let text = || name.to_string_lossy().into_owned();
     if name.as_bytes().contains(&b'/') {
         return check_executable(Path::new(name)).map(|()| name.into()).map_err(|error| {
@@ -70,7 +70,7 @@ fn check_executable(path: &Path) -> io::Result<()> {
 
 /// Executes a program in the place of the calling process; returns only when that failed, with what other OCI runtimes have the
 /// process say then.
-pub fn execute(path: &Path, arguments: &[CString], environment: &[CString]) -> String {
+pub(crate) fn execute(path: &Path, arguments: &[CString], environment: &[CString]) -> String {
     let failed = |error: io::Error| {
         let reason = match error.raw_os_error() {
             Some(number) => Errno::from_raw(number).desc().to_owned(),

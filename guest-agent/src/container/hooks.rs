@@ -28,7 +28,7 @@ const QUOTED: u64 = 1024;
 /// A hook that did not do its work.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
-pub enum HookError {
+pub(crate) enum HookError {
     #[error("can't run the {kind} hook {path:?} in the container")]
     Start { kind: &'static str, path: PathBuf, source: io::Error },
     #[error("the {kind} hook {path:?} {ended}{said}")]
@@ -45,7 +45,7 @@ pub struct GuestHooks {
 
 impl GuestHooks {
     /// Takes the hooks that run in the container; gives the first that doesn't, if there is one.
-    pub fn new(hooks: Option<&Hooks>, version: &str) -> Result<GuestHooks, (String, String)> {
+    pub(crate) fn new(hooks: Option<&Hooks>, version: &str) -> Result<GuestHooks, (String, String)> {
         let mut own = GuestHooks { version: version.to_owned(), ..GuestHooks::default() };
         for (kind, list) in hooks.into_iter().flatten() {
             match (kind.as_str(), items(list)) {
@@ -59,12 +59,12 @@ impl GuestHooks {
     }
 
     /// Runs those of the creation.
-    pub fn created(&self, id: &str) -> Result<(), HookError> {
+    pub(crate) fn created(&self, id: &str) -> Result<(), HookError> {
         self.run_all("createContainer", &self.create, "creating", id)
     }
 
     /// Runs those of the start.
-    pub fn starting(&self, id: &str) -> Result<(), HookError> {
+    pub(crate) fn starting(&self, id: &str) -> Result<(), HookError> {
         self.run_all("startContainer", &self.start, "created", id)
     }
 

@@ -60,7 +60,7 @@ struct SchedAttr {
 
 impl Limits {
     /// Reads and checks the parts of a `process` object that limit it.
-    pub fn new(process: &spec::Process) -> Result<Self, LimitError> {
+    pub(crate) fn new(process: &spec::Process) -> Result<Self, LimitError> {
         let mut rlimits: Vec<(libc::c_uint, String, libc::rlimit64)> = Vec::new();
         for limit in spec::items(&process.rlimits) {
             let name = limit.kind.clone();
@@ -87,7 +87,7 @@ impl Limits {
 
     /// Applies them to a process that has yet to execute its program. The agent does this itself: it has the privileges,
     /// and low limits can't get in the way of setting the process up.
-    pub fn apply(&self, pid: libc::pid_t) -> Result<(), LimitError> {
+    pub(crate) fn apply(&self, pid: libc::pid_t) -> Result<(), LimitError> {
         // Written even if it is the default: the kernel otherwise lets the process go down to the agent's own value.
         fs::write(format!("/proc/{pid}/oom_score_adj"), self.oom_score_adj.to_string())
             .map_err(LimitError::SetOomScore)?;

@@ -4,7 +4,7 @@ use crate::sys::mount::{AttrChange, attr};
 
 /// Options, sorted by what they apply to.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct MountOptions {
+pub(crate) struct MountOptions {
     /// `Some(recursive)` for a bind mount.
     pub bind: Option<bool>,
     /// Attributes of the mount itself.
@@ -31,7 +31,7 @@ pub enum OptionError {
 
 impl MountOptions {
     /// Sorts `options`; `bind` says whether the mount's type makes it a bind mount already.
-    pub fn parse(options: &[String], bind: bool) -> Result<Self, OptionError> {
+    pub(crate) fn parse(options: &[String], bind: bool) -> Result<Self, OptionError> {
         let mut parsed = Self { bind: bind.then_some(false), ..Self::default() };
         for option in options {
             parsed.add(option)?;
@@ -71,7 +71,7 @@ impl MountOptions {
     }
 
     /// Whether the mount itself is to be read-only.
-    pub fn read_only(&self) -> bool {
+    pub(crate) fn read_only(&self) -> bool {
         self.attributes.set & attr::RDONLY != 0
     }
 }
@@ -106,7 +106,7 @@ fn attribute(option: &str) -> Option<(u64, u64)> {
 }
 
 /// The propagation type of an option's name, and whether it goes for all mounts below too.
-pub fn propagation(option: &str) -> Option<(u64, bool)> {
+pub(crate) fn propagation(option: &str) -> Option<(u64, bool)> {
     let kind = match option.strip_prefix('r').unwrap_or(option) {
         "private" => libc::MS_PRIVATE,
         "shared" => libc::MS_SHARED,

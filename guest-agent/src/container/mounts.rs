@@ -17,7 +17,7 @@ const SYS: &str = "/sys";
 
 /// What is mounted.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Source {
+pub(crate) enum Source {
     /// An existing directory or file.
     Bind {
         /// Path in the guest.
@@ -38,7 +38,7 @@ pub enum Source {
 
 /// A checked mount.
 #[derive(Debug, Clone)]
-pub struct MountPlan {
+pub(crate) struct MountPlan {
     /// Path in the container, absolute.
     pub destination: PathBuf,
     /// What is mounted.
@@ -79,7 +79,7 @@ pub enum MountError {
 
 impl MountPlan {
     /// Checks one of the specification's mounts.
-    pub fn new(mount: &spec::Mount) -> Result<Self, MountError> {
+    pub(crate) fn new(mount: &spec::Mount) -> Result<Self, MountError> {
         // The specification wants absolute destinations; older ones are relative to the root.
         let destination = Path::new("/").join(&mount.destination);
         if destination.parent().is_none() {
@@ -115,7 +115,7 @@ impl MountPlan {
     /// and the pod's network, it gets the guest's.
     ///
     /// Message queues are those of the IPC namespace; where that is the pod's, only the guest may mount them.
-    pub fn open_source(&self, own_users: bool, own_ipc: bool) -> Result<Option<OwnedFd>, MountError> {
+    pub(crate) fn open_source(&self, own_users: bool, own_ipc: bool) -> Result<Option<OwnedFd>, MountError> {
         if let Source::FileSystem { kind, .. } = &self.source
             && own_users
             && !own_ipc
@@ -142,7 +142,7 @@ impl MountPlan {
     /// Makes the mount and attaches it inside `root`. `source` is what [`open_source`](Self::open_source) returned.
     ///
     /// Returns the mount if it has yet to become read-only, which is so where more is made inside it.
-    pub fn mount(&self, root: BorrowedFd<'_>, source: Option<OwnedFd>) -> Result<Mounted, MountError> {
+    pub(crate) fn mount(&self, root: BorrowedFd<'_>, source: Option<OwnedFd>) -> Result<Mounted, MountError> {
         let detached = match (source, &self.source) {
             (Some(bind), _) => bind,
             (None, Source::Bind { .. }) => {
@@ -269,7 +269,7 @@ fn split_room(mount: &spec::Mount) -> (Vec<String>, Option<u64>) {
 
 /// What became of a mount.
 #[derive(Debug)]
-pub enum Mounted {
+pub(crate) enum Mounted {
     /// It is there as asked.
     Done,
     /// It is there, and has to become read-only once everything in it is made.

@@ -46,7 +46,7 @@ impl Kind {
     }
 
     /// The kernel's `CLONE_NEW*` flag.
-    pub fn flag(self) -> libc::c_int {
+    pub(crate) fn flag(self) -> libc::c_int {
         match self {
             Self::Pid => libc::CLONE_NEWPID,
             Self::Network => libc::CLONE_NEWNET,
@@ -111,7 +111,7 @@ pub struct Namespaces {
 
 impl Namespaces {
     /// Reads and checks the `linux` object.
-    pub fn new(linux: &Linux) -> Result<Self, NamespaceError> {
+    pub(crate) fn new(linux: &Linux) -> Result<Self, NamespaceError> {
         let mut plan = Self::default();
         for namespace in items(&linux.namespaces) {
             let kind = Kind::parse(&namespace.kind)
@@ -139,46 +139,46 @@ impl Namespaces {
     }
 
     /// Whether the container has a namespace of this kind that is not the agent's.
-    pub fn has(&self, kind: Kind) -> bool {
+    pub(crate) fn has(&self, kind: Kind) -> bool {
         self.is_new(kind) || self.joined.iter().any(|(joined, _)| *joined == kind)
     }
 
     /// Whether the container gets a new namespace of this kind.
-    pub fn is_new(&self, kind: Kind) -> bool {
+    pub(crate) fn is_new(&self, kind: Kind) -> bool {
         self.new & kind.flag() != 0
     }
 
     /// Whether the namespace of this kind is the one at a path.
-    pub fn joins(&self, kind: Kind, path: &Path) -> bool {
+    pub(crate) fn joins(&self, kind: Kind, path: &Path) -> bool {
         self.joined.iter().any(|(joined, at)| (*joined, at.as_path()) == (kind, path))
     }
 
     /// Gives the path of a namespace of this kind that is joined.
-    pub fn join_instead(&mut self, kind: Kind, path: PathBuf) {
+    pub(crate) fn join_instead(&mut self, kind: Kind, path: PathBuf) {
         if let Some((_, at)) = self.joined.iter_mut().find(|(joined, _)| *joined == kind) {
             *at = path;
         }
     }
 
     /// Whether any namespace is joined by its path.
-    pub fn joins_any(&self) -> bool {
+    pub(crate) fn joins_any(&self) -> bool {
         !self.joined.is_empty()
     }
 
     /// Every `CLONE_NEW*` flag of the kinds that are not the agent's: what a further process has to join.
-    pub fn all_flags(&self) -> libc::c_int {
+    pub(crate) fn all_flags(&self) -> libc::c_int {
         self.joined.iter().fold(self.new, |flags, (kind, _)| flags | kind.flag())
     }
 
     /// The flags to clone the container's first process with. A new cgroup namespace is not among them: it takes the
     /// group that the process is in when it is made, which during a clone is still the parent's.
-    pub fn clone_flags(&self) -> libc::c_int {
+    pub(crate) fn clone_flags(&self) -> libc::c_int {
         self.new & !(libc::CLONE_NEWCGROUP | libc::CLONE_NEWTIME)
     }
 
     /// Joins the namespaces given by path; a user namespace last, because it takes the privilege for the others. The
     /// cgroup namespace is returned: it can be joined only by a process that is in the container's group.
-    pub fn join(&self) -> Result<Option<OwnedFd>, NamespaceError> {
+    pub(crate) fn join(&self) -> Result<Option<OwnedFd>, NamespaceError> {
         let open = |(kind, path): &(Kind, PathBuf)| Ok((*kind, path.clone(), open_namespace(*kind, path)?));
         let mut opened = self.joined.iter().map(open).collect::<Result<Vec<_>, NamespaceError>>()?;
         opened.sort_by_key(|(kind, ..)| *kind == Kind::User);
@@ -198,7 +198,7 @@ impl Namespaces {
     }
 
     /// Writes the id maps of a process that was just cloned into a new user namespace.
-    pub fn write_id_maps(&self, pid: libc::pid_t) -> Result<(), NamespaceError> {
+    pub(crate) fn write_id_maps(&self, pid: libc::pid_t) -> Result<(), NamespaceError> {
         for (name, map) in [("gid_map", &self.gid_map), ("uid_map", &self.uid_map)] {
             write(Path::new(&format!("/proc/{pid}/{name}")), map)?;
         }
@@ -206,7 +206,7 @@ impl Namespaces {
     }
 
     /// Makes the time namespace for the children of the calling process, and sets its clocks.
-    pub fn unshare_time(&self) -> Result<(), NamespaceError> {
+    pub(crate) fn unshare_time(&self) -> Result<(), NamespaceError> {
         if !self.is_new(Kind::Time) {
             return Ok(());
         }

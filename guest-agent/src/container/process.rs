@@ -68,7 +68,7 @@ pub struct Inherited {
 
 impl ProcessPlan {
     /// Reads and checks a `process` object.
-    pub fn new(process: &spec::Process, inherited: &Inherited) -> Result<Self, ProcessError> {
+    pub(crate) fn new(process: &spec::Process, inherited: &Inherited) -> Result<Self, ProcessError> {
         if process.exec_cpu_affinity.is_some() {
             return Err(ProcessError::Unsupported("execCPUAffinity"));
         }
@@ -114,7 +114,7 @@ impl ProcessPlan {
     }
 
     /// The value of an environment variable.
-    pub fn variable(&self, key: &str) -> Option<&[u8]> {
+    pub(crate) fn variable(&self, key: &str) -> Option<&[u8]> {
         self.environment.iter().find_map(|entry| {
             entry.as_bytes().strip_prefix(key.as_bytes()).and_then(|rest| rest.strip_prefix(b"="))
         })

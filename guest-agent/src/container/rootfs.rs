@@ -55,14 +55,14 @@ pub enum RootError {
 
 /// What of a root has to be opened with the guest's own privileges.
 #[derive(Debug)]
-pub struct OpenedRoot {
+pub(crate) struct OpenedRoot {
     root: OwnedFd,
     sources: Vec<Option<OwnedFd>>,
 }
 
 /// A root with all that is in it.
 #[derive(Debug)]
-pub struct BuiltRoot {
+pub(crate) struct BuiltRoot {
     root: OwnedFd,
     /// Mounts that are to become read-only.
     read_only: Vec<(PathBuf, OwnedFd)>,
@@ -72,7 +72,7 @@ pub struct BuiltRoot {
 
 impl RootError {
     /// Whether the specification names something that does not exist.
-    pub fn is_specification(&self) -> bool {
+    pub(crate) fn is_specification(&self) -> bool {
         match self {
             Self::Open { source, .. } | Self::Mount(MountError::OpenSource { source, .. }) => {
                 source.kind() == io::ErrorKind::NotFound
@@ -85,7 +85,7 @@ impl RootError {
 
 impl RootPlan {
     /// Reads and checks the parts of the specification that concern the root.
-    pub fn new(spec: &Spec, linux: &Linux) -> Result<Self, RootError> {
+    pub(crate) fn new(spec: &Spec, linux: &Linux) -> Result<Self, RootError> {
         let Root { path, readonly } = spec.root.clone().ok_or(RootError::Missing)?;
         if !path.is_absolute() {
             return Err(RootError::Relative(path));
@@ -111,7 +111,7 @@ impl RootPlan {
 
     /// Opens the root and the sources of bind mounts. With `own_users` the container has a user namespace of its own, and with
     /// `own_ipc` an IPC namespace.
-    pub fn open(&self, own_users: bool, own_ipc: bool) -> Result<OpenedRoot, RootError> {
+    pub(crate) fn open(&self, own_users: bool, own_ipc: bool) -> Result<OpenedRoot, RootError> {
         let root = mount::clone_tree(&self.path, true)
             .map_err(|source| RootError::Open { path: self.path.clone(), source })?;
         let sources =
@@ -121,7 +121,7 @@ impl RootPlan {
 
     /// Makes the root with all that is in it. The calling process is in the container's mount namespace, which still
     /// holds the guest's tree.
-    pub fn build(&self, opened: OpenedRoot) -> Result<BuiltRoot, RootError> {
+    pub(crate) fn build(&self, opened: OpenedRoot) -> Result<BuiltRoot, RootError> {
         let OpenedRoot { root, sources } = opened;
         self.detach_from_guest()?;
         self.attach_root(root.as_fd())?;
@@ -163,7 +163,7 @@ impl RootPlan {
     }
 
     /// Makes the root that [`build`](Self::build) made the root directory of the process and its namespace.
-    pub fn enter(&self, built: &BuiltRoot) -> Result<(), RootError> {
+    pub(crate) fn enter(&self, built: &BuiltRoot) -> Result<(), RootError> {
         let root = built.root.as_fd();
         let error = |step| move |source| RootError::Pivot { step, source };
         let guest_root = path::open_directory(Path::new("/")).map_err(error("open the old root"))?;
@@ -188,7 +188,7 @@ impl RootPlan {
     }
 
     /// Makes read-only what is to be; the last thing that is done to a root.
-    pub fn finish(&self, built: BuiltRoot) -> Result<(), RootError> {
+    pub(crate) fn finish(&self, built: BuiltRoot) -> Result<(), RootError> {
         let own = self.read_only.then(|| (PathBuf::from("/"), built.root));
         for (path, mount) in built.read_only.into_iter().chain(own) {
             mount::set_attributes(mount.as_fd(), AttrChange::new(attr::RDONLY, 0), false)
@@ -234,7 +234,7 @@ fn hide(root: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
 }
 
 /// Changes into the working directory of a process inside the container, making it if it is missing.
-pub fn make_working_directory(path: &Path) -> io::Result<()> {
+pub(crate) fn make_working_directory(path: &Path) -> io::Result<()> {
     let root = path::open_directory(Path::new("/"))?;
     path::create_in_root(root.as_fd(), path, path::Missing::Directory).map(drop)
 }
@@ -243,7 +243,7 @@ pub fn make_working_directory(path: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// `ENOENT` when the directory turns out to lie outside the root directory of the process.
-pub fn change_directory(path: &Path) -> io::Result<()> {
+pub(crate) fn change_directory(path: &Path) -> io::Result<()> {
     let c_path = c_path(path)?;
     // SAFETY: the path is NUL-terminated and outlives the call.
     check(unsafe { libc::chdir(c_path.as_ptr()) }.into())?;

@@ -36,7 +36,7 @@ const IPC: [&str; 8] = [
 
 /// Checks that every parameter belongs to a namespace. Where a container has none of its own, it is the guest's, which is
 /// the pod's: the pod has the guest to itself.
-pub fn check<'a>(names: impl Iterator<Item = &'a String>) -> Result<(), SysctlError> {
+pub(crate) fn check<'a>(names: impl Iterator<Item = &'a String>) -> Result<(), SysctlError> {
     for name in names {
         let normal = normal_form(name);
         let is_plain = !relative_path(name).split('/').any(|part| matches!(part, "" | "." | ".."));
@@ -52,7 +52,7 @@ pub fn check<'a>(names: impl Iterator<Item = &'a String>) -> Result<(), SysctlEr
 }
 
 /// The kind of namespace that a parameter belongs to.
-pub fn namespace_of(name: &str) -> Kind {
+pub(crate) fn namespace_of(name: &str) -> Kind {
     match normal_form(name).as_str() {
         "kernel.domainname" | "kernel.hostname" => Kind::Uts,
         name if name.starts_with("net.") => Kind::Network,
@@ -61,7 +61,9 @@ pub fn namespace_of(name: &str) -> Kind {
 }
 
 /// Sets the parameters, through a `/proc` of our own that nothing in the container can stand in for.
-pub fn apply<'a>(parameters: impl Iterator<Item = (&'a String, &'a String)>) -> Result<(), SysctlError> {
+pub(crate) fn apply<'a>(
+    parameters: impl Iterator<Item = (&'a String, &'a String)>,
+) -> Result<(), SysctlError> {
     let mut proc: Option<OwnedFd> = None;
     for (name, value) in parameters {
         let proc = match &proc {

@@ -13,7 +13,7 @@ const MAX_PASSWD: u64 = 1 << 20;
 /// A failed change of identity.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
-pub enum UserError {
+pub(crate) enum UserError {
     #[error("can't set the supplementary groups")]
     Groups(#[source] io::Error),
     #[error("can't become group {0}")]
@@ -23,7 +23,7 @@ pub enum UserError {
 }
 
 /// Takes the identity on.
-pub fn become_user(user: &spec::User) -> Result<(), UserError> {
+pub(crate) fn become_user(user: &spec::User) -> Result<(), UserError> {
     let groups = spec::items(&user.additional_gids);
     // SAFETY: the pointer and the length describe the slice.
     check(unsafe { libc::setgroups(groups.len(), groups.as_ptr()) }.into()).map_err(UserError::Groups)?;
@@ -40,13 +40,13 @@ pub fn become_user(user: &spec::User) -> Result<(), UserError> {
 
 /// Gives a pipe or terminal to a user, so that a program can open `/dev/stdout` again. What can't be given (a null device
 /// on a read-only mount, a user without a place in the namespace) works without.
-pub fn give(fd: BorrowedFd<'_>, uid: u32) {
+pub(crate) fn give(fd: BorrowedFd<'_>, uid: u32) {
     // SAFETY: takes numbers only; -1 leaves the group.
     let _ = unsafe { libc::fchown(fd.as_raw_fd(), uid, libc::gid_t::MAX) };
 }
 
 /// The user's home directory by the container's `/etc/passwd`, `/` if it names none.
-pub fn home_directory(uid: u32) -> String {
+pub(crate) fn home_directory(uid: u32) -> String {
     let mut text = String::new();
     let read = File::open("/etc/passwd").and_then(|file| file.take(MAX_PASSWD).read_to_string(&mut text));
     read.ok().and_then(|_| home_in_passwd(&text, uid)).unwrap_or("/").to_owned()

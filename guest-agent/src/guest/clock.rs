@@ -11,14 +11,14 @@ const SECOND: i64 = 1_000_000_000;
 const SLEWED: i64 = SECOND / 10;
 
 /// Sets the clock.
-pub fn set(realtime_ns: i64) -> io::Result<()> {
+pub(crate) fn set(realtime_ns: i64) -> io::Result<()> {
     let time = libc::timespec { tv_sec: realtime_ns / SECOND, tv_nsec: realtime_ns % SECOND };
     // SAFETY: the time is valid and outlives the call.
     check(unsafe { libc::clock_settime(libc::CLOCK_REALTIME, &raw const time) }.into()).map(drop)
 }
 
 /// Makes a clock that runs go by what the host's says now.
-pub fn follow(realtime_ns: i64) -> io::Result<()> {
+pub(crate) fn follow(realtime_ns: i64) -> io::Result<()> {
     let behind = realtime_ns.saturating_sub(now()?);
     if behind.saturating_abs() >= SLEWED {
         log::info!("the clock is set: it is {} ms off the node's", behind / 1_000_000);

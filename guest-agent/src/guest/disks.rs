@@ -28,7 +28,7 @@ const LAYER_READAHEAD_KIB: &str = "1024";
 /// A disk that can't be taken up or let go.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
-pub enum DiskError {
+pub(crate) enum DiskError {
     #[error(transparent)]
     Slot(#[from] SlotError),
     #[error("can't ask the kernel about the disk in slot {slot}")]
@@ -40,7 +40,7 @@ pub enum DiskError {
 }
 
 /// Has the kernel take up the disk in a slot, and mounts the file system on it if that is asked for.
-pub async fn add(request: &AddDiskRequest, reaper: &Reaper) -> Result<AddDiskResponse, DiskError> {
+pub(crate) async fn add(request: &AddDiskRequest, reaper: &Reaper) -> Result<AddDiskResponse, DiskError> {
     let added = take_up(request, reaper).await;
     if added.is_err() {
         // The slot is for the next disk then.
@@ -72,7 +72,7 @@ async fn take_up(request: &AddDiskRequest, reaper: &Reaper) -> Result<AddDiskRes
 }
 
 /// Has the kernel let go of the disk in a slot.
-pub async fn remove(slot: u32, reaper: &Reaper) -> Result<(), DiskError> {
+pub(crate) async fn remove(slot: u32, reaper: &Reaper) -> Result<(), DiskError> {
     let target = mount_point(slot);
     let layers = layers::directory(slot);
     if target.exists() {

@@ -7,12 +7,12 @@ use std::path::Path;
 use nix::mount::{MsFlags, mount};
 
 /// Where the cgroup v2 hierarchy is mounted.
-pub const CGROUPS: &str = "/sys/fs/cgroup";
+pub(crate) const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// A mount that failed.
 #[derive(Debug, thiserror::Error)]
 #[error("can't mount {kind} on {target}")]
-pub struct FileSystemError {
+pub(crate) struct FileSystemError {
     kind: String,
     target: String,
     source: io::Error,
@@ -39,7 +39,7 @@ const EARLY: [(&str, &str, MsFlags, &str); 8] = {
 };
 
 /// Mounts what is needed before anything else.
-pub fn mount_early() -> Result<(), FileSystemError> {
+pub(crate) fn mount_early() -> Result<(), FileSystemError> {
     for (kind, target, flags, options) in EARLY {
         match mount_one(kind, kind, Path::new(target), flags, options) {
             // The kernel may have mounted its devices itself.
@@ -51,7 +51,7 @@ pub fn mount_early() -> Result<(), FileSystemError> {
 }
 
 /// Mounts what the pod shares with the host. A device node in it means what its number means here, to a container that may use it.
-pub fn mount_shared(tag: &str, place: &Path) -> Result<(), FileSystemError> {
+pub(crate) fn mount_shared(tag: &str, place: &Path) -> Result<(), FileSystemError> {
     mount_one("virtiofs", tag, place, MsFlags::empty(), "")
 }
 

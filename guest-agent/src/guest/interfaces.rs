@@ -28,7 +28,7 @@ const UDP_SEGMENTATION: &str = "tx-udp-segmentation";
 /// An interface that can't be taken up or be made what it should be.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
-pub enum InterfaceError {
+pub(crate) enum InterfaceError {
     #[error(transparent)]
     Slot(#[from] SlotError),
     #[error("there is no network interface in slot {0}")]
@@ -40,7 +40,7 @@ pub enum InterfaceError {
 }
 
 /// Has the kernel take up the interface in a slot, and makes it what it should be.
-pub async fn add(request: &AddInterfaceRequest, reaper: &Reaper) -> Result<(), InterfaceError> {
+pub(crate) async fn add(request: &AddInterfaceRequest, reaper: &Reaper) -> Result<(), InterfaceError> {
     let wanted = Wanted::parse(request)?;
     let window = Window::of(request.slot)?;
     let added = async {

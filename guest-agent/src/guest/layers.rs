@@ -26,22 +26,22 @@ const BLKPG: libc::c_ulong = 0x1269;
 const BLKPG_ADD_PARTITION: libc::c_int = 1;
 
 /// Where the layers on the disk in a slot are mounted.
-pub fn directory(slot: u32) -> PathBuf {
+pub(crate) fn directory(slot: u32) -> PathBuf {
     Path::new(LAYERS_DIR).join(slot.to_string())
 }
 
 /// Where a file system for a container's changes is mounted, likewise.
-pub fn changes(slot: u32) -> PathBuf {
+pub(crate) fn changes(slot: u32) -> PathBuf {
     directory(slot).join("changes")
 }
 
 /// The mount points in such a directory.
-pub fn points(directory: &Path) -> Vec<PathBuf> {
+pub(crate) fn points(directory: &Path) -> Vec<PathBuf> {
     fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
 }
 
 /// Has the kernel write nothing more to a file system with changes, if there is one: nobody will read them.
-pub fn give_up(changes: &Path) {
+pub(crate) fn give_up(changes: &Path) {
     // Neither the directory nor the overlay on it is there for other disks.
     let Ok(directory) = File::open(changes) else { return };
     // SAFETY: the argument is a valid place for the number that this request reads.
@@ -53,7 +53,7 @@ pub fn give_up(changes: &Path) {
 }
 
 /// The same with all there are.
-pub fn give_up_all() {
+pub(crate) fn give_up_all() {
     for slot in points(Path::new(LAYERS_DIR)) {
         give_up(&slot.join("changes"));
     }
@@ -61,14 +61,14 @@ pub fn give_up_all() {
 
 /// A part of a disk, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Part {
+pub(crate) struct Part {
     start: i64,
     length: i64,
 }
 
 impl Part {
     /// Parts of these lengths, one after the other.
-    pub fn of(lengths: &[u64]) -> Result<Vec<Part>, &'static str> {
+    pub(crate) fn of(lengths: &[u64]) -> Result<Vec<Part>, &'static str> {
         if lengths.is_empty() || lengths.len() > MAX_PARTS {
             return Err("there are none, or more than 255");
         }
@@ -107,7 +107,7 @@ struct Request {
 }
 
 /// Makes a partition of each part of a disk, whatever is on it; gives the devices. A single part is the disk.
-pub fn divide(device: &Path, parts: &[Part]) -> io::Result<Vec<PathBuf>> {
+pub(crate) fn divide(device: &Path, parts: &[Part]) -> io::Result<Vec<PathBuf>> {
     if let [_] = parts {
         return Ok(vec![device.to_owned()]);
     }
@@ -134,7 +134,7 @@ pub fn divide(device: &Path, parts: &[Part]) -> io::Result<Vec<PathBuf>> {
 /// Mounts the overlay of `count` layers, whose mount points are named by their numbers in `directory`, on `target`.
 ///
 /// The working directory changes: names of layers have to be short, as the kernel takes a page of options.
-pub fn unite(directory: &Path, count: usize, overlay: &Overlay, target: &Path) -> io::Result<()> {
+pub(crate) fn unite(directory: &Path, count: usize, overlay: &Overlay, target: &Path) -> io::Result<()> {
     if overlay.upper.is_empty() && count == 1 {
         let layer = directory.join("0");
         return Ok(mount(Some(&layer), target, None::<&str>, MsFlags::MS_BIND, None::<&str>)?);
@@ -145,7 +145,7 @@ pub fn unite(directory: &Path, count: usize, overlay: &Overlay, target: &Path) -
 }
 
 /// Mounts the overlay of a directory and the changes on a disk whose file system is mounted on `changes`.
-pub fn cover(changes: &Path, overlay: &Overlay, target: &Path) -> io::Result<()> {
+pub(crate) fn cover(changes: &Path, overlay: &Overlay, target: &Path) -> io::Result<()> {
     chdir(changes)?;
     mount_overlay(&overlay.lower, overlay, target)
 }

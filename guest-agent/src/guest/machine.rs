@@ -35,7 +35,7 @@ const RESEED: libc::c_ulong = 0x5207;
 
 /// The guest.
 #[derive(Debug)]
-pub struct GuestMachine {
+pub(crate) struct GuestMachine {
     reaper: Arc<Reaper>,
     started_us: u64,
     ready_us: u64,
@@ -43,7 +43,7 @@ pub struct GuestMachine {
 
 impl GuestMachine {
     /// The guest, ready from now on; the agent began at `started_us`.
-    pub fn new(reaper: Arc<Reaper>, started_us: u64) -> Self {
+    pub(crate) fn new(reaper: Arc<Reaper>, started_us: u64) -> Self {
         Self { reaper, started_us, ready_us: monotonic_us() }
     }
 }
@@ -158,7 +158,7 @@ fn add_entropy(bytes: &[u8]) -> io::Result<()> {
 }
 
 /// Monotonic time in microseconds.
-pub fn monotonic_us() -> u64 {
+pub(crate) fn monotonic_us() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the structure is a valid place for a time; this clock always exists.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };

@@ -8,12 +8,12 @@ use bulkhead_agent_protocol::Parameter;
 const ROOT: &str = "/proc/sys";
 
 /// Whether a path leads to something below the directory that it is relative to.
-pub fn is_below(path: &str) -> bool {
+pub(crate) fn is_below(path: &str) -> bool {
     path.split('/').all(|part| !matches!(part, "" | "." | ".."))
 }
 
 /// Sets what can be set: the host's kernel may have parameters, or values of them, that this one has not.
-pub fn set(parameters: &[Parameter]) {
+pub(crate) fn set(parameters: &[Parameter]) {
     for Parameter { path, value, .. } in parameters {
         if !is_below(path) {
             log::warn!("{path:?} is no path of a parameter");

@@ -9,7 +9,7 @@ use bulkhead_base::guest::{POWER_OFF, POWER_PORT_PARAMETER};
 use crate::sys::process::exit_now;
 
 /// Powers the guest off. If that does not work, a reset ends it too.
-pub fn off() -> ! {
+pub(crate) fn off() -> ! {
     if let Err(error) = write_port() {
         log::error!("can't power off, resetting instead: {error}");
     }

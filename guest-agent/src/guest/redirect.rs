@@ -16,7 +16,7 @@ use crate::sys::path;
 
 /// Attached programs.
 #[derive(Debug)]
-pub struct Redirection {
+pub(crate) struct Redirection {
     _links: Vec<OwnedFd>,
 }
 
@@ -25,7 +25,7 @@ impl Redirection {
     ///
     /// # Errors
     /// When the kernel does not take the programs.
-    pub fn attach(cgroups: &Path, from: SocketAddrV4, port: u16) -> io::Result<Redirection> {
+    pub(crate) fn attach(cgroups: &Path, from: SocketAddrV4, port: u16) -> io::Result<Redirection> {
         let group = path::open_directory(cgroups)?;
         let there = program(from, port);
         let back = program(SocketAddrV4::new(*from.ip(), port), from.port());

@@ -16,7 +16,7 @@ const KEPT: &str = "kept";
 ///
 /// # Errors
 /// When a control group can't be made or removed.
-pub fn for_each_cpu(control_groups: &Path) -> io::Result<()> {
+pub(crate) fn for_each_cpu(control_groups: &Path) -> io::Result<()> {
     let kept = std::fs::create_dir(control_groups.join(KEPT));
     let groups = (0..GROUPS).map(|number| control_groups.join(format!("room-{number}")));
     let made: Vec<_> = groups.clone().map(std::fs::create_dir).collect();

@@ -21,7 +21,7 @@ const DEVICES: &str = "/sys/bus/platform/devices";
 /// What can't be done about a slot.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
-pub enum SlotError {
+pub(crate) enum SlotError {
     #[error("there are no slots for devices: no {DEVICE_SLOTS_PARAMETER} on the kernel's command line")]
     NoSlots,
     #[error("can't ask the kernel about slot {slot}")]
@@ -34,7 +34,7 @@ pub enum SlotError {
 
 /// A slot's window.
 #[derive(Debug)]
-pub struct Window {
+pub(crate) struct Window {
     slot: u32,
     /// The name of the platform device.
     name: String,
@@ -42,7 +42,7 @@ pub struct Window {
 
 impl Window {
     /// The window of a slot.
-    pub fn of(slot: u32) -> Result<Window, SlotError> {
+    pub(crate) fn of(slot: u32) -> Result<Window, SlotError> {
         let command_line =
             fs::read_to_string("/proc/cmdline").map_err(|source| SlotError::System { slot, source })?;
         let name = name_on(&command_line, slot).ok_or(SlotError::NoSlots)?;
@@ -50,22 +50,27 @@ impl Window {
     }
 
     /// The device's directory.
-    pub fn device(&self) -> PathBuf {
+    pub(crate) fn device(&self) -> PathBuf {
         Path::new(DEVICES).join(&self.name)
     }
 
     /// Has the driver take the device up; `what` is that in the words of an error, before "slot 1".
-    pub async fn bind(&self, what: &'static str, limit: Duration, reaper: &Reaper) -> Result<(), SlotError> {
+    pub(crate) async fn bind(
+        &self,
+        what: &'static str,
+        limit: Duration,
+        reaper: &Reaper,
+    ) -> Result<(), SlotError> {
         self.tell_driver("bind", what, limit, reaper).await
     }
 
     /// The same, on the calling process's own time.
-    pub fn bind_here(&self) -> io::Result<()> {
+    pub(crate) fn bind_here(&self) -> io::Result<()> {
         OpenOptions::new().write(true).open(Path::new(DRIVER).join("bind"))?.write_all(self.name.as_bytes())
     }
 
     /// Has the driver let go of the device.
-    pub async fn unbind(
+    pub(crate) async fn unbind(
         &self,
         what: &'static str,
         limit: Duration,
@@ -96,7 +101,7 @@ fn name_on(command_line: &str, slot: u32) -> Option<String> {
 }
 
 /// What the driver made of the device in a window: `virtioN/CLASS/NAME` below it.
-pub fn device_below(window: &Path, class: &str) -> io::Result<Option<PathBuf>> {
+pub(crate) fn device_below(window: &Path, class: &str) -> io::Result<Option<PathBuf>> {
     let Some(virtio) = entry(window, |name| name.starts_with("virtio"))? else { return Ok(None) };
     entry(&virtio.join(class), |_| true)
 }
@@ -113,7 +118,7 @@ fn entry(directory: &Path, fits: impl Fn(&str) -> bool) -> io::Result<Option<Pat
 }
 
 /// Does something in a process of its own, which is given up when it takes too long.
-pub async fn in_a_process(
+pub(crate) async fn in_a_process(
     what: &'static str,
     slot: u32,
     limit: Duration,

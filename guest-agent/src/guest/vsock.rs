@@ -14,11 +14,11 @@ const BACKLOG: libc::c_int = 512;
 
 /// A connection that is being made.
 #[derive(Debug)]
-pub struct Dialing(AsyncFd<OwnedFd>);
+pub(crate) struct Dialing(AsyncFd<OwnedFd>);
 
 impl Dialing {
     /// Asks the host for a connection to one of its ports. Has to be called inside the runtime.
-    pub fn start(port: u32) -> io::Result<Self> {
+    pub(crate) fn start(port: u32) -> io::Result<Self> {
         let socket = socket()?;
         let address = address(libc::VMADDR_CID_HOST, port);
         // SAFETY: the address is valid for the length that is passed.
@@ -32,7 +32,7 @@ impl Dialing {
     }
 
     /// Waits for the host's answer.
-    pub async fn finish(self, limit: Duration) -> io::Result<OwnedFd> {
+    pub(crate) async fn finish(self, limit: Duration) -> io::Result<OwnedFd> {
         drop(timeout(limit, self.0.writable()).await??);
         let socket = self.0.into_inner();
         match error_of(&socket)? {
@@ -43,7 +43,7 @@ impl Dialing {
 }
 
 /// Listens on a port of the guest.
-pub fn listen(port: u32) -> io::Result<OwnedFd> {
+pub(crate) fn listen(port: u32) -> io::Result<OwnedFd> {
     let socket = socket()?;
     let address = address(libc::VMADDR_CID_ANY, port);
     // SAFETY: the address is valid for the length that is passed; listen takes numbers.

@@ -21,7 +21,7 @@ use crate::sys;
 
 /// A container.
 #[derive(Debug)]
-pub struct Container {
+pub(crate) struct Container {
     id: String,
     cgroup: Arc<Cgroup>,
     /// `CLONE_NEW*` flags of the namespaces that a further process joins.
@@ -106,22 +106,22 @@ impl Container {
     }
 
     /// Its id.
-    pub fn id(&self) -> &str {
+    pub(crate) fn id(&self) -> &str {
         &self.id
     }
 
     /// Its first process.
-    pub fn init(&self) -> &Arc<Process> {
+    pub(crate) fn init(&self) -> &Arc<Process> {
         &self.init
     }
 
     /// Its control group.
-    pub fn cgroup(&self) -> &Cgroup {
+    pub(crate) fn cgroup(&self) -> &Cgroup {
         &self.cgroup
     }
 
     /// A further process.
-    pub fn exec(&self, exec_id: &str) -> Result<Arc<Process>, PodError> {
+    pub(crate) fn exec(&self, exec_id: &str) -> Result<Arc<Process>, PodError> {
         match self.execs().get(exec_id) {
             Some(Exec::Ready(process)) => Ok(process.clone()),
             Some(Exec::Busy) => Err(PodError::Busy(self.id.clone())),
@@ -130,7 +130,7 @@ impl Container {
     }
 
     /// Sets a further process up, which waits to be started.
-    pub async fn create_exec(
+    pub(crate) async fn create_exec(
         &self,
         pod: &Pod,
         exec_id: &str,
@@ -189,7 +189,7 @@ impl Container {
     }
 
     /// Forgets a further process that has ended, or kills it if it was never started.
-    pub async fn delete_exec(&self, exec_id: &str) -> Result<(), PodError> {
+    pub(crate) async fn delete_exec(&self, exec_id: &str) -> Result<(), PodError> {
         let process = self.exec(exec_id)?;
         process.require_deletable(&self.id)?;
         process.kill().await?;
@@ -198,7 +198,7 @@ impl Container {
     }
 
     /// Sends a signal to every process.
-    pub fn signal_all(&self, signal: u32) -> Result<(), PodError> {
+    pub(crate) fn signal_all(&self, signal: u32) -> Result<(), PodError> {
         let number = signal_number(signal)?;
         if number == libc::SIGKILL {
             return Ok(self.cgroup.kill()?);
@@ -211,7 +211,7 @@ impl Container {
     }
 
     /// Stops or continues every process.
-    pub async fn set_paused(&self, paused: bool) -> Result<(), PodError> {
+    pub(crate) async fn set_paused(&self, paused: bool) -> Result<(), PodError> {
         if self.init.ended().is_some() {
             return Err(PodError::State { id: self.id.clone(), state: "stopped" });
         }
@@ -221,7 +221,7 @@ impl Container {
     }
 
     /// Changes the limits.
-    pub fn update(&self, pod: &Pod, resources: &[u8]) -> Result<(), PodError> {
+    pub(crate) fn update(&self, pod: &Pod, resources: &[u8]) -> Result<(), PodError> {
         let resources: spec::Resources =
             serde_json::from_slice(resources).map_err(|error| PodError::Json("the resources", error))?;
         let limits = Limits::new(&resources)?;
@@ -241,7 +241,7 @@ impl Container {
     }
 
     /// What it uses.
-    pub fn stats(&self) -> StatsResponse {
+    pub(crate) fn stats(&self) -> StatsResponse {
         cgroup::read(&|name| self.cgroup.read(name).unwrap_or_default())
     }
 

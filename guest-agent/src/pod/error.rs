@@ -67,7 +67,7 @@ pub enum PodError {
 
 /// Who has to act on an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ErrorClass {
+pub(crate) enum ErrorClass {
     /// What was named does not exist.
     NotFound,
     /// What was to be made exists.
@@ -82,7 +82,7 @@ pub enum ErrorClass {
 
 impl PodError {
     /// Who has to act.
-    pub fn class(&self) -> ErrorClass {
+    pub(crate) fn class(&self) -> ErrorClass {
         match self {
             Self::NoContainer(_) | Self::NoProcess { .. } | Self::Ended(_) => ErrorClass::NotFound,
             Self::ContainerExists(_) | Self::ProcessExists { .. } => ErrorClass::AlreadyExists,

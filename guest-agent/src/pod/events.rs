@@ -11,14 +11,14 @@ const MAX_EVENTS: usize = 256;
 
 /// Events in order.
 #[derive(Debug, Default)]
-pub struct EventQueue {
+pub(crate) struct EventQueue {
     events: Mutex<VecDeque<AgentEvent>>,
     added: Notify,
 }
 
 impl EventQueue {
     /// A process of a container was killed for want of memory.
-    pub fn push_oom(&self, container_id: &str) {
+    pub(crate) fn push_oom(&self, container_id: &str) {
         let mut event = AgentEvent::new();
         event.set_oom(container_id.to_owned());
         let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
@@ -31,7 +31,7 @@ impl EventQueue {
     }
 
     /// The next event, once there is one.
-    pub async fn next(&self) -> AgentEvent {
+    pub(crate) async fn next(&self) -> AgentEvent {
         loop {
             let added = self.added.notified();
             let next = self.events.lock().unwrap_or_else(PoisonError::into_inner).pop_front();

@@ -21,10 +21,10 @@ use crate::container::plan::ContainerPlan;
 use crate::reaper::Reaper;
 use crate::stdio::Streams;
 
-pub use container::Container;
-pub use error::{ErrorClass, PodError};
-pub use events::EventQueue;
-pub use process::{Ended, Process};
+pub(crate) use container::Container;
+pub(crate) use error::{ErrorClass, PodError};
+pub(crate) use events::EventQueue;
+pub(crate) use process::Process;
 
 /// Everything there is of the pod inside the guest.
 #[derive(Debug)]
@@ -74,12 +74,12 @@ impl Pod {
     }
 
     /// Events for the host.
-    pub fn events(&self) -> &EventQueue {
+    pub(crate) fn events(&self) -> &EventQueue {
         &self.events
     }
 
     /// Sets a container up. Returns its first process, which waits to be started.
-    pub async fn create(
+    pub(crate) async fn create(
         self: &Arc<Self>,
         id: &str,
         spec: &[u8],
@@ -105,7 +105,7 @@ impl Pod {
     }
 
     /// A container that is set up.
-    pub fn container(&self, id: &str) -> Result<Arc<Container>, PodError> {
+    pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>, PodError> {
         match self.lock().get(id) {
             Some(Slot::Ready(container)) => Ok(container.clone()),
             Some(Slot::Busy) => Err(PodError::Busy(id.to_owned())),
@@ -114,13 +114,13 @@ impl Pod {
     }
 
     /// A process of a container; an empty exec id is the first one.
-    pub fn process(&self, id: &str, exec_id: &str) -> Result<Arc<Process>, PodError> {
+    pub(crate) fn process(&self, id: &str, exec_id: &str) -> Result<Arc<Process>, PodError> {
         let container = self.container(id)?;
         if exec_id.is_empty() { Ok(container.init().clone()) } else { container.exec(exec_id) }
     }
 
     /// Removes a container whose first process has ended or was never started.
-    pub async fn delete(&self, id: &str) -> Result<(), PodError> {
+    pub(crate) async fn delete(&self, id: &str) -> Result<(), PodError> {
         let container = self.container(id)?;
         container.init().require_deletable(id)?;
         self.lock().insert(id.to_owned(), Slot::Busy);
@@ -135,7 +135,7 @@ impl Pod {
     }
 
     /// Whether there is no container.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.lock().is_empty()
     }
 

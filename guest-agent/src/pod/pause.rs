@@ -7,7 +7,7 @@ use crate::sys::fd;
 use crate::sys::process::{CloneOptions, clone_process, exit_now, prctl, reset_signals};
 
 /// Starts it; gives its process id.
-pub fn start() -> io::Result<libc::pid_t> {
+pub(crate) fn start() -> io::Result<libc::pid_t> {
     let options = CloneOptions { flags: libc::CLONE_NEWPID as u64, cgroup: None };
     // SAFETY: the agent runs on one thread: its runtime is of the current-thread kind and it starts no others.
     match unsafe { clone_process(options) }? {

@@ -21,7 +21,7 @@ const KILL_LIMIT: Duration = Duration::from_secs(10);
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ended {
+pub(crate) struct Ended {
     /// Status and time.
     pub exit: Exit,
     /// Whether a process of the container was killed for want of memory.
@@ -30,7 +30,7 @@ pub struct Ended {
 
 /// A process.
 #[derive(Debug)]
-pub struct Process {
+pub(crate) struct Process {
     pid: libc::pid_t,
     /// The process's end of setting up, until its program is executed.
     launch: Mutex<Option<Launch>>,
@@ -41,7 +41,7 @@ pub struct Process {
 
 /// What is needed to make a process.
 #[derive(Debug)]
-pub struct NewProcess<'a> {
+pub(crate) struct NewProcess<'a> {
     /// The container's id.
     pub container_id: &'a str,
     /// What kind of process it is.
@@ -137,12 +137,12 @@ impl Process {
     }
 
     /// Its id in the guest.
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.pid.unsigned_abs()
     }
 
     /// Has its program executed.
-    pub async fn start(&self) -> Result<(), PodError> {
+    pub(crate) async fn start(&self) -> Result<(), PodError> {
         let mut place = self.launch.lock().await;
         let launch = place.take().ok_or(PodError::Started(self.pid()))?;
         match launch.start().await {
@@ -156,12 +156,12 @@ impl Process {
     }
 
     /// How it ended, if it did.
-    pub fn ended(&self) -> Option<Ended> {
+    pub(crate) fn ended(&self) -> Option<Ended> {
         *self.ended.borrow()
     }
 
     /// Waits until it has ended.
-    pub async fn wait(&self) -> Result<Ended, PodError> {
+    pub(crate) async fn wait(&self) -> Result<Ended, PodError> {
         let mut ended = self.ended.clone();
         match ended.wait_for(Option::is_some).await.map(|ended| *ended) {
             Ok(Some(ended)) => Ok(ended),
@@ -173,7 +173,7 @@ impl Process {
     }
 
     /// Sends it a signal.
-    pub fn signal(&self, signal: u32) -> Result<(), PodError> {
+    pub(crate) fn signal(&self, signal: u32) -> Result<(), PodError> {
         let number = signal_number(signal)?;
         // The agent alone collects its children, so the id is the process's as long as it has not seen the end.
         if self.ended().is_some() {
@@ -186,7 +186,7 @@ impl Process {
     }
 
     /// Sets the size of its terminal.
-    pub fn resize(&self, columns: u32, rows: u32) -> Result<(), PodError> {
+    pub(crate) fn resize(&self, columns: u32, rows: u32) -> Result<(), PodError> {
         let terminal = self.terminal.as_ref().ok_or(PodError::NoTerminal(self.pid()))?;
         let limit = |size: u32| u16::try_from(size).unwrap_or(u16::MAX);
         sys::terminal::set_size(terminal.fd().as_fd(), limit(columns), limit(rows))
@@ -194,7 +194,7 @@ impl Process {
     }
 
     /// Closes its standard input once what was sent so far is delivered.
-    pub fn close_stdin(&self) {
+    pub(crate) fn close_stdin(&self) {
         self.input.close();
     }
 

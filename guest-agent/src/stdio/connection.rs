@@ -9,16 +9,16 @@ use crate::sys::{check, fd};
 
 /// A stream of bytes in the runtime's care.
 #[derive(Debug)]
-pub struct Connection(AsyncFd<OwnedFd>);
+pub(crate) struct Connection(AsyncFd<OwnedFd>);
 
 impl Connection {
     /// Takes a descriptor over. Has to be called inside the runtime.
-    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+    pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
         Ok(Self(fd::watch(fd)?))
     }
 
     /// Waits until there is something to read, or the end.
-    pub async fn readable(&self) -> io::Result<()> {
+    pub(crate) async fn readable(&self) -> io::Result<()> {
         self.0.readable().await.map(|mut guard| guard.retain_ready())
     }
 
@@ -26,7 +26,7 @@ impl Connection {
     ///
     /// # Errors
     /// `WouldBlock` when there is nothing, after which [`readable`](Self::readable) waits again.
-    pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+    pub(crate) fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         self.0.try_io(tokio::io::Interest::READABLE, |fd| {
             // SAFETY: the buffer is writable for its whole length.
             let length =
@@ -36,7 +36,7 @@ impl Connection {
     }
 
     /// Reads exactly as much as fits into the buffer.
-    pub async fn read_exact(&self, mut buffer: &mut [u8]) -> io::Result<()> {
+    pub(crate) async fn read_exact(&self, mut buffer: &mut [u8]) -> io::Result<()> {
         while !buffer.is_empty() {
             self.readable().await?;
             match self.try_read(buffer) {
@@ -50,7 +50,7 @@ impl Connection {
     }
 
     /// Writes everything, waiting as often as it takes.
-    pub async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
+    pub(crate) async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             let written = self.0.async_io(tokio::io::Interest::WRITABLE, |fd| {
                 // SAFETY: the bytes are readable for their whole length. SIGPIPE is ignored by the agent.
@@ -68,19 +68,19 @@ impl Connection {
     }
 
     /// Tells the other side of a socket that nothing more will be written.
-    pub fn shut_down_writing(&self) {
+    pub(crate) fn shut_down_writing(&self) {
         // SAFETY: takes numbers only. A connection that is gone already needs no telling.
         unsafe { libc::shutdown(self.0.as_raw_fd(), libc::SHUT_WR) };
     }
 
     /// Waits until the other side of a pipe or socket is gone.
-    pub async fn closed(&self) {
+    pub(crate) async fn closed(&self) {
         // A descriptor that fails is as good as closed.
         let _ = self.0.ready(tokio::io::Interest::ERROR).await;
     }
 
     /// Waits until the other side of a socket, which sends nothing, closes it.
-    pub async fn hung_up(&self) {
+    pub(crate) async fn hung_up(&self) {
         let mut unexpected = [0; 64];
         while self.readable().await.is_ok() {
             match self.try_read(&mut unexpected) {
@@ -92,12 +92,12 @@ impl Connection {
     }
 
     /// The descriptor.
-    pub fn fd(&self) -> &OwnedFd {
+    pub(crate) fn fd(&self) -> &OwnedFd {
         self.0.get_ref()
     }
 }
 
 /// Whether an error means no more than "again".
-pub fn is_passing(error: &io::Error) -> bool {
+pub(crate) fn is_passing(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }

@@ -21,7 +21,7 @@ const BUFFER: usize = 32 * 1024;
 const CLOSE_GRACE: Duration = Duration::from_millis(50);
 
 /// Copies a pipe or terminal to the host until its end, or until the host closes the connection.
-pub async fn copy_output(from: Arc<Connection>, to: Connection) {
+pub(crate) async fn copy_output(from: Arc<Connection>, to: Connection) {
     let copy = async {
         while from.readable().await.is_ok() {
             if !matches!(forward(&from, &to).await, Ok(Flow::Dry)) {
@@ -44,7 +44,7 @@ const HALF_OPEN_LIMIT: Duration = Duration::from_secs(300);
 ///
 /// # Errors
 /// When one of them fails, or nothing comes for long after one direction's end: both are then to be closed.
-pub async fn copy_both_ways(one: &Connection, other: &Connection) -> io::Result<()> {
+pub(crate) async fn copy_both_ways(one: &Connection, other: &Connection) -> io::Result<()> {
     let copied = AtomicUsize::new(0);
     let there = copy_to_end(one, other, &copied);
     let back = copy_to_end(other, one, &copied);
@@ -86,7 +86,7 @@ async fn while_any(copied: &AtomicUsize, copy: impl Future<Output = io::Result<(
 }
 
 /// Reads a terminal to its end for no one.
-pub async fn discard_output(from: Arc<Connection>) {
+pub(crate) async fn discard_output(from: Arc<Connection>) {
     let mut buffer = [0; 512];
     while from.readable().await.is_ok() {
         match from.try_read(&mut buffer) {
@@ -99,19 +99,19 @@ pub async fn discard_output(from: Arc<Connection>) {
 
 /// Closes a process's standard input.
 #[derive(Debug, Default)]
-pub struct InputControl {
+pub(crate) struct InputControl {
     close: Notify,
 }
 
 impl InputControl {
     /// Has the input closed once what the host has sent so far is delivered.
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         self.close.notify_one();
     }
 }
 
 /// Copies the host's input to a pipe or terminal until either side ends, the process does, or it is to be closed.
-pub async fn copy_input(
+pub(crate) async fn copy_input(
     from: Connection,
     to: Arc<Connection>,
     control: Arc<InputControl>,

@@ -124,7 +124,7 @@ impl Streams {
     }
 
     /// The connection with a number, once it is there; `None` for number 0, which means none.
-    pub async fn claim(&self, number: u64) -> Result<Option<Connection>, StreamError> {
+    pub(crate) async fn claim(&self, number: u64) -> Result<Option<Connection>, StreamError> {
         if number == 0 {
             return Ok(None);
         }

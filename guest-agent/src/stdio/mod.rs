@@ -10,6 +10,7 @@ mod names;
 mod port;
 mod question;
 
-pub use connection::Connection;
-pub use copy::{InputControl, copy_input, copy_output, discard_output};
-pub use listener::{StreamError, Streams};
+pub(crate) use connection::Connection;
+pub(crate) use copy::{InputControl, copy_input, copy_output, discard_output};
+pub(crate) use listener::StreamError;
+pub use listener::Streams;

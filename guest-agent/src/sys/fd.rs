@@ -12,7 +12,7 @@ use tokio::io::unix::AsyncFd;
 use super::check;
 
 /// Closes every descriptor of the process but the listed ones.
-pub fn close_all_but(keep: &[RawFd]) -> io::Result<()> {
+pub(crate) fn close_all_but(keep: &[RawFd]) -> io::Result<()> {
     let mut keep: Vec<u32> = keep.iter().filter_map(|&fd| u32::try_from(fd).ok()).collect();
     keep.sort_unstable();
     keep.dedup();
@@ -40,7 +40,7 @@ pub fn set_close_on_exec(fd: BorrowedFd<'_>, close: bool) -> io::Result<()> {
 }
 
 /// Makes `number` a copy of `fd` that a program executed later inherits.
-pub fn duplicate_to(fd: BorrowedFd<'_>, number: RawFd) -> io::Result<()> {
+pub(crate) fn duplicate_to(fd: BorrowedFd<'_>, number: RawFd) -> io::Result<()> {
     if fd.as_raw_fd() == number {
         return set_close_on_exec(fd, false);
     }
@@ -49,7 +49,7 @@ pub fn duplicate_to(fd: BorrowedFd<'_>, number: RawFd) -> io::Result<()> {
 }
 
 /// Puts a descriptor into the runtime's care, as non-blocking. Has to be called inside the runtime.
-pub fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: F_GETFL and F_SETFL take numbers.
     unsafe {
         let flags = check(libc::fcntl(fd.as_raw_fd(), libc::F_GETFL).into())?;
@@ -60,12 +60,16 @@ pub fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 }
 
 /// A connected pair of sockets that keep message boundaries, closed on exec.
-pub fn message_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+pub(crate) fn message_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?)
 }
 
 /// Sends one message, with at most one descriptor.
-pub fn send_message(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+pub(crate) fn send_message(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    fd: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
     let raw = fd.map(|fd| [fd.as_raw_fd()]);
     let control: Vec<ControlMessage<'_>> = raw.iter().map(|raw| ControlMessage::ScmRights(raw)).collect();
     super::retry(|| {
@@ -78,7 +82,10 @@ pub fn send_message(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<
 ///
 /// # Errors
 /// A message longer than the buffer is `EMSGSIZE`.
-pub fn receive_message(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
+pub(crate) fn receive_message(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+) -> io::Result<(usize, Option<OwnedFd>)> {
     let mut space = nix::cmsg_space!([RawFd; 1]);
     let mut iov = [IoSliceMut::new(buffer)];
     let message = recvmsg::<()>(socket.as_raw_fd(), &mut iov, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;

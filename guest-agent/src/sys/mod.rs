@@ -46,7 +46,7 @@ pub(crate) fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T>
 }
 
 /// The running kernel's release, as `uname -r` prints it.
-pub fn kernel_release() -> String {
+pub(crate) fn kernel_release() -> String {
     // SAFETY: a structure of zeros is valid, and the kernel fills it in with NUL-terminated strings.
     let name = unsafe {
         let mut name: libc::utsname = std::mem::zeroed();

@@ -15,33 +15,33 @@ use libc::{
 use super::{c_path, c_string, check};
 
 /// Attributes of a mount, from `linux/mount.h`.
-pub mod attr {
+pub(crate) mod attr {
     /// Read-only.
-    pub const RDONLY: u64 = libc::MOUNT_ATTR_RDONLY;
+    pub(crate) const RDONLY: u64 = libc::MOUNT_ATTR_RDONLY;
     /// No set-user-id programs.
-    pub const NOSUID: u64 = libc::MOUNT_ATTR_NOSUID;
+    pub(crate) const NOSUID: u64 = libc::MOUNT_ATTR_NOSUID;
     /// No device nodes.
-    pub const NODEV: u64 = libc::MOUNT_ATTR_NODEV;
+    pub(crate) const NODEV: u64 = libc::MOUNT_ATTR_NODEV;
     /// No programs.
-    pub const NOEXEC: u64 = libc::MOUNT_ATTR_NOEXEC;
+    pub(crate) const NOEXEC: u64 = libc::MOUNT_ATTR_NOEXEC;
     /// The bits of the access time policy.
-    pub const ATIME_MASK: u64 = libc::MOUNT_ATTR__ATIME;
+    pub(crate) const ATIME_MASK: u64 = libc::MOUNT_ATTR__ATIME;
     /// Access times follow changes.
-    pub const RELATIME: u64 = libc::MOUNT_ATTR_RELATIME;
+    pub(crate) const RELATIME: u64 = libc::MOUNT_ATTR_RELATIME;
     /// No access times.
-    pub const NOATIME: u64 = libc::MOUNT_ATTR_NOATIME;
+    pub(crate) const NOATIME: u64 = libc::MOUNT_ATTR_NOATIME;
     /// Every access sets the access time.
-    pub const STRICTATIME: u64 = libc::MOUNT_ATTR_STRICTATIME;
+    pub(crate) const STRICTATIME: u64 = libc::MOUNT_ATTR_STRICTATIME;
     /// No access times of directories.
-    pub const NODIRATIME: u64 = libc::MOUNT_ATTR_NODIRATIME;
+    pub(crate) const NODIRATIME: u64 = libc::MOUNT_ATTR_NODIRATIME;
     /// Symbolic links are not followed.
-    pub const NOSYMFOLLOW: u64 = libc::MOUNT_ATTR_NOSYMFOLLOW;
+    pub(crate) const NOSYMFOLLOW: u64 = libc::MOUNT_ATTR_NOSYMFOLLOW;
 }
 
 /// Changes of a mount's attributes, as `mount_setattr` takes them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[repr(C)]
-pub struct AttrChange {
+pub(crate) struct AttrChange {
     /// Attributes to set.
     pub set: u64,
     /// Attributes to clear.
@@ -53,17 +53,17 @@ pub struct AttrChange {
 
 impl AttrChange {
     /// A change of attributes only.
-    pub fn new(set: u64, clear: u64) -> Self {
+    pub(crate) fn new(set: u64, clear: u64) -> Self {
         Self { set, clear, ..Self::default() }
     }
 
     /// A change of the propagation type only.
-    pub fn propagation(propagation: u64) -> Self {
+    pub(crate) fn propagation(propagation: u64) -> Self {
         Self { propagation, ..Self::default() }
     }
 
     /// Whether there is nothing to change.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 }
@@ -75,13 +75,13 @@ fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
 }
 
 /// A detached copy of the mount at `path` (with everything mounted below it if `recursive`), for a bind mount.
-pub fn clone_tree(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
+pub(crate) fn clone_tree(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
     let path = c_path(path)?;
     clone_tree_at(libc::AT_FDCWD, &path, recursive, 0)
 }
 
 /// A detached copy of the mount of the file that `fd` refers to, rooted there.
-pub fn clone_tree_of(fd: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd> {
+pub(crate) fn clone_tree_of(fd: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd> {
     clone_tree_at(fd.as_raw_fd(), c"", recursive, libc::AT_EMPTY_PATH as u32)
 }
 
@@ -93,7 +93,7 @@ fn clone_tree_at(dir: RawFd, path: &CStr, recursive: bool, flags: u32) -> io::Re
 }
 
 /// Attaches a detached mount to the place that `target` refers to.
-pub fn attach(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
+pub(crate) fn attach(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: both paths are empty constants.
     check(unsafe {
         libc::syscall(
@@ -109,7 +109,7 @@ pub fn attach(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 /// Changes attributes of the mount that `mount` refers to, and of all mounts below it if `recursive`.
-pub fn set_attributes(mount: BorrowedFd<'_>, change: AttrChange, recursive: bool) -> io::Result<()> {
+pub(crate) fn set_attributes(mount: BorrowedFd<'_>, change: AttrChange, recursive: bool) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the structure has the kernel's layout (four 64-bit fields) and its size is passed with it.
     check(unsafe {
@@ -131,7 +131,7 @@ pub fn set_attributes(mount: BorrowedFd<'_>, change: AttrChange, recursive: bool
 ///
 /// # Errors
 /// The kernel's number, with the text that the file system gave for it if it gave one.
-pub fn new_file_system(
+pub(crate) fn new_file_system(
     fstype: &str,
     source: Option<&str>,
     options: &[String],
@@ -147,7 +147,7 @@ pub fn new_file_system(
 }
 
 /// Gives the tmpfs at `path` room for at least `bytes`.
-pub fn grow_tmpfs(path: &Path, bytes: u64) -> io::Result<()> {
+pub(crate) fn grow_tmpfs(path: &Path, bytes: u64) -> io::Result<()> {
     let now = nix::sys::statvfs::statvfs(path)?;
     if now.blocks().saturating_mul(now.fragment_size()) >= bytes {
         return Ok(());

@@ -41,7 +41,7 @@ const NAME_LENGTH: usize = 32;
 const MAX_FEATURES: usize = 128;
 
 /// Brings the loopback interface of the calling process's network namespace up.
-pub fn bring_loopback_up() -> io::Result<()> {
+pub(crate) fn bring_loopback_up() -> io::Result<()> {
     let socket = socket()?;
     let mut request = request_for("lo");
     request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
@@ -54,7 +54,7 @@ pub fn bring_loopback_up() -> io::Result<()> {
 ///
 /// # Errors
 /// When the kernel does not know the feature, or has so many that they are not looked through.
-pub fn turn_on_feature(interface: &str, feature: &str) -> io::Result<()> {
+pub(crate) fn turn_on_feature(interface: &str, feature: &str) -> io::Result<()> {
     let socket = socket()?;
     let mut info =
         SetInfo { command: ETHTOOL_GSSET_INFO, reserved: 0, mask: 1 << ETH_SS_FEATURES, length: 0 };

@@ -49,17 +49,17 @@ fn openat2(dir: BorrowedFd<'_>, path: &Path, flags: i32, mode: u32, resolve: u64
 }
 
 /// Opens `path` as if `root` were the root directory: absolute links and `..` stay inside.
-pub fn open_in_root(root: BorrowedFd<'_>, path: &Path, flags: i32) -> io::Result<OwnedFd> {
+pub(crate) fn open_in_root(root: BorrowedFd<'_>, path: &Path, flags: i32) -> io::Result<OwnedFd> {
     openat2(root, path, flags, 0, libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS)
 }
 
 /// Opens `path` below `dir`, refusing symbolic links and other mounts on the way.
-pub fn open_beneath(dir: BorrowedFd<'_>, path: &Path, flags: i32) -> io::Result<OwnedFd> {
+pub(crate) fn open_beneath(dir: BorrowedFd<'_>, path: &Path, flags: i32) -> io::Result<OwnedFd> {
     openat2(dir, path, flags, 0, libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS | libc::RESOLVE_NO_XDEV)
 }
 
 /// Opens a directory as a handle for look-ups.
-pub fn open_directory(path: &Path) -> io::Result<OwnedFd> {
+pub(crate) fn open_directory(path: &Path) -> io::Result<OwnedFd> {
     let path = c_path(path)?;
     open_at(libc::AT_FDCWD, &path, libc::O_PATH | libc::O_DIRECTORY, 0)
 }
@@ -75,7 +75,7 @@ fn open_at(dir: RawFd, name: &CString, flags: i32, mode: u32) -> io::Result<Owne
 
 /// What [`create_in_root`] makes when the last component is missing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Missing {
+pub(crate) enum Missing {
     /// A directory.
     Directory,
     /// An empty file.
@@ -84,7 +84,7 @@ pub enum Missing {
 
 /// Looks `path` up inside `root` and creates what is missing of it: directories with mode 0755 on the way, `missing` at
 /// its end. Links are followed inside the root, also dangling ones. Returns a handle (`O_PATH`).
-pub fn create_in_root(root: BorrowedFd<'_>, path: &Path, missing: Missing) -> io::Result<OwnedFd> {
+pub(crate) fn create_in_root(root: BorrowedFd<'_>, path: &Path, missing: Missing) -> io::Result<OwnedFd> {
     match open_in_root(root, path, libc::O_PATH) {
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EAGAIN)) => {}
         result => return result,
@@ -191,12 +191,12 @@ fn link_target(fd: BorrowedFd<'_>) -> io::Result<Option<PathBuf>> {
 }
 
 /// The file type bits (`S_IFMT`) of what `fd` refers to.
-pub fn file_type(fd: BorrowedFd<'_>) -> io::Result<libc::mode_t> {
+pub(crate) fn file_type(fd: BorrowedFd<'_>) -> io::Result<libc::mode_t> {
     Ok(stat(fd)?.st_mode & libc::S_IFMT)
 }
 
 /// What the kernel knows of the file that `fd` refers to.
-pub fn stat(fd: BorrowedFd<'_>) -> io::Result<libc::stat> {
+pub(crate) fn stat(fd: BorrowedFd<'_>) -> io::Result<libc::stat> {
     // SAFETY: a stat structure of zeros is valid, and the kernel fills it in.
     unsafe {
         let mut stat: libc::stat = std::mem::zeroed();
@@ -206,7 +206,7 @@ pub fn stat(fd: BorrowedFd<'_>) -> io::Result<libc::stat> {
 }
 
 /// The magic number of the file system that `fd` is on.
-pub fn file_system_magic(fd: BorrowedFd<'_>) -> io::Result<i64> {
+pub(crate) fn file_system_magic(fd: BorrowedFd<'_>) -> io::Result<i64> {
     // SAFETY: a statfs structure of zeros is valid, and the kernel fills it in.
     unsafe {
         let mut stat: libc::statfs = std::mem::zeroed();
@@ -216,12 +216,12 @@ pub fn file_system_magic(fd: BorrowedFd<'_>) -> io::Result<i64> {
 }
 
 /// The path through which a descriptor can be opened or named again; needs `/proc`.
-pub fn proc_path(fd: BorrowedFd<'_>) -> PathBuf {
+pub(crate) fn proc_path(fd: BorrowedFd<'_>) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
 
 /// Whether a path is absolute and has no `.` or `..` in it.
-pub fn is_plain_absolute(path: &Path) -> bool {
+pub(crate) fn is_plain_absolute(path: &Path) -> bool {
     path.is_absolute()
         && path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)))
         && !path.as_os_str().as_bytes().contains(&0)

@@ -9,7 +9,7 @@ use super::check;
 
 /// What a clone of the calling process is to be.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct CloneOptions<'a> {
+pub(crate) struct CloneOptions<'a> {
     /// `CLONE_NEW*` flags, and `CLONE_PARENT` for a child of the caller's parent.
     pub flags: u64,
     /// Directory of the cgroup v2 group to start in; `None` means the caller's.
@@ -20,7 +20,7 @@ pub struct CloneOptions<'a> {
 ///
 /// # Safety
 /// The caller has a single thread: a lock that another thread holds would stay locked in the child for ever.
-pub unsafe fn clone_process(options: CloneOptions<'_>) -> io::Result<libc::pid_t> {
+pub(crate) unsafe fn clone_process(options: CloneOptions<'_>) -> io::Result<libc::pid_t> {
     let mut args = CloneArgs { flags: options.flags, ..CloneArgs::default() };
     // The kernel takes the exit signal from the caller itself with CLONE_PARENT, and refuses one.
     if options.flags & libc::CLONE_PARENT as u64 == 0 {
@@ -37,19 +37,19 @@ pub unsafe fn clone_process(options: CloneOptions<'_>) -> io::Result<libc::pid_t
 }
 
 /// Moves the calling process into the namespaces that `fd` refers to: one namespace, or those of `kinds` of a process.
-pub fn join_namespaces(fd: BorrowedFd<'_>, kinds: libc::c_int) -> io::Result<()> {
+pub(crate) fn join_namespaces(fd: BorrowedFd<'_>, kinds: libc::c_int) -> io::Result<()> {
     // SAFETY: takes numbers only.
     check(unsafe { libc::setns(fd.as_raw_fd(), kinds) }.into()).map(drop)
 }
 
 /// Moves the calling process into new namespaces of the kinds given.
-pub fn unshare(kinds: libc::c_int) -> io::Result<()> {
+pub(crate) fn unshare(kinds: libc::c_int) -> io::Result<()> {
     // SAFETY: takes numbers only.
     check(unsafe { libc::unshare(kinds) }.into()).map(drop)
 }
 
 /// A descriptor of a process.
-pub fn open_pidfd(pid: libc::pid_t) -> io::Result<std::os::fd::OwnedFd> {
+pub(crate) fn open_pidfd(pid: libc::pid_t) -> io::Result<std::os::fd::OwnedFd> {
     use std::os::fd::FromRawFd;
     // SAFETY: takes numbers only and returns a new descriptor.
     let fd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
@@ -58,13 +58,13 @@ pub fn open_pidfd(pid: libc::pid_t) -> io::Result<std::os::fd::OwnedFd> {
 }
 
 /// Sends a signal to a process.
-pub fn kill(pid: libc::pid_t, signal: libc::c_int) -> io::Result<()> {
+pub(crate) fn kill(pid: libc::pid_t, signal: libc::c_int) -> io::Result<()> {
     // SAFETY: takes numbers only.
     check(unsafe { libc::kill(pid, signal) }.into()).map(drop)
 }
 
 /// Gives every signal its default action and unblocks all, undoing what the runtime library and the agent set.
-pub fn reset_signals() -> io::Result<()> {
+pub(crate) fn reset_signals() -> io::Result<()> {
     for signal in 1..=64 {
         if signal == libc::SIGKILL || signal == libc::SIGSTOP {
             continue;
@@ -88,7 +88,7 @@ pub fn prctl(option: libc::c_int, value: libc::c_ulong) -> io::Result<libc::c_in
 }
 
 /// Ends the process at once, without running destructors or exit handlers.
-pub fn exit_now(status: i32) -> ! {
+pub(crate) fn exit_now(status: i32) -> ! {
     // SAFETY: does not return.
     unsafe { libc::_exit(status) }
 }

@@ -30,12 +30,12 @@ const APPLETS: [&str; 35] = [
 ];
 
 /// Says loudly why a test does nothing.
-pub fn skip(why: &str) {
+pub(crate) fn skip(why: &str) {
     eprintln!("SKIPPED: {why}");
 }
 
 /// Where cgroup v2 is mounted.
-pub fn cgroups() -> Option<PathBuf> {
+pub(crate) fn cgroups() -> Option<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
     let line = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"))?;
     Some(line.split(' ').nth(1)?.into())
@@ -47,7 +47,7 @@ fn from_environment(variable: &str, default: &str) -> PathBuf {
 }
 
 /// The agent with what it serves.
-pub struct Guest {
+pub(crate) struct Guest {
     pub client: AgentClient,
     pub directory: PathBuf,
     pub cgroups: PathBuf,
@@ -57,7 +57,7 @@ pub struct Guest {
 }
 
 /// A process's streams, on the host's side.
-pub struct Streams {
+pub(crate) struct Streams {
     pub request: Stdio,
     pub stdin: Option<UnixStream>,
     stdout: Option<JoinHandle<Vec<u8>>>,
@@ -66,7 +66,7 @@ pub struct Streams {
 
 /// What a process left.
 #[derive(Debug)]
-pub struct Output {
+pub(crate) struct Output {
     pub status: u32,
     pub stdout: String,
     pub stderr: String,
@@ -74,7 +74,7 @@ pub struct Output {
 
 impl Guest {
     /// Starts an agent; `None` where that can't be done, after saying so.
-    pub async fn start(name: &str) -> Option<Self> {
+    pub(crate) async fn start(name: &str) -> Option<Self> {
         // SAFETY: takes nothing.
         if unsafe { libc::geteuid() } != 0 {
             skip("only root can make containers");
@@ -102,12 +102,12 @@ impl Guest {
     }
 
     /// A container id that no other test has.
-    pub fn id(&self, name: &str) -> String {
+    pub(crate) fn id(&self, name: &str) -> String {
         format!("{}-{name}", self.ids)
     }
 
     /// Makes a root file system with busybox in it.
-    pub fn rootfs(&self, name: &str) -> PathBuf {
+    pub(crate) fn rootfs(&self, name: &str) -> PathBuf {
         let root = self.directory.join(name);
         for directory in ["bin", "dev", "etc", "home/user", "proc", "sys", "tmp", "root"] {
             fs::create_dir_all(root.join(directory)).unwrap();
@@ -125,7 +125,7 @@ impl Guest {
     }
 
     /// A specification like containerd's, for a shell command.
-    pub fn spec(&self, root: &Path, script: &str) -> Value {
+    pub(crate) fn spec(&self, root: &Path, script: &str) -> Value {
         let mut spec = default_spec();
         spec["root"]["path"] = json!(root);
         spec["process"]["args"] = json!(["sh", "-c", script]);
@@ -133,7 +133,7 @@ impl Guest {
     }
 
     /// Whether containers can be limited by a controller; says so if they can't.
-    pub fn has_controller(&self, controller: &str) -> bool {
+    pub(crate) fn has_controller(&self, controller: &str) -> bool {
         let controllers = fs::read_to_string(self.cgroups.join("cgroup.controllers")).unwrap();
         let has = controllers.split_whitespace().any(|name| name == controller);
         if !has {
@@ -143,12 +143,12 @@ impl Guest {
     }
 
     /// A file of a container's cgroup.
-    pub fn cgroup_file(&self, id: &str, file: &str) -> String {
+    pub(crate) fn cgroup_file(&self, id: &str, file: &str) -> String {
         fs::read_to_string(self.cgroups.join(format!("container-{id}")).join(file)).unwrap().trim().to_owned()
     }
 
     /// Opens streams for a process.
-    pub fn streams(&self) -> Streams {
+    pub(crate) fn streams(&self) -> Streams {
         let open = || {
             let number = self.next_stream.fetch_add(1, Relaxed);
             let mut stream = UnixStream::connect(self.directory.join("streams")).unwrap();
@@ -178,7 +178,7 @@ impl Guest {
     }
 
     /// Streams of a process with a terminal.
-    pub fn terminal_streams(&self) -> Streams {
+    pub(crate) fn terminal_streams(&self) -> Streams {
         let mut streams = self.streams();
         streams.request.terminal = true;
         streams.request.stderr_stream = 0;
@@ -186,7 +186,7 @@ impl Guest {
         streams
     }
 
-    pub async fn create(&self, id: &str, spec: &Value, stdio: &Stdio) -> ttrpc::Result<u32> {
+    pub(crate) async fn create(&self, id: &str, spec: &Value, stdio: &Stdio) -> ttrpc::Result<u32> {
         let request = CreateContainerRequest {
             container_id: id.to_owned(),
             spec: serde_json::to_vec(spec).unwrap(),
@@ -196,7 +196,7 @@ impl Guest {
         Ok(self.client.create_container(limit(), &request).await?.pid)
     }
 
-    pub async fn create_exec(
+    pub(crate) async fn create_exec(
         &self,
         id: &str,
         exec: &str,
@@ -213,15 +213,15 @@ impl Guest {
         Ok(self.client.create_exec(limit(), &request).await?.pid)
     }
 
-    pub async fn start_process(&self, id: &str, exec: &str) -> ttrpc::Result<()> {
+    pub(crate) async fn start_process(&self, id: &str, exec: &str) -> ttrpc::Result<()> {
         self.client.start(limit(), &process(id, exec)).await.map(drop)
     }
 
-    pub async fn wait(&self, id: &str, exec: &str) -> WaitResponse {
+    pub(crate) async fn wait(&self, id: &str, exec: &str) -> WaitResponse {
         self.client.wait(limit(), &process(id, exec)).await.unwrap()
     }
 
-    pub async fn signal(&self, id: &str, exec: &str, signal: i32, all: bool) -> ttrpc::Result<()> {
+    pub(crate) async fn signal(&self, id: &str, exec: &str, signal: i32, all: bool) -> ttrpc::Result<()> {
         let request = SignalRequest {
             container_id: id.to_owned(),
             exec_id: exec.to_owned(),
@@ -232,23 +232,23 @@ impl Guest {
         self.client.signal(limit(), &request).await.map(drop)
     }
 
-    pub async fn delete(&self, id: &str, exec: &str) -> ttrpc::Result<()> {
+    pub(crate) async fn delete(&self, id: &str, exec: &str) -> ttrpc::Result<()> {
         self.client.delete(limit(), &process(id, exec)).await.map(drop)
     }
 
     /// Creates and starts a container without streams.
-    pub async fn start_container(&self, id: &str, spec: &Value) -> u32 {
+    pub(crate) async fn start_container(&self, id: &str, spec: &Value) -> u32 {
         let pid = self.create(id, spec, &Stdio::default()).await.unwrap();
         self.start_process(id, "").await.unwrap();
         pid
     }
 
     /// Runs a container to its end and deletes it.
-    pub async fn run(&self, id: &str, spec: &Value) -> Output {
+    pub(crate) async fn run(&self, id: &str, spec: &Value) -> Output {
         self.run_with_input(id, spec, b"").await
     }
 
-    pub async fn run_with_input(&self, id: &str, spec: &Value, input: &[u8]) -> Output {
+    pub(crate) async fn run_with_input(&self, id: &str, spec: &Value, input: &[u8]) -> Output {
         let mut streams = self.streams();
         self.create(id, spec, &streams.request).await.unwrap_or_else(|error| panic!("create: {error}"));
         self.start_process(id, "").await.unwrap_or_else(|error| panic!("start: {error}"));
@@ -260,7 +260,7 @@ impl Guest {
     }
 
     /// Runs a further process to its end and deletes it.
-    pub async fn exec(&self, id: &str, exec: &str, process: &Value) -> Output {
+    pub(crate) async fn exec(&self, id: &str, exec: &str, process: &Value) -> Output {
         let mut streams = self.streams();
         self.create_exec(id, exec, process, &streams.request)
             .await
@@ -274,19 +274,19 @@ impl Guest {
     }
 
     /// Kills a container and deletes it.
-    pub async fn remove(&self, id: &str) {
+    pub(crate) async fn remove(&self, id: &str) {
         self.signal(id, "", libc::SIGKILL, true).await.unwrap();
         self.wait(id, "").await;
         self.delete(id, "").await.unwrap();
     }
 
     /// The agent's process id.
-    pub fn agent_pid(&self) -> u32 {
+    pub(crate) fn agent_pid(&self) -> u32 {
         self.agent.id()
     }
 
     /// Ends the agent by closing its connection, and checks that it leaves nothing behind.
-    pub async fn finish(mut self) {
+    pub(crate) async fn finish(mut self) {
         let pid = self.agent.id();
         assert_eq!(children(pid), Vec::<String>::new(), "processes left");
         self.client = dead_client();
@@ -326,7 +326,7 @@ impl Drop for Guest {
 
 impl Streams {
     /// Sends input and ends it.
-    pub fn send(&mut self, input: &[u8]) {
+    pub(crate) fn send(&mut self, input: &[u8]) {
         if let Some(mut stdin) = self.stdin.take() {
             // The process may have ended already.
             let _ = stdin.write_all(input);
@@ -336,7 +336,7 @@ impl Streams {
     }
 
     /// Reads the output to its end.
-    pub async fn finish(&mut self, status: u32) -> Output {
+    pub(crate) async fn finish(&mut self, status: u32) -> Output {
         let read = |handle: Option<JoinHandle<Vec<u8>>>| async move {
             match handle {
                 Some(handle) => {
@@ -355,22 +355,22 @@ impl Streams {
 }
 
 /// A request that names a process.
-pub fn process(id: &str, exec: &str) -> ProcessRequest {
+pub(crate) fn process(id: &str, exec: &str) -> ProcessRequest {
     ProcessRequest { container_id: id.to_owned(), exec_id: exec.to_owned(), ..Default::default() }
 }
 
 /// A request that names a container.
-pub fn container(id: &str) -> ContainerRequest {
+pub(crate) fn container(id: &str) -> ContainerRequest {
     ContainerRequest { container_id: id.to_owned(), ..Default::default() }
 }
 
 /// No request may take longer than this.
-pub fn limit() -> Context {
+pub(crate) fn limit() -> Context {
     context::with_duration(Duration::from_secs(30))
 }
 
 /// The code and message of a failed request.
-pub fn failure<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
+pub(crate) fn failure<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
     match result {
         Err(ttrpc::Error::RpcStatus(status)) => (status.code(), status.message),
         other => panic!("{other:?}"),
@@ -378,7 +378,7 @@ pub fn failure<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
 }
 
 /// The process object of a further process.
-pub fn exec_process(script: &str) -> Value {
+pub(crate) fn exec_process(script: &str) -> Value {
     let mut process = default_spec()["process"].clone();
     process["args"] = json!(["sh", "-c", script]);
     process
@@ -391,7 +391,7 @@ fn dead_client() -> AgentClient {
 }
 
 /// Command names of the children of a process.
-pub fn children(pid: u32) -> Vec<String> {
+pub(crate) fn children(pid: u32) -> Vec<String> {
     let list = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
     list.split_whitespace()
         .map(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default())

@@ -10,11 +10,11 @@ const MAX_JUMP: usize = 255;
 
 /// A place in the program, counted from its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Label(usize);
+pub(crate) struct Label(usize);
 
 /// A condition on the accumulator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Test {
+pub(crate) enum Test {
     /// Equal to the operand.
     Equal,
     /// Greater than the operand, unsigned.
@@ -25,7 +25,7 @@ pub enum Test {
 
 /// A program in the making.
 #[derive(Debug, Default)]
-pub struct Assembler {
+pub(crate) struct Assembler {
     reversed: Vec<sock_filter>,
 }
 
@@ -36,32 +36,32 @@ impl Assembler {
     }
 
     /// The instruction written last, which is the one executed first.
-    pub fn here(&self) -> Label {
+    pub(crate) fn here(&self) -> Label {
         Label(self.reversed.len())
     }
 
     /// Whether a conditional jump from here reaches `target`, with some room.
-    pub fn is_near(&self, target: Label) -> bool {
+    pub(crate) fn is_near(&self, target: Label) -> bool {
         self.distance(target) < MAX_JUMP - 8
     }
 
     /// Ends with an action.
-    pub fn action(&mut self, action: u32) -> Label {
+    pub(crate) fn action(&mut self, action: u32) -> Label {
         self.put(libc::BPF_RET | libc::BPF_K, action, 0, 0)
     }
 
     /// Loads a word of `struct seccomp_data` into the accumulator.
-    pub fn load(&mut self, offset: u32) -> Label {
+    pub(crate) fn load(&mut self, offset: u32) -> Label {
         self.put(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset, 0, 0)
     }
 
     /// Keeps the bits of a mask in the accumulator.
-    pub fn and(&mut self, mask: u32) -> Label {
+    pub(crate) fn and(&mut self, mask: u32) -> Label {
         self.put(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, mask, 0, 0)
     }
 
     /// Continues at `target`.
-    pub fn jump(&mut self, target: Label) -> Label {
+    pub(crate) fn jump(&mut self, target: Label) -> Label {
         if target == self.here() {
             return target;
         }
@@ -70,7 +70,7 @@ impl Assembler {
     }
 
     /// Continues at `yes` if the test holds and at `no` if it does not.
-    pub fn branch(&mut self, test: Test, operand: u32, yes: Label, no: Label) -> Label {
+    pub(crate) fn branch(&mut self, test: Test, operand: u32, yes: Label, no: Label) -> Label {
         // A long jump goes right behind the test. Writing the one moves the other target away by one instruction.
         let no = if self.distance(no) + 1 > MAX_JUMP { self.jump(no) } else { no };
         let yes = if self.distance(yes) > MAX_JUMP { self.jump(yes) } else { yes };
@@ -89,7 +89,7 @@ impl Assembler {
     }
 
     /// The program, first instruction first.
-    pub fn finish(mut self) -> Vec<sock_filter> {
+    pub(crate) fn finish(mut self) -> Vec<sock_filter> {
         self.reversed.reverse();
         self.reversed
     }

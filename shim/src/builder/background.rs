@@ -17,7 +17,7 @@ use crate::host::process::{Child, ProcessId};
 use crate::template::{Order, StoreError};
 
 /// The action by which the shim runs itself.
-pub const ACTION: &str = "make-template";
+pub(crate) const ACTION: &str = "make-template";
 
 /// The pod that asked for the template gets this much of a start.
 const DELAY: Duration = Duration::from_secs(1);
@@ -43,7 +43,7 @@ enum Report {
 }
 
 /// Has a template made, and logs in time how that went. Must be called in a runtime.
-pub fn start(order: &Order) {
+pub(crate) fn start(order: &Order) {
     match spawn(order) {
         Ok((child, report)) => drop(tokio::spawn(follow(child, report))),
         Err(error) => log::warn!("no template is made: can't start the process for it: {error}"),
@@ -91,7 +91,7 @@ async fn follow(child: Child, report: pipe::Receiver) {
 }
 
 /// The process itself: takes an order from standard input, and reports on standard output.
-pub fn run() -> io::Result<()> {
+pub(crate) fn run() -> io::Result<()> {
     // SAFETY: both take numbers only. The alarm's default action ends the process, and its VMM with it.
     unsafe {
         libc::alarm(LIFETIME);

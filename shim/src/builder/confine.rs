@@ -29,7 +29,7 @@ const CPU_WEIGHT: &str = "1";
 
 /// The calling process and its children to come in a cgroup of their own, until dropped.
 #[derive(Debug)]
-pub struct Confined {
+pub(crate) struct Confined {
     path: PathBuf,
     /// Where it was before.
     before: PathBuf,
@@ -37,7 +37,7 @@ pub struct Confined {
 
 impl Confined {
     /// Enters it. `None` on hosts without cgroup version 2, where pods have no limits either.
-    pub fn enter(size: Size) -> Result<Option<Confined>, CgroupError> {
+    pub(crate) fn enter(size: Size) -> Result<Option<Confined>, CgroupError> {
         if !cgroup::is_unified() {
             return Ok(None);
         }
@@ -76,7 +76,7 @@ fn path_for(pid: u32) -> PathBuf {
 }
 
 /// Removes the cgroup of a maker that has ended and may have been killed, as soon as what it had started is gone too.
-pub async fn remove(pid: u32) {
+pub(crate) async fn remove(pid: u32) {
     for _ in 0..REMOVALS.0 {
         match fs::remove_dir(path_for(pid)) {
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => tokio::time::sleep(REMOVALS.1).await,

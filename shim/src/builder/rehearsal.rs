@@ -84,7 +84,11 @@ pub enum RehearsalError {
 
 /// Starts a pod from the template that `config` leads to, whose memory file has the inode number `memory`, and gives the list
 /// of the pages that it used. `directory` does not exist yet; nothing of it is left.
-pub async fn rehearse(config: Config, memory: u64, directory: &Path) -> Result<Vec<u8>, RehearsalError> {
+pub(crate) async fn rehearse(
+    config: Config,
+    memory: u64,
+    directory: &Path,
+) -> Result<Vec<u8>, RehearsalError> {
     let result = run(config, memory, directory).await;
     let removed = fs::remove_dir_all(directory);
     if let Err(error) = removed {

@@ -85,7 +85,7 @@ impl Used {
 }
 
 /// The list of the pages of the file with this inode number that the process `pid` uses.
-pub fn used_pages(pid: u32, inode: u64) -> Result<Vec<u8>, PagesError> {
+pub(crate) fn used_pages(pid: u32, inode: u64) -> Result<Vec<u8>, PagesError> {
     let failed = |path: &str| {
         let path = path.to_owned();
         move |source| PagesError::Read { path, source }

@@ -15,7 +15,7 @@ use crate::builder::background;
 use crate::error::chain;
 
 /// Name of the runtime, as containerd's configuration has it.
-pub const RUNTIME: &str = "io.containerd.bulkhead.v1";
+pub(crate) const RUNTIME: &str = "io.containerd.bulkhead.v1";
 
 /// The action by which `start` runs the server.
 pub const SERVE: &str = "serve";

@@ -20,7 +20,7 @@ pub enum RootChanges {
 
 impl RootChanges {
     /// Whether this container's go onto a disk. Who can't change anything needs none.
-    pub fn on_disk(self, spec: &Spec) -> bool {
+    pub(crate) fn on_disk(self, spec: &Spec) -> bool {
         let is_read_only = spec.root().as_ref().is_some_and(|root| root.readonly().unwrap_or(false));
         !is_read_only
             && match self {

@@ -16,7 +16,10 @@ use super::overlay::Overlay;
 /// a detached tree.
 ///
 /// It happens on a thread of its own in a mount namespace of its own: nobody else ever sees `scratch` mounted.
-pub async fn assemble(mounts: Vec<MountRequest>, scratch: PathBuf) -> Result<DetachedTree, MountError> {
+pub(crate) async fn assemble(
+    mounts: Vec<MountRequest>,
+    scratch: PathBuf,
+) -> Result<DetachedTree, MountError> {
     if let [request] = mounts.as_slice() {
         let request = request.clone();
         let quickly = on_thread(move || Ok(Overlay::of(&request).and_then(|overlay| overlay.mount())));

@@ -14,7 +14,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 /// Where the hierarchy is mounted.
-pub const MOUNT: &str = "/sys/fs/cgroup";
+pub(crate) const MOUNT: &str = "/sys/fs/cgroup";
 
 /// The file that is there as long as the memory controller is on.
 const MEMORY_MAX: &str = "memory.max";
@@ -49,7 +49,7 @@ pub enum CgroupError {
 
 /// Limits of a pod as the host enforces them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Limits {
+pub(crate) struct Limits {
     /// Bytes for guest memory, VMM and file server together, page cache included.
     pub memory_max: u64,
     /// Processes and threads.
@@ -60,7 +60,7 @@ pub struct Limits {
 
 /// A cgroup that the shim made, or found empty. It is this shim's as long as this lives: no other takes it meanwhile.
 #[derive(Debug)]
-pub struct PodCgroup {
+pub(crate) struct PodCgroup {
     path: PathBuf,
     directory: Flock<File>,
     /// Whether memory could be limited in it when it was made.
@@ -68,12 +68,12 @@ pub struct PodCgroup {
 }
 
 /// Whether this host has cgroup version 2 and nothing else.
-pub fn is_unified() -> bool {
+pub(crate) fn is_unified() -> bool {
     statfs(MOUNT).is_ok_and(|stat| stat.filesystem_type() == CGROUP2_SUPER_MAGIC)
 }
 
 /// Whether a process is in a frozen cgroup, by the text of its `/proc/pid/cgroup`.
-pub fn is_frozen(membership: &str) -> bool {
+pub(crate) fn is_frozen(membership: &str) -> bool {
     let unified = membership.lines().find_map(|line| line.strip_prefix("0::/"));
     let Some(path) = unified else { return false };
     fs::read_to_string(Path::new(MOUNT).join(path).join("cgroup.events"))
@@ -82,7 +82,7 @@ pub fn is_frozen(membership: &str) -> bool {
 
 /// The directory for a `linux.cgroupsPath` (runtime specification, "Cgroups Path"), in cgroupfs notation
 /// (`/kubepods/pod1/id`) or systemd's (`kubepods-pod1.slice:cri-containerd:id`).
-pub fn resolve(cgroups_path: &Path) -> Result<PathBuf, CgroupError> {
+pub(crate) fn resolve(cgroups_path: &Path) -> Result<PathBuf, CgroupError> {
     let bad = || CgroupError::Path(cgroups_path.to_owned());
     let text = cgroups_path.to_str().ok_or_else(bad)?;
     let relative = match text.split(':').collect::<Vec<_>>().as_slice() {
@@ -120,12 +120,12 @@ fn expand_slice(slice: &str) -> Option<PathBuf> {
 
 impl PodCgroup {
     /// The cgroup's directory.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// Makes the cgroup `path` (from [`resolve`]) and its missing parents. One that exists is taken if nobody is in it.
-    pub fn create(path: &Path, limits: &Limits) -> Result<PodCgroup, CgroupError> {
+    pub(crate) fn create(path: &Path, limits: &Limits) -> Result<PodCgroup, CgroupError> {
         make(path)?;
         let directory = File::open(path).map_err(|source| CgroupError::Io {
             action: "open",
@@ -146,7 +146,7 @@ impl PodCgroup {
 
     /// Brings limits and figures back if they are gone. systemd, whenever it looks over its slices, leaves those controllers
     /// on that its own units need, and it does not know what kubelet's slices hold beside them.
-    pub fn keep(&self, limits: impl FnOnce() -> Limits) {
+    pub(crate) fn keep(&self, limits: impl FnOnce() -> Limits) {
         if self.has_memory && !self.path.join(MEMORY_MAX).exists() {
             log::info!("controllers of the cgroup {} were turned off: on again", self.path.display());
             enable(&self.path, &CONTROLLERS);
@@ -155,7 +155,7 @@ impl PodCgroup {
     }
 
     /// Sets limits; one that can't be set is said and left out.
-    pub fn limit(&self, limits: &Limits) {
+    pub(crate) fn limit(&self, limits: &Limits) {
         let always = [
             (MEMORY_MAX, limits.memory_max.to_string()),
             // One pod, one fate: half a pod is of no use.
@@ -182,7 +182,7 @@ impl PodCgroup {
 }
 
 /// That a cgroup may be taken: it does not exist, or nobody is in it or below it.
-pub fn check_free(path: &Path) -> Result<(), CgroupError> {
+pub(crate) fn check_free(path: &Path) -> Result<(), CgroupError> {
     match fs::read_to_string(path.join("cgroup.events")) {
         Ok(events) if events.lines().any(|line| line == "populated 1") => {
             Err(CgroupError::Occupied(path.to_owned()))
@@ -233,7 +233,7 @@ impl AsFd for PodCgroup {
 }
 
 /// Kills all that is left in a cgroup and removes it with every parent that is empty then. Idempotent.
-pub fn remove(path: &Path, limit: Duration) -> Result<(), CgroupError> {
+pub(crate) fn remove(path: &Path, limit: Duration) -> Result<(), CgroupError> {
     if path == Path::new(MOUNT) || !path.starts_with(MOUNT) {
         return Err(CgroupError::Path(path.to_owned()));
     }
@@ -263,7 +263,7 @@ pub fn remove(path: &Path, limit: Duration) -> Result<(), CgroupError> {
 }
 
 /// Removes those of `parents` that are empty, innermost last in the list.
-pub fn remove_empty(parents: &[PathBuf]) {
+pub(crate) fn remove_empty(parents: &[PathBuf]) {
     for parent in parents.iter().rev().filter(|parent| parent.starts_with(MOUNT)) {
         if fs::remove_dir(parent).is_err() {
             break;
@@ -272,7 +272,7 @@ pub fn remove_empty(parents: &[PathBuf]) {
 }
 
 /// The directories between the mount and `path` that do not exist yet, outermost first: making `path` will make them.
-pub fn missing_parents(path: &Path) -> Vec<PathBuf> {
+pub(crate) fn missing_parents(path: &Path) -> Vec<PathBuf> {
     let mut missing: Vec<PathBuf> = path
         .ancestors()
         .skip(1)
@@ -284,12 +284,12 @@ pub fn missing_parents(path: &Path) -> Vec<PathBuf> {
 }
 
 /// What all that is in a cgroup uses.
-pub fn stats(path: &Path) -> StatsResponse {
+pub(crate) fn stats(path: &Path) -> StatsResponse {
     figures::read(&|file| fs::read_to_string(path.join(file)).unwrap_or_default())
 }
 
 /// Moves a process into a cgroup that exists (runtime option `ShimCgroup`).
-pub fn join(cgroup: &str, pid: u32) -> Result<(), CgroupError> {
+pub(crate) fn join(cgroup: &str, pid: u32) -> Result<(), CgroupError> {
     let path = resolve(Path::new(cgroup))?;
     fs::create_dir_all(&path)
         .and_then(|()| write(&path.join("cgroup.procs"), &pid.to_string()))

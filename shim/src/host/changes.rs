@@ -47,14 +47,14 @@ pub enum ChangesError {
 
 /// The disk.
 #[derive(Debug)]
-pub struct ChangesDisk {
+pub(crate) struct ChangesDisk {
     /// The file, open.
     pub disk: OpenDisk,
 }
 
 impl ChangesDisk {
     /// One for the changes that would be in `upper`, as large as there is room beside it; if it can't be had, that is in the log.
-    pub fn or_log(upper: &Path) -> Option<ChangesDisk> {
+    pub(crate) fn or_log(upper: &Path) -> Option<ChangesDisk> {
         match ChangesDisk::make(upper) {
             Ok(disk) => Some(disk),
             Err(error @ ChangesError::NotEmpty(_)) => {
@@ -71,7 +71,7 @@ impl ChangesDisk {
     }
 
     /// The same, or why not.
-    pub fn make(upper: &Path) -> Result<ChangesDisk, ChangesError> {
+    pub(crate) fn make(upper: &Path) -> Result<ChangesDisk, ChangesError> {
         let look = |source| ChangesError::Look { path: upper.to_owned(), source };
         for entry in fs::read_dir(upper).map_err(look)? {
             if entry.map_err(look)?.file_name() != FILE {
@@ -100,12 +100,12 @@ impl ChangesDisk {
 }
 
 /// Removes what an earlier task has left there.
-pub fn forget(upper: &Path) {
+pub(crate) fn forget(upper: &Path) {
     remove(&upper.join(FILE));
 }
 
 /// Removes the file. What fails is logged: it goes with the snapshot.
-pub fn remove(path: &Path) {
+pub(crate) fn remove(path: &Path) {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             log::warn!("{} stays until its snapshot is removed: {error}", path.display());

@@ -63,7 +63,7 @@ impl Classify for DiskError {
 
 /// An open block device, or an open image of a disk.
 #[derive(Debug)]
-pub struct OpenDisk {
+pub(crate) struct OpenDisk {
     /// The device or image.
     pub file: File,
     /// Where it was found.
@@ -76,7 +76,7 @@ pub struct OpenDisk {
 
 impl OpenDisk {
     /// Opens the block device that a container asks for.
-    pub fn open(disk: &HostDisk) -> Result<OpenDisk, DiskError> {
+    pub(crate) fn open(disk: &HostDisk) -> Result<OpenDisk, DiskError> {
         let number = disk.number;
         let path = node(number).ok_or(DiskError::Unknown(number))?;
         let disk = OpenDisk::open_path(path, disk.read_only)?;
@@ -90,7 +90,7 @@ impl OpenDisk {
     ///
     /// A device is claimed for writing: nobody else may mount it or claim it until it is closed. A file system that the
     /// host has mounted while a guest writes to its disk would give the guest the host's kernel.
-    pub fn open_path(path: PathBuf, read_only: bool) -> Result<OpenDisk, DiskError> {
+    pub(crate) fn open_path(path: PathBuf, read_only: bool) -> Result<OpenDisk, DiskError> {
         let failed = |source| DiskError::Open { path: path.clone(), source };
         // On anything but a device the flag has no defined meaning.
         let is_device = fs::metadata(&path).map_err(failed)?.file_type().is_block_device();

@@ -18,7 +18,7 @@ pub(super) const PIN: Pin = Pin { file: "1.net", kind: CloneFlags::CLONE_NEWNET 
 ///
 /// # Errors
 /// When there is none and none can be made.
-pub fn empty_network() -> Result<OwnedFd, NamespaceError> {
+pub(crate) fn empty_network() -> Result<OwnedFd, NamespaceError> {
     PIN.get("each process of a pod has an empty network of its own", make)
 }
 

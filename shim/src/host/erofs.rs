@@ -17,7 +17,7 @@ use super::overlay::mount_id;
 use crate::error::{Classify, Code};
 
 /// What the kernel calls the file system.
-pub const EROFS: &str = "erofs";
+pub(crate) const EROFS: &str = "erofs";
 
 /// `f_type` of statfs(2).
 const MAGIC: i64 = 0xe0f5_e1e2;
@@ -26,7 +26,7 @@ const LOOP_GET_STATUS64: libc::c_ulong = 0x4c05;
 
 /// Why a layer can't be given to a guest.
 #[derive(Debug, thiserror::Error)]
-pub enum LayerError {
+pub(crate) enum LayerError {
     /// It can't be opened, or asked about.
     #[error("can't open the layer {path}")]
     Open {
@@ -57,7 +57,7 @@ impl Classify for LayerError {
 
 /// A file with a layer, open for reading.
 #[derive(Debug)]
-pub struct Layer {
+pub(crate) struct Layer {
     /// The file.
     pub file: File,
     /// Where it was found.
@@ -68,7 +68,7 @@ pub struct Layer {
 
 impl Layer {
     /// Opens one: a regular file that belongs to root and that nobody else may write to.
-    pub fn open(path: &Path) -> Result<Layer, LayerError> {
+    pub(crate) fn open(path: &Path) -> Result<Layer, LayerError> {
         let failed = |source| LayerError::Open { path: path.to_owned(), source };
         let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
         let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed)?;
@@ -83,7 +83,7 @@ impl Layer {
     }
 
     /// The layers that are mounted at `points`, if there is an erofs at each whose file can be told without doubt.
-    pub fn mounted_at(points: &[&str]) -> Option<Vec<Layer>> {
+    pub(crate) fn mounted_at(points: &[&str]) -> Option<Vec<Layer>> {
         // Of other snapshotters' layers this is all that is asked.
         if points.is_empty() || !points.iter().all(|point| is_erofs(Path::new(point))) {
             return None;

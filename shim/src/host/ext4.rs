@@ -14,7 +14,7 @@ const BLOCK: u64 = 4096;
 /// Blocks of a group.
 const GROUP_BLOCKS: u64 = 32768;
 /// What sizes are multiples of: bytes of a group.
-pub const GROUP: u64 = BLOCK * GROUP_BLOCKS;
+pub(crate) const GROUP: u64 = BLOCK * GROUP_BLOCKS;
 /// The most groups: the guest's kernel keeps a few hundred bytes for each, and looks at all when it mounts.
 const MAX_GROUPS: u64 = 2048;
 
@@ -37,20 +37,20 @@ const UPPER: u32 = 12;
 const WORK: u32 = 13;
 
 /// The names of the directories that an overlay takes.
-pub const UPPER_NAME: &str = "upper";
+pub(crate) const UPPER_NAME: &str = "upper";
 /// See [`UPPER_NAME`].
-pub const WORK_NAME: &str = "work";
+pub(crate) const WORK_NAME: &str = "work";
 
 /// No two of these are ever compared.
 const UUID: [u8; 16] = *b"bulkhead changes";
 
 /// How a guest mounts it. Nothing on the disk is worth anything once its machine is gone, so that it is enough for whoever wants something written if the node
 /// has it: no barriers, and no writing because of a rename. Blocks of removed files are given back to the node.
-pub const MOUNT_OPTIONS: [&str; 4] = ["discard", "nobarrier", "noauto_da_alloc", "noinit_itable"];
+pub(crate) const MOUNT_OPTIONS: [&str; 4] = ["discard", "nobarrier", "noauto_da_alloc", "noinit_itable"];
 
 /// Who owns a directory, and what others may do in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Owner {
+pub(crate) struct Owner {
     /// User.
     pub uid: u32,
     /// Group.
@@ -60,13 +60,13 @@ pub struct Owner {
 }
 
 /// The size of the largest that takes up no more than `bytes`: one group at least.
-pub fn size_within(bytes: u64) -> u64 {
+pub(crate) fn size_within(bytes: u64) -> u64 {
     (bytes / GROUP).clamp(1, MAX_GROUPS) * GROUP
 }
 
 /// Makes one of `size` bytes in an empty file, with two directories for an overlay: one as its upper directory is to be, and one to
 /// work in. `now` is in seconds since the epoch.
-pub fn make(file: &File, size: u64, upper: Owner, now: u32) -> io::Result<()> {
+pub(crate) fn make(file: &File, size: u64, upper: Owner, now: u32) -> io::Result<()> {
     let layout = Layout::of(size);
     file.set_len(layout.groups * GROUP)?;
     // Superblock, descriptors and the first bitmaps follow each other.

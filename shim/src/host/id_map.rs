@@ -16,7 +16,7 @@ const MAX_RANGES: usize = 340;
 
 /// Ids in a row: those on the disk, what they become, and how many there are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Range {
+pub(crate) struct Range {
     on_disk: u32,
     seen: u32,
     length: u32,
@@ -51,7 +51,7 @@ pub enum IdMapError {
 
 impl IdMap {
     /// The mapping of a mount in a specification; `None` if it has none.
-    pub fn of(users: Option<&[LinuxIdMapping]>, groups: Option<&[LinuxIdMapping]>) -> Option<IdMap> {
+    pub(crate) fn of(users: Option<&[LinuxIdMapping]>, groups: Option<&[LinuxIdMapping]>) -> Option<IdMap> {
         let ranges = |list: Option<&[LinuxIdMapping]>| {
             let range = |map: &LinuxIdMapping| Range {
                 on_disk: map.container_id(),
@@ -65,7 +65,7 @@ impl IdMap {
     }
 
     /// Takes a mapping out of the options of a mount, as containerd's snapshotters write it: `uidmap=0:100000:65536`.
-    pub fn take(options: &mut Vec<String>) -> Result<Option<IdMap>, IdMapError> {
+    pub(crate) fn take(options: &mut Vec<String>) -> Result<Option<IdMap>, IdMapError> {
         let mut map = IdMap::default();
         for option in std::mem::take(options) {
             if let Some(ranges) = option.strip_prefix("uidmap=") {
@@ -80,7 +80,7 @@ impl IdMap {
     }
 
     /// A user namespace with this mapping.
-    pub fn namespace(&self) -> Result<OwnedFd, IdMapError> {
+    pub(crate) fn namespace(&self) -> Result<OwnedFd, IdMapError> {
         let possible = 1..=MAX_RANGES;
         if !possible.contains(&self.users.len()) || !possible.contains(&self.groups.len()) {
             return Err(IdMapError::Ranges);
@@ -138,7 +138,7 @@ fn clone_into_new_users(wait: BorrowedFd<'_>, go: BorrowedFd<'_>) -> io::Result<
 }
 
 /// Has a detached tree of mounts show its files with owners of a namespace; of all mounts in it, or the topmost one.
-pub fn apply(tree: BorrowedFd<'_>, namespace: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
+pub(crate) fn apply(tree: BorrowedFd<'_>, namespace: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
     let attributes = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_IDMAP,
         attr_clr: 0,

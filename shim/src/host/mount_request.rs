@@ -6,7 +6,7 @@ use super::mounts::MountError;
 
 /// A mount as containerd asks for it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct MountRequest {
+pub(crate) struct MountRequest {
     /// File system type.
     pub kind: String,
     /// Device, directory, or whatever the type takes.

@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 
 /// What is mounted where.
 #[derive(Debug)]
-pub struct MountTable {
+pub(crate) struct MountTable {
     mounts: Vec<TableMount>,
 }
 
 /// One mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TableMount {
+pub(crate) struct TableMount {
     /// Its number.
     pub id: u64,
     /// What of its file system is mounted: a path in it.
@@ -32,7 +32,7 @@ pub struct TableMount {
 
 impl MountTable {
     /// Reads the table of the calling process's mount namespace.
-    pub fn read() -> std::io::Result<MountTable> {
+    pub(crate) fn read() -> std::io::Result<MountTable> {
         Ok(MountTable::parse(&fs::read("/proc/thread-self/mountinfo")?))
     }
 
@@ -41,12 +41,12 @@ impl MountTable {
     }
 
     /// All of them.
-    pub fn iter(&self) -> impl Iterator<Item = &TableMount> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &TableMount> {
         self.mounts.iter()
     }
 
     /// What is mounted below `path`, which has no symbolic links in it; each after what it is mounted on.
-    pub fn below<'a>(&'a self, path: &'a Path) -> impl Iterator<Item = &'a TableMount> {
+    pub(crate) fn below<'a>(&'a self, path: &'a Path) -> impl Iterator<Item = &'a TableMount> {
         self.mounts.iter().filter(move |mount| mount.point != path && mount.point.starts_with(path))
     }
 }

@@ -128,14 +128,14 @@ pub enum MountError {
 
 /// A tree of mounts that is attached nowhere; it goes when the descriptor goes.
 #[derive(Debug)]
-pub struct DetachedTree {
+pub(crate) struct DetachedTree {
     fd: OwnedFd,
     origin: PathBuf,
 }
 
 /// What a mount point has to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PointKind {
+pub(crate) enum PointKind {
     /// A directory.
     Directory,
     /// An empty file.
@@ -153,7 +153,7 @@ pub enum Propagation {
 
 impl DetachedTree {
     /// Copies the mounts at `path`, with those below if `recursive`.
-    pub fn bind(path: &Path, recursive: bool) -> Result<DetachedTree, MountError> {
+    pub(crate) fn bind(path: &Path, recursive: bool) -> Result<DetachedTree, MountError> {
         let c_path = c_string(path)?;
         let recursion = if recursive { libc::AT_RECURSIVE as c_uint } else { 0 };
         let flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | recursion;
@@ -166,12 +166,12 @@ impl DetachedTree {
     }
 
     /// Copies all mounts at and below `path`, which is another name of `origin`.
-    pub fn bind_as(path: &Path, origin: &Path) -> Result<DetachedTree, MountError> {
+    pub(crate) fn bind_as(path: &Path, origin: &Path) -> Result<DetachedTree, MountError> {
         DetachedTree::bind(path, true).map(|tree| DetachedTree { origin: origin.to_owned(), ..tree })
     }
 
     /// The same of a mount that is held as a descriptor; `origin` is where it comes from.
-    pub fn bind_held(
+    pub(crate) fn bind_held(
         mount: BorrowedFd<'_>,
         origin: &Path,
         recursive: bool,
@@ -188,7 +188,7 @@ impl DetachedTree {
 
     /// What has to be there to attach it to, unless the topmost mount is nothing to be shared. The descriptor itself is
     /// asked: no path is looked up a second time.
-    pub fn judge(&self) -> Result<PointKind, MountError> {
+    pub(crate) fn judge(&self) -> Result<PointKind, MountError> {
         let look = |source| MountError::Look { path: self.origin.clone(), source };
         let unshareable = |what| MountError::Unshareable { path: self.origin.clone(), what };
         let mode = fstat(&self.fd).map_err(look)?.st_mode;
@@ -205,13 +205,13 @@ impl DetachedTree {
     }
 
     /// Where it comes from.
-    pub fn origin(&self) -> &Path {
+    pub(crate) fn origin(&self) -> &Path {
         &self.origin
     }
 
     /// Sets what holds for every mount of a pod: device nodes on it are just files, and no set-user-id program on it
     /// counts on the host.
-    pub fn restrict(&self, propagation: Propagation) -> Result<(), MountError> {
+    pub(crate) fn restrict(&self, propagation: Propagation) -> Result<(), MountError> {
         let propagation = match propagation {
             Propagation::Private => libc::MS_PRIVATE,
             Propagation::Slave => libc::MS_SLAVE,
@@ -220,12 +220,12 @@ impl DetachedTree {
     }
 
     /// Makes the topmost mount read-only, or with `recursive` all of them.
-    pub fn make_read_only(&self, recursive: bool) -> Result<(), MountError> {
+    pub(crate) fn make_read_only(&self, recursive: bool) -> Result<(), MountError> {
         self.set(MOUNT_ATTR_RDONLY, 0, recursive)
     }
 
     /// Has the files of the topmost mount, or with `recursive` of all, show owners of a user namespace.
-    pub fn map_ids(&self, namespace: BorrowedFd<'_>, recursive: bool) -> Result<(), MountError> {
+    pub(crate) fn map_ids(&self, namespace: BorrowedFd<'_>, recursive: bool) -> Result<(), MountError> {
         id_map::apply(self.fd.as_fd(), namespace, recursive)
             .map_err(|source| MountError::MapIds { path: self.origin.clone(), source })
     }
@@ -250,23 +250,23 @@ impl DetachedTree {
     }
 
     /// Attaches the tree at `target` in the calling thread's mount namespace.
-    pub fn attach(self, target: &Path) -> Result<(), MountError> {
+    pub(crate) fn attach(self, target: &Path) -> Result<(), MountError> {
         move_mount((self.fd.as_raw_fd(), c""), (libc::AT_FDCWD, &c_string(target)?), target)
     }
 
     /// Attaches the tree at a place that is held as a descriptor.
-    pub fn attach_to(self, place: BorrowedFd<'_>) -> Result<(), MountError> {
+    pub(crate) fn attach_to(self, place: BorrowedFd<'_>) -> Result<(), MountError> {
         move_mount((self.fd.as_raw_fd(), c""), (place.as_raw_fd(), c""), &self.origin)
     }
 }
 
 /// Moves what is mounted at `from` to `target`.
-pub fn relocate(from: &Path, target: &Path) -> Result<(), MountError> {
+pub(crate) fn relocate(from: &Path, target: &Path) -> Result<(), MountError> {
     move_mount((libc::AT_FDCWD, &c_string(from)?), (libc::AT_FDCWD, &c_string(target)?), target)
 }
 
 /// Moves what is mounted at `from` to a place that is held as a descriptor.
-pub fn relocate_to(from: &Path, place: BorrowedFd<'_>) -> Result<(), MountError> {
+pub(crate) fn relocate_to(from: &Path, place: BorrowedFd<'_>) -> Result<(), MountError> {
     move_mount((libc::AT_FDCWD, &c_string(from)?), (place.as_raw_fd(), c""), from)
 }
 
@@ -287,7 +287,7 @@ impl AsFd for DetachedTree {
 
 /// Runs `work` on a new thread and waits for its result. The thread may change what threads have of their own (its
 /// mount namespace, its directory) and takes it along when it ends.
-pub async fn on_thread<T: Send + 'static>(
+pub(crate) async fn on_thread<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, MountError> + Send + 'static,
 ) -> Result<T, MountError> {
     let (sender, receiver) = tokio::sync::oneshot::channel();

@@ -14,7 +14,7 @@ const STACK: usize = 64 * 1024;
 
 /// A namespace that can't be used.
 #[derive(Debug, thiserror::Error)]
-pub enum NamespaceError {
+pub(crate) enum NamespaceError {
     /// It is not there.
     #[error("can't open the network namespace {path}")]
     Open {
@@ -40,7 +40,7 @@ pub enum NamespaceError {
 
 /// A network namespace that is not the host's.
 #[derive(Debug)]
-pub struct NetworkNamespace {
+pub(crate) struct NetworkNamespace {
     path: PathBuf,
     file: File,
 }
@@ -50,7 +50,7 @@ impl NetworkNamespace {
     ///
     /// # Errors
     /// When it is not there, or is the one that this process is in.
-    pub fn open(path: &Path) -> Result<NetworkNamespace, NamespaceError> {
+    pub(crate) fn open(path: &Path) -> Result<NetworkNamespace, NamespaceError> {
         let identity = |file: &File| file.metadata().map(|metadata| (metadata.dev(), metadata.ino()));
         let opened = |path: &Path| {
             let file = File::open(path)?;
@@ -70,7 +70,7 @@ impl NetworkNamespace {
     }
 
     /// The namespace itself.
-    pub fn file(&self) -> &File {
+    pub(crate) fn file(&self) -> &File {
         &self.file
     }
 
@@ -78,7 +78,7 @@ impl NetworkNamespace {
     ///
     /// # Errors
     /// When it can't be entered.
-    pub async fn within<T: Send + 'static>(
+    pub(crate) async fn within<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, NamespaceError> {

@@ -28,7 +28,7 @@ const MAX_ENTRIES: usize = 4_000_000;
 
 /// Why not every directory is as it should be.
 #[derive(Debug, thiserror::Error)]
-pub enum OpaqueError {
+pub(crate) enum OpaqueError {
     /// A directory.
     #[error("can't look into a directory of {path}")]
     Look {
@@ -46,7 +46,7 @@ pub enum OpaqueError {
 /// Tells the host of every directory in `changes` with a note; gives how many there were.
 ///
 /// Nothing that is not a directory is opened, no link is followed, and the guest may go on changing things meanwhile.
-pub fn tell_host(changes: &Path) -> Result<usize, OpaqueError> {
+pub(crate) fn tell_host(changes: &Path) -> Result<usize, OpaqueError> {
     let look = |source: io::Error| OpaqueError::Look { path: changes.to_owned(), source };
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let top = OpenOptions::new().read(true).custom_flags(flags.bits()).open(changes).map_err(look)?;

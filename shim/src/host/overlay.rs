@@ -20,7 +20,7 @@ const DIRECTORIES: [&str; 3] = ["lowerdir=", "upperdir=", "workdir="];
 
 /// An overlay whose layers are all on one mount, below one directory.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Overlay {
+pub(crate) struct Overlay {
     /// That directory, with its trailing slash.
     base: String,
     flags: nix::mount::MsFlags,
@@ -30,7 +30,7 @@ pub struct Overlay {
 
 impl Overlay {
     /// Understands a request for one; `None` if it has to be mounted where everything of the host can be seen.
-    pub fn of(request: &MountRequest) -> Option<Overlay> {
+    pub(crate) fn of(request: &MountRequest) -> Option<Overlay> {
         if request.kind != "overlay" || !request.target.is_empty() {
             return None;
         }
@@ -67,7 +67,7 @@ impl Overlay {
 
     /// Mounts it; the calling thread must be one that [`super::mounts::on_thread`] has started. `None` if that can't be done
     /// this way.
-    pub fn mount(&self) -> Option<DetachedTree> {
+    pub(crate) fn mount(&self) -> Option<DetachedTree> {
         let [_, layers, root] = POINTS;
         let mounted = DetachedTree::bind(Path::new(&self.base), false)
             .map_err(|error| error.to_string())
@@ -94,7 +94,7 @@ fn split(option: &str) -> Option<(&str, &str)> {
 }
 
 /// The number of the mount that `path` is on.
-pub fn mount_id(path: impl AsRef<Path>) -> io::Result<u64> {
+pub(crate) fn mount_id(path: impl AsRef<Path>) -> io::Result<u64> {
     let c_path = c_string(path.as_ref()).map_err(io::Error::other)?;
     let mut status = MaybeUninit::<libc::statx>::zeroed();
     let flags = libc::AT_NO_AUTOMOUNT;

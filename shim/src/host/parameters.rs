@@ -12,7 +12,7 @@ const ROOT: &str = "/proc/sys";
 const MAX_VALUE: usize = 32;
 
 /// A parameter, by its path below `/proc/sys`, with its value.
-pub type Parameter = (&'static str, String);
+pub(crate) type Parameter = (&'static str, String);
 
 /// What is told, with the guest's defaults. An empty default is one that goes by the guest's memory.
 ///
@@ -53,7 +53,7 @@ const ALL: [(&str, &str); 31] = [
 ];
 
 /// The node's.
-pub fn of_node() -> Vec<Parameter> {
+pub(crate) fn of_node() -> Vec<Parameter> {
     ALL.iter().filter_map(|(name, default)| differing(name, default)).collect()
 }
 

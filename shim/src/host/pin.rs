@@ -71,7 +71,7 @@ impl Pin {
     ///
     /// # Errors
     /// When there is none and none can be made.
-    pub fn get(
+    pub(crate) fn get(
         self,
         without: &str,
         make: fn() -> Result<OwnedFd, NamespaceError>,
@@ -139,14 +139,14 @@ fn on_thread(make: fn() -> Result<OwnedFd, NamespaceError>) -> Result<OwnedFd, N
 pub(super) struct Own(OwnedFd);
 
 impl Own {
-    pub fn of_thread() -> Result<Self, NamespaceError> {
+    pub(crate) fn of_thread() -> Result<Self, NamespaceError> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let directory = open("/proc/thread-self/ns", flags, Mode::empty());
         directory.map(Self).map_err(failed("open /proc/thread-self/ns"))
     }
 
     /// Opens the one that the thread is in now.
-    pub fn open(&self, name: &str) -> Result<OwnedFd, NamespaceError> {
+    pub(crate) fn open(&self, name: &str) -> Result<OwnedFd, NamespaceError> {
         openat(&self.0, name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
             .map_err(failed("open the new one"))
     }

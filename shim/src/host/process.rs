@@ -23,7 +23,7 @@ pub struct ProcessId {
 
 impl ProcessId {
     /// The calling process.
-    pub fn current() -> io::Result<ProcessId> {
+    pub(crate) fn current() -> io::Result<ProcessId> {
         ProcessId::of(std::process::id() as i32)
     }
 
@@ -35,7 +35,7 @@ impl ProcessId {
     }
 
     /// The ids of its threads, in their order; its own comes first.
-    pub fn threads(&self) -> Vec<u32> {
+    pub(crate) fn threads(&self) -> Vec<u32> {
         let entries = fs::read_dir(format!("/proc/{}/task", self.pid)).into_iter().flatten().flatten();
         let mut threads: Vec<u32> =
             entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
@@ -44,7 +44,7 @@ impl ProcessId {
     }
 
     /// Whether somebody on the host keeps it from running: it is stopped, traced, or in a frozen cgroup.
-    pub fn is_held(&self) -> bool {
+    pub(crate) fn is_held(&self) -> bool {
         let read = |name: &str| fs::read_to_string(format!("/proc/{}/{name}", self.pid)).unwrap_or_default();
         let stat = read("stat");
         if start_time(&stat) != Some(self.start_time) {
@@ -55,7 +55,7 @@ impl ProcessId {
     }
 
     /// A pidfd for this process, or `None` if it is gone.
-    pub fn open(&self) -> io::Result<Option<OwnedFd>> {
+    pub(crate) fn open(&self) -> io::Result<Option<OwnedFd>> {
         // SAFETY: pidfd_open takes integers only.
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.pid, 0) };
         let fd = match Errno::result(fd) {
@@ -83,7 +83,7 @@ fn start_time(stat: &str) -> Option<u64> {
 }
 
 /// Sends a signal to a process.
-pub fn signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<(), Errno> {
+pub(crate) fn signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<(), Errno> {
     // SAFETY: a null siginfo is allowed; the rest are integers.
     let result = unsafe {
         libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, std::ptr::null::<u8>(), 0)
@@ -95,7 +95,7 @@ pub fn signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<(), Errno> {
 }
 
 /// Waits without a runtime until a process has ended; false when the time was up first.
-pub fn wait_ended(pidfd: BorrowedFd<'_>, limit: Duration) -> bool {
+pub(crate) fn wait_ended(pidfd: BorrowedFd<'_>, limit: Duration) -> bool {
     let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
     let mut fds = [PollFd::new(pidfd, PollFlags::POLLIN)];
     matches!(poll(&mut fds, timeout), Ok(1))
@@ -103,7 +103,7 @@ pub fn wait_ended(pidfd: BorrowedFd<'_>, limit: Duration) -> bool {
 
 /// How a child ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ended {
+pub(crate) enum Ended {
     /// It exited with this code.
     Code(i32),
     /// A signal killed it.
@@ -124,7 +124,7 @@ impl std::fmt::Display for Ended {
 
 /// A child process of the shim.
 #[derive(Debug)]
-pub struct Child {
+pub(crate) struct Child {
     /// Which process.
     pub id: ProcessId,
     pidfd: AsyncFd<OwnedFd>,
@@ -132,7 +132,7 @@ pub struct Child {
 
 impl Child {
     /// Takes charge of a child. Must be called in a runtime.
-    pub fn new(id: ProcessId, pidfd: OwnedFd) -> io::Result<Child> {
+    pub(crate) fn new(id: ProcessId, pidfd: OwnedFd) -> io::Result<Child> {
         // SAFETY: the AsyncFd owns the descriptor, so it stays open and the same while it is registered.
         let pidfd =
             unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }.map_err(io::Error::from)?;
@@ -140,7 +140,7 @@ impl Child {
     }
 
     /// Kills it, at once and for sure.
-    pub fn kill(&self) {
+    pub(crate) fn kill(&self) {
         if let Err(errno) = signal(self.pidfd.get_ref().as_fd(), libc::SIGKILL) {
             log::error!("can't kill process {}: {errno}", self.id.pid);
         }
@@ -148,7 +148,7 @@ impl Child {
 
     /// Waits until it has ended and reaps it. Can be called again, and by several tasks; those that come after the
     /// reaping learn nothing.
-    pub async fn wait(&self) -> Option<Ended> {
+    pub(crate) async fn wait(&self) -> Option<Ended> {
         loop {
             // Readable stays readable: a pidfd becomes so once, when the process has ended.
             if let Err(error) = self.pidfd.readable().await {

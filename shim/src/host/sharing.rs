@@ -19,7 +19,7 @@ use nix::sys::stat::{Mode, fstat};
 use super::mounts::{DetachedTree, MountError, Propagation};
 
 /// Mounts of the calling thread's namespace.
-pub const MOUNTINFO: &str = "/proc/thread-self/mountinfo";
+pub(crate) const MOUNTINFO: &str = "/proc/thread-self/mountinfo";
 
 /// Triggers of mounts to come. They hold nothing, and what they mount lies on top of them and would go with them. The file
 /// server does not enter them.
@@ -30,7 +30,7 @@ const MAX_REMOVED: usize = 4096;
 
 /// What is put in the place of mounts that are taken out, in the calling thread's namespace.
 #[derive(Debug, Clone, Copy)]
-pub struct Empty {
+pub(crate) struct Empty {
     /// For directories.
     pub directory: &'static str,
     /// For everything else.
@@ -39,7 +39,7 @@ pub struct Empty {
 
 /// Takes out what may not be shared of the mounts below `top`, which is a mount point. The mount at `top` itself has to be
 /// shareable. `origin` is where it all comes from.
-pub fn prune(top: &Path, origin: &Path, empty: Empty) -> Result<(), MountError> {
+pub(crate) fn prune(top: &Path, origin: &Path, empty: Empty) -> Result<(), MountError> {
     let mut removed: BTreeSet<PathBuf> = BTreeSet::new();
     for _ in 0..MAX_REMOVED {
         let text = fs::read_to_string(MOUNTINFO)
@@ -70,7 +70,7 @@ fn cover(point: &Path, empty: Empty) -> Result<(), MountError> {
 }
 
 /// Mounts something empty at a place that is held as a descriptor and called `point`.
-pub fn cover_held(place: BorrowedFd<'_>, point: &Path, empty: Empty) -> Result<(), MountError> {
+pub(crate) fn cover_held(place: BorrowedFd<'_>, point: &Path, empty: Empty) -> Result<(), MountError> {
     let with = match fstat(place).map_err(|source| look(point, source))?.st_mode & libc::S_IFMT {
         libc::S_IFDIR => empty.directory,
         libc::S_IFLNK => return Ok(()),
@@ -92,7 +92,7 @@ fn may_stay(kind: &str) -> bool {
 
 /// A line of mountinfo.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Mounted<'a> {
+pub(crate) struct Mounted<'a> {
     /// Where it is mounted.
     pub point: PathBuf,
     /// Its file system's type.
@@ -102,7 +102,7 @@ pub struct Mounted<'a> {
 }
 
 /// The mounts at and below `top`, in the order in which the kernel lists them: each after those it is mounted on.
-pub fn mounts<'a>(mountinfo: &'a str, top: &'a Path) -> impl Iterator<Item = Mounted<'a>> {
+pub(crate) fn mounts<'a>(mountinfo: &'a str, top: &'a Path) -> impl Iterator<Item = Mounted<'a>> {
     mountinfo.lines().filter_map(parse).filter(move |mount| mount.point.starts_with(top))
 }
 
@@ -132,7 +132,7 @@ fn unescape(text: &str) -> PathBuf {
 }
 
 /// What a file system that is not on the list is called, as far as people know it.
-pub fn describe(file_system: u32) -> String {
+pub(crate) fn describe(file_system: u32) -> String {
     let name = match file_system {
         0x9fa0 => "procfs",
         0x6265_6572 => "sysfs",

@@ -17,18 +17,18 @@ use super::pin::{NamespaceError, Own, Pin, failed};
 pub(super) const PIN: Pin = Pin { file: "1.mnt", kind: CloneFlags::CLONE_NEWNS };
 
 /// Empty directories in the namespace's read-only root to mount on.
-pub const POINTS: [&str; 3] = ["/dev", "/a", "/b"];
+pub(crate) const POINTS: [&str; 3] = ["/dev", "/a", "/b"];
 
 const EMPTY: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
 
 /// The small namespace: the node's, or one for the caller alone.
-pub fn small_namespace() -> Result<OwnedFd, NamespaceError> {
+pub(crate) fn small_namespace() -> Result<OwnedFd, NamespaceError> {
     PIN.get("each pod copies the node's mount table", make)
 }
 
 /// Leaves the calling thread in a new namespace of its own, with the small one's mounts; the thread must not share its
 /// directories with others afterwards. Gives the new namespace.
-pub fn enter_new() -> Result<OwnedFd, NamespaceError> {
+pub(crate) fn enter_new() -> Result<OwnedFd, NamespaceError> {
     let small = small_namespace()?;
     let own = Own::of_thread()?;
     unshare(CloneFlags::CLONE_FS).map_err(failed("unshare directories"))?;

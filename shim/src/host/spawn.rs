@@ -27,7 +27,7 @@ const EXEC_LIMIT: Duration = Duration::from_secs(10);
 
 /// What to start and with what.
 #[derive(Debug)]
-pub struct Spawn<'a> {
+pub(crate) struct Spawn<'a> {
     /// The program, in the calling process's mount namespace.
     pub program: &'a Path,
     /// Arguments after the program's name.
@@ -46,7 +46,7 @@ pub struct Spawn<'a> {
 
 /// The network namespace of a new process.
 #[derive(Debug, Clone, Copy)]
-pub enum Network<'a> {
+pub(crate) enum Network<'a> {
     /// One of its own.
     New,
     /// This one.
@@ -55,7 +55,7 @@ pub enum Network<'a> {
 
 /// A process that was started.
 #[derive(Debug)]
-pub struct Spawned {
+pub(crate) struct Spawned {
     /// Which process.
     pub id: ProcessId,
     /// Its pidfd.
@@ -132,13 +132,13 @@ struct Plan {
 }
 
 /// Whether there is such a program at all: to be asked before anything else is done that would have to be undone.
-pub fn check_program(path: &Path) -> Result<(), SpawnError> {
+pub(crate) fn check_program(path: &Path) -> Result<(), SpawnError> {
     let found = std::fs::metadata(path);
     found.map(drop).map_err(|source| SpawnError::Program { path: path.to_owned(), source })
 }
 
 /// Starts a process and waits until its program runs.
-pub fn spawn(request: &Spawn<'_>) -> Result<Spawned, SpawnError> {
+pub(crate) fn spawn(request: &Spawn<'_>) -> Result<Spawned, SpawnError> {
     let path = || request.program.to_owned();
     let prepare = |step| move |source: io::Error| SpawnError::Prepare { path: path(), step, source };
 

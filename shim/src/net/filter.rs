@@ -46,7 +46,7 @@ const REDIRECT: u32 = 137;
 const MLD2_REPORT: u32 = 143;
 
 /// The program that matches what an interface with these addresses may send.
-pub fn allowed(mac: Mac, addresses: &[IpAddr]) -> Vec<Instruction> {
+pub(crate) fn allowed(mac: Mac, addresses: &[IpAddr]) -> Vec<Instruction> {
     let mut code = Assembler::default();
     let (allow, deny) = (code.new_label(), code.new_label());
     code.load(LOAD_32, VLAN_TAG_PRESENT);
@@ -96,12 +96,12 @@ pub fn allowed(mac: Mac, addresses: &[IpAddr]) -> Vec<Instruction> {
 }
 
 /// The program that matches everything.
-pub fn everything() -> Vec<Instruction> {
+pub(crate) fn everything() -> Vec<Instruction> {
     vec![Instruction::end(Verdict::Matches)]
 }
 
 /// The program that lets nothing through.
-pub fn nothing() -> Vec<Instruction> {
+pub(crate) fn nothing() -> Vec<Instruction> {
     vec![Instruction::end(Verdict::Drops)]
 }
 

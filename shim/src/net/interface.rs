@@ -29,7 +29,7 @@ const IPVLAN_L2: u32 = 0;
 
 /// An interface with all that belongs to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Interface {
+pub(crate) struct Interface {
     /// Its number.
     pub index: u32,
     /// Its name.
@@ -47,7 +47,7 @@ pub struct Interface {
 
 impl Interface {
     /// The interfaces of the socket's namespace, but for loopback and those `known` by their numbers.
-    pub fn read_all(socket: &mut Socket, known: &[u32]) -> Result<Vec<Interface>, NetError> {
+    pub(crate) fn read_all(socket: &mut Socket, known: &[u32]) -> Result<Vec<Interface>, NetError> {
         let failed = |what| move |source: io::Error| NetError::Read { what, source };
         let links = socket.links().map_err(failed("interfaces"))?;
         let mut interfaces = Vec::new();
@@ -105,7 +105,7 @@ impl Interface {
     }
 
     /// Leaves out parameters that somebody has chosen, by their names for sysctl(8).
-    pub fn leave_out(&mut self, chosen: &HashMap<String, String>) {
+    pub(crate) fn leave_out(&mut self, chosen: &HashMap<String, String>) {
         let chosen: Vec<String> = chosen.keys().map(|name| name.replace('/', ".")).collect();
         let is_chosen = |name: &str| chosen.iter().any(|other| other.strip_prefix("net.") == Some(name));
         // One switch by two names, which throws those of all interfaces.
@@ -155,12 +155,12 @@ impl Interface {
     }
 
     /// Its addresses.
-    pub fn ips(&self) -> Vec<IpAddr> {
+    pub(crate) fn ips(&self) -> Vec<IpAddr> {
         self.addresses.iter().map(|address| address.local).collect()
     }
 
     /// How the guest is told of it, in a slot.
-    pub fn request(&self, slot: u8) -> api::AddInterfaceRequest {
+    pub(crate) fn request(&self, slot: u8) -> api::AddInterfaceRequest {
         api::AddInterfaceRequest {
             slot: slot.into(),
             name: self.name.clone(),

@@ -13,7 +13,7 @@ const LAST: u16 = PRIORITY + 1;
 
 /// An interface and the tap that it is joined to.
 #[derive(Debug)]
-pub struct Joined {
+pub(crate) struct Joined {
     /// The interface.
     pub interface: Interface,
     /// Its tap.
@@ -23,7 +23,7 @@ pub struct Joined {
 /// Joins every interface of the socket's namespace, which the calling thread is in, to a tap with as many `queues`; but
 /// for those `known` by their numbers. With `spoof_check` what comes from addresses that an interface does not have stays
 /// inside.
-pub fn join_all(
+pub(crate) fn join_all(
     socket: &mut Socket,
     known: &[u32],
     queues: u8,
@@ -73,7 +73,7 @@ fn redirect(socket: &mut Socket, from: u32, program: &[Instruction], to: u32) ->
 }
 
 /// Lets go of every interface of the socket's namespace.
-pub fn release(socket: &mut Socket) -> Result<(), NetError> {
+pub(crate) fn release(socket: &mut Socket) -> Result<(), NetError> {
     let links = socket.links().map_err(|source| NetError::Read { what: "interfaces", source })?;
     let mut result = Ok(());
     for link in links.iter().filter(|link| !link.is_loopback()) {

@@ -16,10 +16,10 @@ mod tap;
 use std::io;
 use std::path::PathBuf;
 
-pub use interface::Interface;
-pub use join::{Joined, join_all, release};
-pub use namespace::{Namespace, Record};
-pub use tap::Tap;
+pub(crate) use interface::Interface;
+pub(crate) use join::{Joined, join_all, release};
+pub(crate) use namespace::{Namespace, Record};
+pub(crate) use tap::Tap;
 
 use crate::error::{Classify, Code};
 

@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 use super::NetError;
 
 /// How long all that is done at once in a namespace may take.
-pub const LIMIT: Duration = Duration::from_secs(8);
+pub(crate) const LIMIT: Duration = Duration::from_secs(8);
 
 /// `NS_GET_NSTYPE` of ioctl_ns(2).
 const GET_KIND: libc::c_ulong = 0xb703;
@@ -33,14 +33,14 @@ pub struct Record {
 
 /// A pod's network namespace.
 #[derive(Debug, Clone)]
-pub struct Namespace {
+pub(crate) struct Namespace {
     fd: Arc<OwnedFd>,
     record: Record,
 }
 
 impl Namespace {
     /// Opens the namespace at a path. The host's own is refused.
-    pub fn open(path: &Path) -> Result<Namespace, NetError> {
+    pub(crate) fn open(path: &Path) -> Result<Namespace, NetError> {
         let failed = |source| NetError::Open { path: path.to_owned(), source };
         // Not to be caught by a FIFO.
         let flags = libc::O_NONBLOCK;
@@ -59,17 +59,17 @@ impl Namespace {
     }
 
     /// Finds a recorded namespace; `None` if it is gone.
-    pub fn find(record: &Record) -> Option<Namespace> {
+    pub(crate) fn find(record: &Record) -> Option<Namespace> {
         Namespace::open(&record.path).ok().filter(|found| found.record == *record)
     }
 
     /// What it is found by again.
-    pub fn record(&self) -> &Record {
+    pub(crate) fn record(&self) -> &Record {
         &self.record
     }
 
     /// Does something on a thread in the namespace.
-    pub async fn inside<T: Send + 'static>(
+    pub(crate) async fn inside<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Socket) -> Result<T, NetError> + Send + 'static,
     ) -> Result<T, NetError> {
@@ -82,7 +82,7 @@ impl Namespace {
     }
 
     /// The same for a caller without a runtime.
-    pub fn inside_blocking<T: Send + 'static>(
+    pub(crate) fn inside_blocking<T: Send + 'static>(
         &self,
         limit: Duration,
         work: impl FnOnce(&mut Socket) -> Result<T, NetError> + Send + 'static,
@@ -117,7 +117,7 @@ impl Namespace {
 
     /// A new namespace that nothing else knows.
     #[cfg(test)]
-    pub fn for_test() -> Namespace {
+    pub(crate) fn for_test() -> Namespace {
         let thread = std::thread::spawn(|| {
             nix::sched::unshare(CloneFlags::CLONE_NEWNET).unwrap();
             // The namespace outlives the thread by this descriptor.
@@ -132,7 +132,7 @@ impl Namespace {
     }
 
     /// The namespace itself.
-    pub fn fd(&self) -> std::os::fd::BorrowedFd<'_> {
+    pub(crate) fn fd(&self) -> std::os::fd::BorrowedFd<'_> {
         (*self.fd).as_fd()
     }
 }

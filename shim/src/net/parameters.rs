@@ -12,7 +12,7 @@ const ROOT: &str = "/proc/sys/net";
 const MAX_VALUE: usize = 256;
 
 /// A parameter, by its path below `net`, with its value.
-pub type Parameter = (String, String);
+pub(crate) type Parameter = (String, String);
 
 /// What the defaults are that this kernel and the guest's have in common. Switching forwarding changes others, so it comes first.
 const IPV4_CONF: [(&str, &str); 24] = [
@@ -94,7 +94,7 @@ const OTHERS: [(&str, &str); 32] = [
 ];
 
 /// The parameters of the calling thread's namespace that are not one interface's.
-pub fn of_namespace() -> Vec<Parameter> {
+pub(crate) fn of_namespace() -> Vec<Parameter> {
     let mut found: Vec<_> =
         OTHERS.iter().filter_map(|(name, default)| differing((*name).to_owned(), default)).collect();
     found.extend(conf("all"));
@@ -103,7 +103,7 @@ pub fn of_namespace() -> Vec<Parameter> {
 }
 
 /// The parameters of an interface.
-pub fn of_interface(name: &str) -> Vec<Parameter> {
+pub(crate) fn of_interface(name: &str) -> Vec<Parameter> {
     conf(name).collect()
 }
 

@@ -27,7 +27,7 @@ const QUEUE_LENGTH: u32 = 1000;
 
 /// A tap device, which is gone when nobody has its queues open any more.
 #[derive(Debug)]
-pub struct Tap {
+pub(crate) struct Tap {
     /// Its number.
     pub index: u32,
     /// Its queues.
@@ -38,7 +38,7 @@ pub struct Tap {
 
 impl Tap {
     /// Makes one beside an interface, in the namespace of the calling thread and the socket.
-    pub fn make(socket: &mut Socket, beside: &Interface, queues: u8) -> Result<Tap, NetError> {
+    pub(crate) fn make(socket: &mut Socket, beside: &Interface, queues: u8) -> Result<Tap, NetError> {
         let failed = |step| {
             let name = beside.name.clone();
             move |source| NetError::Tap { name, step, source }

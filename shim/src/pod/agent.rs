@@ -16,10 +16,10 @@ use crate::error::{Classify, Code, untrusted};
 use crate::spec::DeviceNumber;
 
 /// Most process ids taken from one answer.
-pub const MAX_PIDS: usize = 8192;
+pub(crate) const MAX_PIDS: usize = 8192;
 
 /// Most I/O entries taken from one answer.
-pub const MAX_IO_ENTRIES: usize = 256;
+pub(crate) const MAX_IO_ENTRIES: usize = 256;
 
 /// An error message of the agent, in bytes.
 const MAX_MESSAGE: usize = 2048;
@@ -69,7 +69,7 @@ impl Classify for AgentError {
 
 /// The agent of one pod.
 #[derive(Clone)]
-pub struct Agent {
+pub(crate) struct Agent {
     client: AgentClient,
     lost: watch::Sender<bool>,
 }
@@ -82,7 +82,7 @@ impl std::fmt::Debug for Agent {
 
 /// What the agent says of itself and its guest, cleaned.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Greeting {
+pub(crate) struct Greeting {
     /// The agent's version.
     pub version: String,
     /// The guest kernel's release.
@@ -97,7 +97,7 @@ pub struct Greeting {
 
 /// How a process in the guest ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Exit {
+pub(crate) struct Exit {
     /// Exit code, or 128 + signal.
     pub status: u32,
     /// Nanoseconds since the Unix epoch.
@@ -106,7 +106,7 @@ pub struct Exit {
 
 /// The end of a process, and what it says of its container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ended {
+pub(crate) struct Ended {
     /// How it ended.
     pub exit: Exit,
     /// Whether a process of its container was killed for want of memory by then.
@@ -115,18 +115,18 @@ pub struct Ended {
 
 impl Agent {
     /// Speaks to the agent over `stream`. What is sent waits there until the agent is up.
-    pub fn new(stream: UnixStream) -> Agent {
+    pub(crate) fn new(stream: UnixStream) -> Agent {
         let client = Client::new(Socket::new(GuardedStream::new(stream)));
         Agent { client: AgentClient::new(client), lost: watch::Sender::new(false) }
     }
 
     /// Fails all calls, those under way too: the pod has ended.
-    pub fn hang_up(&self) {
+    pub(crate) fn hang_up(&self) {
         self.lost.send_replace(true);
     }
 
     /// Answers when a call has found the connection lost.
-    pub async fn lost(&self) {
+    pub(crate) async fn lost(&self) {
         // The sender is ours: it can't be gone.
         let _ = self.lost.subscribe().wait_for(|lost| *lost).await;
     }
@@ -184,7 +184,7 @@ impl Agent {
     }
 
     /// Asks for nothing but an answer, which is the sign that the agent is up.
-    pub async fn ready(&self, limit: Duration) -> Result<Greeting, AgentError> {
+    pub(crate) async fn ready(&self, limit: Duration) -> Result<Greeting, AgentError> {
         let request = api::Empty::new();
         let answer = self.call("Ready", limit, self.client.ready(Context::default(), &request)).await?;
         Ok(Greeting {
@@ -197,54 +197,57 @@ impl Agent {
     }
 
     /// Makes the guest the pod's.
-    pub async fn configure(&self, request: &api::ConfigureRequest) -> Result<(), AgentError> {
+    pub(crate) async fn configure(&self, request: &api::ConfigureRequest) -> Result<(), AgentError> {
         self.call("Configure", SLOW, self.client.configure(Context::default(), request)).await.map(drop)
     }
 
     /// Has the guest take up the disk in a slot and mount what is on it; gives its number there.
-    pub async fn add_disk(&self, request: &api::AddDiskRequest) -> Result<DeviceNumber, AgentError> {
+    pub(crate) async fn add_disk(&self, request: &api::AddDiskRequest) -> Result<DeviceNumber, AgentError> {
         let answer = self.call("AddDisk", SLOW, self.client.add_disk(Context::default(), request)).await?;
         Ok(DeviceNumber { major: answer.major, minor: answer.minor })
     }
 
     /// Has the guest let go of the disk in a slot, which it may have to write to first.
-    pub async fn remove_disk(&self, slot: u8, limit: Duration) -> Result<(), AgentError> {
+    pub(crate) async fn remove_disk(&self, slot: u8, limit: Duration) -> Result<(), AgentError> {
         let request = api::DiskRequest { slot: slot.into(), ..Default::default() };
         self.call("RemoveDisk", limit, self.client.remove_disk(Context::default(), &request)).await.map(drop)
     }
 
     /// Tells the guest what the time is.
-    pub async fn set_clock(&self, realtime_ns: i64) -> Result<(), AgentError> {
+    pub(crate) async fn set_clock(&self, realtime_ns: i64) -> Result<(), AgentError> {
         let request = api::SetClockRequest { realtime_ns, ..Default::default() };
         let answer = self.client.set_clock(Context::default(), &request);
         self.call("SetClock", QUICK, answer).await.map(drop)
     }
 
     /// Has the guest take up the network interface in a slot.
-    pub async fn add_interface(&self, request: &api::AddInterfaceRequest) -> Result<(), AgentError> {
+    pub(crate) async fn add_interface(&self, request: &api::AddInterfaceRequest) -> Result<(), AgentError> {
         let answer = self.client.add_interface(Context::default(), request);
         self.call("AddInterface", SLOW, answer).await.map(drop)
     }
 
     /// Sets a container up; gives its first process's id in the guest.
-    pub async fn create_container(&self, request: &api::CreateContainerRequest) -> Result<u32, AgentError> {
+    pub(crate) async fn create_container(
+        &self,
+        request: &api::CreateContainerRequest,
+    ) -> Result<u32, AgentError> {
         let answer = self.client.create_container(Context::default(), request);
         self.call("CreateContainer", SLOW, answer).await.map(|answer| answer.pid)
     }
 
     /// Sets a further process up.
-    pub async fn create_exec(&self, request: &api::CreateExecRequest) -> Result<(), AgentError> {
+    pub(crate) async fn create_exec(&self, request: &api::CreateExecRequest) -> Result<(), AgentError> {
         self.call("CreateExec", SLOW, self.client.create_exec(Context::default(), request)).await.map(drop)
     }
 
     /// Executes a process's program.
-    pub async fn start(&self, container: &str, exec: &str) -> Result<(), AgentError> {
+    pub(crate) async fn start(&self, container: &str, exec: &str) -> Result<(), AgentError> {
         let request = process(container, exec);
         self.call("Start", SLOW, self.client.start(Context::default(), &request)).await.map(drop)
     }
 
     /// Waits until a process has ended.
-    pub async fn wait(&self, container: &str, exec: &str) -> Result<Ended, AgentError> {
+    pub(crate) async fn wait(&self, container: &str, exec: &str) -> Result<Ended, AgentError> {
         let request = process(container, exec);
         let answer = self.while_there(self.client.wait(Context::default(), &request)).await?;
         let exit = Exit { status: answer.exit_status, at_ns: answer.exited_at_ns };
@@ -252,7 +255,7 @@ impl Agent {
     }
 
     /// Sends a signal to a process, or to every process of a container.
-    pub async fn signal(
+    pub(crate) async fn signal(
         &self,
         container: &str,
         exec: &str,
@@ -270,13 +273,13 @@ impl Agent {
     }
 
     /// Releases a process, or with an empty exec id a container.
-    pub async fn delete(&self, container: &str, exec: &str) -> Result<(), AgentError> {
+    pub(crate) async fn delete(&self, container: &str, exec: &str) -> Result<(), AgentError> {
         let request = process(container, exec);
         self.call("Delete", SLOW, self.client.delete(Context::default(), &request)).await.map(drop)
     }
 
     /// Sets the size of a process's terminal.
-    pub async fn resize_pty(
+    pub(crate) async fn resize_pty(
         &self,
         container: &str,
         exec: &str,
@@ -294,25 +297,25 @@ impl Agent {
     }
 
     /// Freezes a container.
-    pub async fn pause(&self, container: &str) -> Result<(), AgentError> {
+    pub(crate) async fn pause(&self, container: &str) -> Result<(), AgentError> {
         let request = container_request(container);
         self.call("Pause", QUICK, self.client.pause(Context::default(), &request)).await.map(drop)
     }
 
     /// Thaws a container.
-    pub async fn resume(&self, container: &str) -> Result<(), AgentError> {
+    pub(crate) async fn resume(&self, container: &str) -> Result<(), AgentError> {
         let request = container_request(container);
         self.call("Resume", QUICK, self.client.resume(Context::default(), &request)).await.map(drop)
     }
 
     /// Changes a container's limits to the OCI `linux.resources` object in `resources`.
-    pub async fn update(&self, container: &str, resources: Vec<u8>) -> Result<(), AgentError> {
+    pub(crate) async fn update(&self, container: &str, resources: Vec<u8>) -> Result<(), AgentError> {
         let request = api::UpdateRequest { container_id: container.into(), resources, ..Default::default() };
         self.call("Update", QUICK, self.client.update(Context::default(), &request)).await.map(drop)
     }
 
     /// The process ids of a container, as the guest counts them; at most [`MAX_PIDS`].
-    pub async fn pids(&self, container: &str, limit: Duration) -> Result<Vec<u32>, AgentError> {
+    pub(crate) async fn pids(&self, container: &str, limit: Duration) -> Result<Vec<u32>, AgentError> {
         let request = container_request(container);
         let mut answer = self.call("Pids", limit, self.client.pids(Context::default(), &request)).await?;
         answer.pids.truncate(MAX_PIDS);
@@ -320,7 +323,7 @@ impl Agent {
     }
 
     /// A container's figures.
-    pub async fn stats(&self, container: &str) -> Result<api::StatsResponse, AgentError> {
+    pub(crate) async fn stats(&self, container: &str) -> Result<api::StatsResponse, AgentError> {
         let request = container_request(container);
         let mut answer = self.call("Stats", QUICK, self.client.stats(Context::default(), &request)).await?;
         answer.io.truncate(MAX_IO_ENTRIES);
@@ -328,13 +331,13 @@ impl Agent {
     }
 
     /// Waits for the next event.
-    pub async fn next_event(&self) -> Result<api::AgentEvent, AgentError> {
+    pub(crate) async fn next_event(&self) -> Result<api::AgentEvent, AgentError> {
         let request = api::Empty::new();
         self.while_there(self.client.next_event(Context::default(), &request)).await
     }
 
     /// Asks the guest to power itself off; there may be no answer.
-    pub async fn power_off(&self, limit: Duration) {
+    pub(crate) async fn power_off(&self, limit: Duration) {
         let request = api::Empty::new();
         let _ = self.call("PowerOff", limit, self.client.power_off(Context::default(), &request)).await;
     }

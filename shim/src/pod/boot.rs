@@ -39,7 +39,7 @@ const RESTORE_LIMIT: Duration = Duration::from_secs(5);
 
 /// What a pod consists of once its guest runs.
 #[derive(Debug)]
-pub struct Booted {
+pub(crate) struct Booted {
     pub(super) tree: Arc<SharedTree>,
     pub(super) agent: Agent,
     pub(super) control: Arc<Control>,

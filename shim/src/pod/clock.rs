@@ -26,7 +26,7 @@ const FRESH: Duration = Duration::from_millis(100);
 const ATTEMPTS: usize = 5;
 
 /// Tells the guest the time for as long as the pod lives.
-pub async fn follow(agent: Agent) {
+pub(crate) async fn follow(agent: Agent) {
     let timer = match Timer::new() {
         Ok(timer) => timer,
         Err(error) => return log::warn!("the guest's clock does not follow the node's: {error}"),

@@ -24,7 +24,7 @@ const DETACH_LIMIT: Duration = Duration::from_secs(90);
 
 /// Why a pod does not get a disk.
 #[derive(Debug, thiserror::Error)]
-pub enum AttachError {
+pub(crate) enum AttachError {
     /// It has as many as it can have.
     #[error(
         "the pod has no slot left for a disk: it can have {MAX_DISKS}, less those that network interfaces took"
@@ -62,7 +62,7 @@ impl Classify for AttachError {
 
 /// A file system on a disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FileSystem {
+pub(crate) struct FileSystem {
     /// Its type.
     pub kind: String,
     /// How it is to be mounted, in the words of mount(8).
@@ -71,7 +71,7 @@ pub struct FileSystem {
 
 /// The overlay that the guest makes of layers.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Overlay {
+pub(crate) struct Overlay {
     /// Its upper and its working directory, in the guest; none if it can only be read.
     pub changes: Option<(String, String)>,
     /// Its further options.
@@ -86,7 +86,7 @@ const FILE_BLOCKS: u32 = 512;
 
 /// A disk in a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct AttachedDisk {
+pub(crate) struct AttachedDisk {
     slot: u8,
     /// Where it was found on the host.
     path: PathBuf,
@@ -96,12 +96,12 @@ pub struct AttachedDisk {
 
 impl AttachedDisk {
     /// Where the file system on it is mounted in the guest, if that was asked for.
-    pub fn mount_point(&self) -> PathBuf {
+    pub(crate) fn mount_point(&self) -> PathBuf {
         PathBuf::from(format!("{DISKS_DIR}/{}", self.slot))
     }
 
     /// Where in the guest the upper and the working directory of an overlay are, if that is what it is for.
-    pub fn changes(&self) -> (String, String) {
+    pub(crate) fn changes(&self) -> (String, String) {
         let place = |name: &str| format!("{LAYERS_DIR}/{}/changes/{name}", self.slot);
         (place(ext4::UPPER_NAME), place(ext4::WORK_NAME))
     }
@@ -121,12 +121,12 @@ struct Order<'a> {
 impl Pod {
     /// How many more disks the pod may have for what of a container could be shared as files; the `others` that it asks for come
     /// first.
-    pub fn room_for_roots(&self, others: usize) -> usize {
+    pub(crate) fn room_for_roots(&self, others: usize) -> usize {
         self.slots.room_for_roots(others)
     }
 
     /// Gives the guest a disk, and has it mount the file system on it if there is one to be mounted.
-    pub async fn attach_disk(
+    pub(crate) async fn attach_disk(
         &self,
         disk: &OpenDisk,
         file_system: Option<&FileSystem>,
@@ -149,7 +149,7 @@ impl Pod {
 
     /// Gives the guest a disk for what a container changes. It makes an overlay of that and `lower`, a directory of its own, or leaves
     /// that to whoever attaches layers.
-    pub async fn attach_changes(
+    pub(crate) async fn attach_changes(
         &self,
         disk: &OpenDisk,
         lower: Option<&str>,
@@ -179,7 +179,7 @@ impl Pod {
     }
 
     /// Gives the guest layers, from the uppermost down, as one disk, and has it mount them as `overlay` says.
-    pub async fn attach_layers(
+    pub(crate) async fn attach_layers(
         &self,
         layers: &[Layer],
         overlay: &Overlay,
@@ -232,7 +232,7 @@ impl Pod {
     }
 
     /// Takes disks away from the guest; what fails is logged, since the pod's end will do it in any case.
-    pub async fn detach_disks(&self, disks: &[AttachedDisk]) {
+    pub(crate) async fn detach_disks(&self, disks: &[AttachedDisk]) {
         let deadline = Instant::now() + DETACH_LIMIT;
         // The other way round: layers lie below changes that have come before.
         for AttachedDisk { slot, path, .. } in disks.iter().rev() {

@@ -16,11 +16,11 @@ const POWER_OFF_LIMIT: Duration = Duration::from_secs(2);
 const REASON_LIMIT: Duration = Duration::from_millis(300);
 
 /// A pod whose agent is lost is declared dead within this time.
-pub const DEATH_LIMIT: Duration = Duration::from_secs(3);
+pub(crate) const DEATH_LIMIT: Duration = Duration::from_secs(3);
 
 /// Why a pod is no more.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Death {
+pub(crate) struct Death {
     /// For the operator.
     pub reason: String,
     /// Nanoseconds since the Unix epoch.
@@ -29,12 +29,12 @@ pub struct Death {
 
 impl Pod {
     /// Why the pod is dead, if it is.
-    pub fn death(&self) -> Option<Death> {
+    pub(crate) fn death(&self) -> Option<Death> {
         self.death.borrow().clone()
     }
 
     /// Answers when the pod is dead.
-    pub async fn died(&self) -> Death {
+    pub(crate) async fn died(&self) -> Death {
         let mut death = self.death.subscribe();
         loop {
             let now = death.borrow_and_update().clone();
@@ -49,7 +49,7 @@ impl Pod {
     }
 
     /// An error for requests to a dead pod.
-    pub fn check_alive(&self) -> Result<(), ApiError> {
+    pub(crate) fn check_alive(&self) -> Result<(), ApiError> {
         match self.death() {
             Some(death) => Err(PodError::Dead(death.reason).into()),
             None => Ok(()),
@@ -57,7 +57,7 @@ impl Pod {
     }
 
     /// Ends the virtual machine at once, whatever the guest does or says. The pod's death follows, with this reason.
-    pub fn condemn(&self, reason: impl Into<String>) {
+    pub(crate) fn condemn(&self, reason: impl Into<String>) {
         self.condemned.send_if_modified(|condemned| {
             let is_first = condemned.is_none();
             condemned.get_or_insert_with(|| reason.into());
@@ -81,7 +81,7 @@ impl Pod {
     }
 
     /// Powers the guest off and releases everything. Idempotent; returns when it is done, whoever began it.
-    pub async fn stop(&self) {
+    pub(crate) async fn stop(&self) {
         if !self.stopping.send_replace(true) && self.death().is_none() {
             let powered_off = self.is_up.load(Ordering::Relaxed) && self.power_off().await;
             if !powered_off {

@@ -33,7 +33,7 @@ type What = (String, String, String);
 
 /// A volume that follows the node's.
 #[derive(Debug)]
-pub struct Following {
+pub(crate) struct Following {
     /// Where the slave is mounted, in the pod's namespace.
     slave: PathBuf,
     /// Where the copy is mounted.
@@ -48,18 +48,18 @@ pub struct Following {
 
 impl Following {
     /// Follows what is mounted at `slave` with what will be at `copy`. Called before the copy is made.
-    pub fn new(slave: PathBuf, copy: PathBuf, origin: PathBuf) -> io::Result<Following> {
+    pub(crate) fn new(slave: PathBuf, copy: PathBuf, origin: PathBuf) -> io::Result<Following> {
         let seen = topmost(&fs::read_to_string(MOUNTINFO)?, &slave);
         Ok(Following { slave, copy, origin, seen, shown: BTreeMap::new() })
     }
 
     /// Where the slave is mounted.
-    pub fn slave(&self) -> &Path {
+    pub(crate) fn slave(&self) -> &Path {
         &self.slave
     }
 
     /// Makes the copy as the slave is. `table` is the calling thread's mountinfo.
-    pub fn update(&mut self, table: &str) {
+    pub(crate) fn update(&mut self, table: &str) {
         let now = topmost(table, &self.slave);
         for place in changed(&self.seen, &now) {
             let outcome = self.hide(&place).and_then(|()| match now.get(&place) {

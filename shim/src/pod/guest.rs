@@ -19,9 +19,9 @@ use crate::host::parameters;
 use crate::template::{Recipe, Template};
 
 /// The tags of the file systems: the shared tree, and the root file systems in it.
-pub const FS_TAG: &str = "shared";
+pub(crate) const FS_TAG: &str = "shared";
 /// See [`FS_TAG`].
-pub const ROOTS_TAG: &str = "roots";
+pub(crate) const ROOTS_TAG: &str = "roots";
 
 /// Every guest's context id: each has a socket device of its own, so they never meet.
 const GUEST_CID: u32 = FIRST_GUEST_CID;
@@ -38,10 +38,10 @@ fn hash_tables(memory_mib: u32) -> String {
 }
 
 /// Bytes of the guest's console that are kept.
-pub const CONSOLE_KEPT: usize = 16 * 1024;
+pub(crate) const CONSOLE_KEPT: usize = 16 * 1024;
 
 /// Parameters of the node's kernel, as the guest is told them.
-pub fn node_parameters() -> Vec<Parameter> {
+pub(crate) fn node_parameters() -> Vec<Parameter> {
     let told =
         |(path, value): (&str, String)| Parameter { path: path.to_owned(), value, ..Default::default() };
     parameters::of_node().into_iter().map(told).collect()
@@ -81,7 +81,7 @@ impl Classify for FileError {
 
 /// Where a machine's memory comes from.
 #[derive(Debug, Clone, Copy)]
-pub enum Start<'a> {
+pub(crate) enum Start<'a> {
     /// From nothing: the kernel boots.
     Cold,
     /// The kernel boots in the memory file of a template in the making.
@@ -92,7 +92,7 @@ pub enum Start<'a> {
 
 /// The host's ends of a machine's devices, to be handed to its VMM.
 #[derive(Debug, Clone, Copy)]
-pub struct Backends<'a> {
+pub(crate) struct Backends<'a> {
     /// Takes the console's output.
     pub console: BorrowedFd<'a>,
     /// The file server's sockets: for the shared tree, and for root file systems.
@@ -102,7 +102,7 @@ pub struct Backends<'a> {
 }
 
 /// Has the VMM behind `control` get ready for a machine of the recipe's size.
-pub fn prepare(
+pub(crate) fn prepare(
     control: &Control,
     recipe: &Recipe,
     files: &Files,
@@ -127,7 +127,7 @@ pub fn prepare(
 }
 
 /// Waits until the VMM is ready, as long as it lives.
-pub async fn prepared(control: &Control, listener: &mut ControlListener) -> Result<(), PodError> {
+pub(crate) async fn prepared(control: &Control, listener: &mut ControlListener) -> Result<(), PodError> {
     tokio::select! {
         biased;
         answer = control.prepared() => Ok(answer?),
@@ -137,7 +137,7 @@ pub async fn prepared(control: &Control, listener: &mut ControlListener) -> Resu
 
 /// Has the VMM behind `control`, which is ready for the same start, run a machine. Listens for its answer, and gives the
 /// listener back.
-pub async fn start(
+pub(crate) async fn start(
     control: &Control,
     listener: ControlListener,
     recipe: &Recipe,
@@ -185,7 +185,7 @@ pub async fn start(
 }
 
 /// Waits for the agent's first answer, as long as its machine lives.
-pub async fn greet(
+pub(crate) async fn greet(
     control: &Control,
     agent: &Agent,
     listener: &mut ControlListener,
@@ -219,7 +219,7 @@ impl<'a> FdList<'a> {
 
 /// What every machine is handed, open.
 #[derive(Debug)]
-pub struct Files {
+pub(crate) struct Files {
     kvm: File,
     kernel: File,
     image: File,
@@ -227,7 +227,7 @@ pub struct Files {
 
 impl Files {
     /// Opens a recipe's files.
-    pub fn open(recipe: &Recipe) -> Result<Files, FileError> {
+    pub(crate) fn open(recipe: &Recipe) -> Result<Files, FileError> {
         let kvm = OpenOptions::new().read(true).write(true).open(&recipe.kvm).map_err(|source| FileError::Open {
             what: "KVM device",
             path: recipe.kvm.clone(),

@@ -14,7 +14,7 @@ use super::agent::AgentError;
 
 /// When a guest is asked, and when it is given up.
 #[derive(Debug, Clone, Copy)]
-pub struct Heartbeat {
+pub(crate) struct Heartbeat {
     /// Between an answer and the next question.
     pub interval: Duration,
     /// An answer that takes longer is missed.

@@ -23,7 +23,7 @@ const PIDS_MAX: u32 = 128;
 
 /// What one container asks of the host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Claim {
+pub(crate) struct Claim {
     /// Volumes whose files are in the host's memory and that it may write to: the file system's number, and its size. They
     /// are written by the pod's file server, and so count as the pod's.
     tmpfs: BTreeMap<u64, u64>,
@@ -38,7 +38,7 @@ pub struct Claim {
 
 /// The limits of a pod as they follow from its containers.
 #[derive(Debug)]
-pub struct PodLimits {
+pub(crate) struct PodLimits {
     size: Size,
     /// Whether the pod is a container of its own, whose limits are the pod's.
     is_lone: bool,
@@ -56,7 +56,7 @@ struct State {
 
 impl Claim {
     /// Of a container that writes to files below these directories.
-    pub fn new<'a>(
+    pub(crate) fn new<'a>(
         written: impl IntoIterator<Item = &'a Path>,
         resources: Option<&LinuxResources>,
         role: &Role,
@@ -146,27 +146,27 @@ fn tmpfs(directory: &Path) -> Option<(u64, u64)> {
 
 impl PodLimits {
     /// Of a pod without containers, of this size, whose own limits are `demand`; `is_lone` if it is a container of its own.
-    pub fn new(size: Size, demand: &Demand, is_lone: bool) -> PodLimits {
+    pub(crate) fn new(size: Size, demand: &Demand, is_lone: bool) -> PodLimits {
         PodLimits { size, is_lone, state: Mutex::new(State { memory: demand.memory, ..State::default() }) }
     }
 
     /// The size of the pod's machine.
-    pub fn size(&self) -> Size {
+    pub(crate) fn size(&self) -> Size {
         self.size
     }
 
     /// Counts a container in.
-    pub fn add(&self, id: &str, claim: Claim) {
+    pub(crate) fn add(&self, id: &str, claim: Claim) {
         self.lock().claims.insert(id.to_owned(), claim);
     }
 
     /// Counts a container out.
-    pub fn remove(&self, id: &str) {
+    pub(crate) fn remove(&self, id: &str) {
         self.lock().claims.remove(id);
     }
 
     /// Changes what a container asks for.
-    pub fn update(&self, id: &str, resources: &LinuxResources) {
+    pub(crate) fn update(&self, id: &str, resources: &LinuxResources) {
         let mut state = self.lock();
         state.claims.entry(id.to_owned()).or_default().update(resources, self.is_lone);
         let limit = resources.memory().as_ref().and_then(|memory| memory.limit());
@@ -176,7 +176,7 @@ impl PodLimits {
     }
 
     /// What follows for the pod's cgroup.
-    pub fn limits(&self) -> Limits {
+    pub(crate) fn limits(&self) -> Limits {
         let mut state = self.lock();
         let mut tmpfs = BTreeMap::new();
         state.claims.values().for_each(|claim| tmpfs.extend(&claim.tmpfs));

@@ -88,14 +88,14 @@ impl Classify for MachineError {
 }
 
 /// Arguments by which the VMM becomes a user of its own.
-pub fn identity_args() -> [String; 4] {
+pub(crate) fn identity_args() -> [String; 4] {
     let id = (UID_BASE + std::process::id()).to_string();
     ["--uid".to_owned(), id.clone(), "--gid".to_owned(), id]
 }
 
 /// The network namespace that a jailed process is born in and stays in. It can make no socket in any.
 #[derive(Debug, Clone, Copy)]
-pub enum JailNetwork<'a> {
+pub(crate) enum JailNetwork<'a> {
     /// The node's empty one.
     Empty,
     /// The pod's. Whoever counts the pod's packets or adds an interface looks for it at the id of the pod's process.
@@ -106,7 +106,7 @@ pub enum JailNetwork<'a> {
 
 /// A running jailed process and what it said.
 #[derive(Debug)]
-pub struct Jailed {
+pub(crate) struct Jailed {
     /// The process.
     pub child: Child,
     /// Its standard error.
@@ -116,7 +116,7 @@ pub struct Jailed {
 impl Jailed {
     /// Starts `program` with `socket` as descriptor 3, in the given mount namespace and directory; without one it is born
     /// where there is nothing to see.
-    pub fn start(
+    pub(crate) fn start(
         program: &Path,
         args: &[String],
         name: &'static str,
@@ -156,20 +156,20 @@ impl Jailed {
     }
 
     /// Which process.
-    pub fn id(&self) -> ProcessId {
+    pub(crate) fn id(&self) -> ProcessId {
         self.child.id
     }
 }
 
 /// A pair of connected sockets, close-on-exec.
-pub fn socket_pair(kind: SockType) -> Result<(OwnedFd, OwnedFd), MachineError> {
+pub(crate) fn socket_pair(kind: SockType) -> Result<(OwnedFd, OwnedFd), MachineError> {
     socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC)
         .map_err(|errno| MachineError::Prepare { step: "create a socket pair", source: errno.into() })
 }
 
 /// The shim's end of the control socket.
 #[derive(Debug)]
-pub struct Control {
+pub(crate) struct Control {
     channel: Arc<AsyncFd<Channel>>,
     /// Requests are answered in order: whoever holds this is next.
     replies: Mutex<Replies>,
@@ -177,14 +177,14 @@ pub struct Control {
 
 /// The listening side of [`Control`]: must run for replies to arrive.
 #[derive(Debug)]
-pub struct ControlListener {
+pub(crate) struct ControlListener {
     channel: Arc<AsyncFd<Channel>>,
     replies: mpsc::Sender<Result<(), Refusal>>,
 }
 
 impl Control {
     /// Takes the shim's end.
-    pub fn new(channel: Channel) -> Result<(Control, ControlListener), MachineError> {
+    pub(crate) fn new(channel: Channel) -> Result<(Control, ControlListener), MachineError> {
         let prepare = |source: Errno| MachineError::Prepare {
             step: "unblock the control socket",
             source: source.into(),
@@ -203,17 +203,17 @@ impl Control {
     }
 
     /// Sends the first request, with its descriptors. [`Control::prepared`] waits for the answer.
-    pub fn prepare(&self, config: PrepareConfig, fds: &[BorrowedFd<'_>]) -> Result<(), MachineError> {
+    pub(crate) fn prepare(&self, config: PrepareConfig, fds: &[BorrowedFd<'_>]) -> Result<(), MachineError> {
         self.send(&Request::Prepare(config), fds)
     }
 
     /// Waits for the answer to [`Control::prepare`]; before any other request.
-    pub async fn prepared(&self) -> Result<(), MachineError> {
+    pub(crate) async fn prepared(&self) -> Result<(), MachineError> {
         self.limited("Prepare", async { receive(&mut *self.replies.lock().await).await }).await
     }
 
     /// The answer that came just before the VMM ended, if one did: a refusal says more than the end.
-    pub fn last_words(&self) -> Result<(), MachineError> {
+    pub(crate) fn last_words(&self) -> Result<(), MachineError> {
         match self.replies.try_lock().ok().and_then(|mut replies| replies.try_recv().ok()) {
             Some(reply) => reply.map_err(refused),
             None => Ok(()),
@@ -229,7 +229,7 @@ impl Control {
     }
 
     /// Sends a request with its descriptors and waits for the answer.
-    pub async fn request(
+    pub(crate) async fn request(
         &self,
         name: &'static str,
         request: &Request,
@@ -258,7 +258,7 @@ impl Control {
     }
 
     /// Closes the connection, which ends the virtual machine.
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         // SAFETY: shutdown takes a descriptor number, which the channel keeps open.
         unsafe { libc::shutdown(self.channel.get_ref().as_raw_fd(), libc::SHUT_RDWR) };
     }
@@ -280,12 +280,12 @@ fn refused(refusal: Refusal) -> MachineError {
 
 impl ControlListener {
     /// Receives until the virtual machine has ended: its own reason, or `None` if the VMM just went away.
-    pub async fn run(mut self) -> Option<ExitReason> {
+    pub(crate) async fn run(mut self) -> Option<ExitReason> {
         self.until_ended().await
     }
 
     /// As [`ControlListener::run`]; nothing is lost when it is given up and called again.
-    pub async fn until_ended(&mut self) -> Option<ExitReason> {
+    pub(crate) async fn until_ended(&mut self) -> Option<ExitReason> {
         loop {
             let Ok(mut ready) = self.channel.readable().await else { return None };
             match self.channel.get_ref().receive() {

@@ -46,7 +46,7 @@ use tokio::time::Instant;
 
 use self::agent::{Agent, Greeting};
 use self::boot::{BootError, Booted};
-pub use self::end::{DEATH_LIMIT, Death};
+pub(crate) use self::end::{DEATH_LIMIT, Death};
 use self::guest::{FS_TAG, ROOTS_TAG};
 use self::heartbeat::Heartbeat;
 use self::limits::{Claim, PodLimits};
@@ -67,7 +67,7 @@ const BOOT_LIMIT: Duration = Duration::from_secs(30);
 
 /// What a pod is made with.
 #[derive(Debug)]
-pub struct PodSpec {
+pub(crate) struct PodSpec {
     /// Id of the container that it is made for (the sandbox, in Kubernetes).
     pub id: String,
     /// The pod's directory: does not exist yet.
@@ -88,7 +88,7 @@ pub struct PodSpec {
 
 /// A pod.
 #[derive(Debug)]
-pub struct Pod {
+pub(crate) struct Pod {
     id: String,
     network_namespace: Option<PathBuf>,
     tree: Arc<SharedTree>,
@@ -168,7 +168,7 @@ impl Classify for PodError {
 
 impl Pod {
     /// Starts the pod's processes and boots the guest. Nothing is left behind when it fails.
-    pub async fn launch(spec: PodSpec) -> Result<Arc<Pod>, PodError> {
+    pub(crate) async fn launch(spec: PodSpec) -> Result<Arc<Pod>, PodError> {
         let mut resources = Resources::new(spec.directory.clone());
         let timeline = Timeline::new(spec.received_us);
         match boot::boot(&spec, &mut resources, &timeline).await {
@@ -257,7 +257,7 @@ impl Pod {
     }
 
     /// Waits for the agent and makes the guest this pod's, with its network.
-    pub async fn configure(&self, hostname: &str) -> Result<(), PodError> {
+    pub(crate) async fn configure(&self, hostname: &str) -> Result<(), PodError> {
         if !self.is_up.load(Ordering::Relaxed) {
             let left = BOOT_LIMIT.saturating_sub(self.launched.elapsed());
             match self.while_alive(self.agent.ready(left)).await? {
@@ -318,43 +318,43 @@ impl Pod {
     }
 
     /// The order for a template that would have served this pod, if there was none.
-    pub fn template_wanted(&self) -> Option<&Order> {
+    pub(crate) fn template_wanted(&self) -> Option<&Order> {
         self.wanted.as_ref()
     }
 
     /// The pod's id: that of the container it was made for.
-    pub fn id(&self) -> &str {
+    pub(crate) fn id(&self) -> &str {
         &self.id
     }
 
     /// The network namespace that somebody made for the pod on the host.
-    pub fn network_namespace(&self) -> Option<&Path> {
+    pub(crate) fn network_namespace(&self) -> Option<&Path> {
         self.network_namespace.as_deref()
     }
 
     /// The guest's agent.
-    pub fn agent(&self) -> &Agent {
+    pub(crate) fn agent(&self) -> &Agent {
         &self.agent
     }
 
     /// Its cgroup on the host, with all that is of it there.
-    pub fn cgroup(&self) -> Option<&Path> {
+    pub(crate) fn cgroup(&self) -> Option<&Path> {
         self.cgroup.as_ref().map(PodCgroup::path)
     }
 
     /// The tree that the guest shares with the host.
-    pub fn tree(&self) -> &SharedTree {
+    pub(crate) fn tree(&self) -> &SharedTree {
         &self.tree
     }
 
     /// What it may use.
-    pub fn limits(&self) -> &PodLimits {
+    pub(crate) fn limits(&self) -> &PodLimits {
         &self.limits
     }
 
     /// Looks for interfaces that came after the pod was made, which it would not have been told of: by a hook, or by Docker. The
     /// parameters that the container in `bundle` asks for have been set already, and stay.
-    pub async fn connect_late(&self, bundle: &Path, had_hooks: bool) -> Result<(), PodError> {
+    pub(crate) async fn connect_late(&self, bundle: &Path, had_hooks: bool) -> Result<(), PodError> {
         if !self.own_network && !had_hooks {
             return Ok(());
         }
@@ -365,51 +365,51 @@ impl Pod {
     }
 
     /// Whether the pod's network namespace is one that its VMM brought along, for Docker to find.
-    pub fn has_own_network(&self) -> bool {
+    pub(crate) fn has_own_network(&self) -> bool {
         self.own_network
     }
 
     /// Counts a container in that the pod was not made with.
-    pub fn add_claim(&self, id: &str, claim: Claim) {
+    pub(crate) fn add_claim(&self, id: &str, claim: Claim) {
         self.limits.add(id, claim);
         self.apply_limits();
     }
 
     /// Counts a container out that the pod outlives.
-    pub fn remove_claim(&self, id: &str) {
+    pub(crate) fn remove_claim(&self, id: &str) {
         self.limits.remove(id);
         self.apply_limits();
     }
 
     /// Has the host follow the limits still, whatever others have done to its control groups.
-    pub fn keep_limits(&self) {
+    pub(crate) fn keep_limits(&self) {
         if let Some(cgroup) = &self.cgroup {
             cgroup.keep(|| self.limits.limits());
         }
     }
 
     /// Has the host follow the limits after a change.
-    pub fn apply_limits(&self) {
+    pub(crate) fn apply_limits(&self) {
         if let Some(cgroup) = &self.cgroup {
             cgroup.limit(&self.limits.limits());
         }
     }
 
     /// The moments of its start.
-    pub fn timeline(&self) -> &Timeline {
+    pub(crate) fn timeline(&self) -> &Timeline {
         &self.timeline
     }
 
     /// The process that containerd is told as the pid of the first task: it lives as long as the pod, and so its number
     /// can't be mistaken for another process of the host.
-    pub fn host_pid(&self) -> u32 {
+    pub(crate) fn host_pid(&self) -> u32 {
         self.vmm.pid.unsigned_abs()
     }
 
     /// What containerd is told as the pid of a further task: a thread of the pod's processes, which live as long. A
     /// container that is to share another one's processes names that one by its pid, so it is one that is not among
     /// `taken` as long as there are any.
-    pub async fn task_pid(&self, taken: &[u32]) -> u32 {
+    pub(crate) async fn task_pid(&self, taken: &[u32]) -> u32 {
         let file_server = self.resources.lock().await.fs_server.as_ref().map(|process| process.child.id);
         let processes = [Some(self.vmm), file_server];
         let threads = processes.into_iter().flatten().flat_map(|process| process.threads());
@@ -418,18 +418,18 @@ impl Pod {
     }
 
     /// What holds for each of its containers.
-    pub fn containers(&self) -> Containers {
+    pub(crate) fn containers(&self) -> Containers {
         self.containers
     }
 
     /// Opens a new stdio stream into the guest; gives its number and the shim's end.
-    pub async fn open_stream(&self) -> Result<(u64, UnixStream), PodError> {
+    pub(crate) async fn open_stream(&self) -> Result<(u64, UnixStream), PodError> {
         let number = self.next_stream.fetch_add(1, Ordering::Relaxed);
         Ok((number, self.open_numbered(number).await?))
     }
 
     /// Opens a new stream to a TCP port of the guest; what it then says is in [`bulkhead_agent_protocol::forward`].
-    pub async fn open_port(&self, port: LoopbackPort) -> Result<UnixStream, PodError> {
+    pub(crate) async fn open_port(&self, port: LoopbackPort) -> Result<UnixStream, PodError> {
         self.open_numbered(port.to_number()).await
     }
 
@@ -439,7 +439,7 @@ impl Pod {
     }
 
     /// Asks the guest a question of the operator's; what it answers is the guest's, and cut at `limit` bytes.
-    pub async fn ask(&self, question: &str, limit: u64) -> Result<Vec<u8>, PodError> {
+    pub(crate) async fn ask(&self, question: &str, limit: u64) -> Result<Vec<u8>, PodError> {
         let mut stream = self.open_numbered(QUESTION).await?;
         stream.write_all(format!("{question}\n").as_bytes()).await.map_err(PodError::Stream)?;
         let mut answer = Vec::new();
@@ -448,7 +448,7 @@ impl Pod {
     }
 
     /// The last lines of the guest's console and of the pod's processes, as far as they are kept, for a person.
-    pub async fn last_words(&self) -> String {
+    pub(crate) async fn last_words(&self) -> String {
         self.resources.lock().await.last_words()
     }
 
@@ -492,7 +492,7 @@ fn log_ready(how: &str, launched: Instant, greeting: &Greeting) {
 }
 
 /// The wall clock, nanoseconds since the Unix epoch.
-pub fn now_ns() -> i64 {
+pub(crate) fn now_ns() -> i64 {
     let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since_epoch.as_nanos()).unwrap_or(i64::MAX)
 }

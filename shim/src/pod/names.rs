@@ -70,7 +70,7 @@ enum Ended {
 
 /// Begins, if Docker has put a name server into the pod's namespace: at once, because the container's first question may come
 /// as soon as it runs. A pod without it is still of use, so a failure is said and no more.
-pub async fn start(pod: &Arc<Pod>, bundle: &Path) {
+pub(crate) async fn start(pod: &Arc<Pod>, bundle: &Path) {
     if !pod.has_own_network() || !is_served(pod.host_pid()) {
         return;
     }

@@ -21,16 +21,16 @@ use crate::host::sharing::Empty;
 use crate::host::small_namespace;
 
 /// The tree's place in the pod's namespace.
-pub const TREE: &str = "/shared";
+pub(crate) const TREE: &str = "/shared";
 
 /// Where a directory or a file is mounted first in the pod's namespace, unseen by the file server.
 const STAGING: [&str; 2] = ["/staging", "/staging-file"];
 
 /// Where volumes are mounted that follow the node's, unseen by the file server too.
-pub const FOLLOWING: &str = "/following";
+pub(crate) const FOLLOWING: &str = "/following";
 
 /// In the place of what may not be shared.
-pub const EMPTY: Empty = Empty { directory: "/empty", file: "/empty-file" };
+pub(crate) const EMPTY: Empty = Empty { directory: "/empty", file: "/empty-file" };
 
 /// Why there is no namespace, or no way into it.
 #[derive(Debug, thiserror::Error)]
@@ -63,13 +63,13 @@ pub enum PodNamespaceError {
 
 /// The namespace, which is there as long as this or a process in it.
 #[derive(Debug, Clone)]
-pub struct PodNamespace {
+pub(crate) struct PodNamespace {
     fd: Arc<OwnedFd>,
 }
 
 impl PodNamespace {
     /// Makes it around the pod's directory, which is empty.
-    pub async fn create(pod_directory: &Path) -> Result<PodNamespace, PodNamespaceError> {
+    pub(crate) async fn create(pod_directory: &Path) -> Result<PodNamespace, PodNamespaceError> {
         for name in ["shared", "proc", "staging", "empty", "following"] {
             let path = pod_directory.join(name);
             fs::create_dir(&path).map_err(|source| PodNamespaceError::Create { path, source })?;
@@ -87,7 +87,7 @@ impl PodNamespace {
     }
 
     /// Runs `work` on a thread in it.
-    pub async fn inside<T: Send + 'static>(
+    pub(crate) async fn inside<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, PodNamespaceError> {
@@ -109,7 +109,7 @@ impl AsFd for PodNamespace {
 }
 
 /// Where such a thing is mounted first.
-pub fn staging_for(kind: PointKind) -> &'static str {
+pub(crate) fn staging_for(kind: PointKind) -> &'static str {
     let [directory, file] = STAGING;
     match kind {
         PointKind::Directory => directory,

@@ -65,7 +65,7 @@ type Joining = JoinHandle<Result<Vec<Joined>, NetError>>;
 
 /// A pod's network namespace and what has come of it.
 #[derive(Debug)]
-pub struct Network {
+pub(crate) struct Network {
     namespace: Namespace,
     queue_pairs: u8,
     spoof_check: bool,
@@ -77,7 +77,7 @@ pub struct Network {
 
 impl Network {
     /// Opens the namespace at a path for a pod of this configuration.
-    pub fn open(path: &Path, config: &Config) -> Result<Network, NetError> {
+    pub(crate) fn open(path: &Path, config: &Config) -> Result<Network, NetError> {
         Ok(Network {
             namespace: Namespace::open(path)?,
             // A queue pair for each vCPU.
@@ -89,17 +89,17 @@ impl Network {
     }
 
     /// What the namespace is found by again.
-    pub fn record(&self) -> &Record {
+    pub(crate) fn record(&self) -> &Record {
         self.namespace.record()
     }
 
     /// The namespace.
-    pub fn fd(&self) -> BorrowedFd<'_> {
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.namespace.fd()
     }
 
     /// Begins to join the interfaces to taps, which takes the kernel its time.
-    pub fn begin(&self) {
+    pub(crate) fn begin(&self) {
         let joining = tokio::spawn(self.join(Vec::new()));
         *self.joining.lock().unwrap_or_else(PoisonError::into_inner) = Some(joining);
     }
@@ -119,7 +119,7 @@ impl Network {
     }
 
     /// Takes from the namespace what was put into it. The taps are gone already, with the VMM.
-    pub async fn release(&self) {
+    pub(crate) async fn release(&self) {
         let begun = self.joining.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(joining) = begun {
             // Nothing is to be joined behind us.
@@ -141,7 +141,7 @@ pub(super) struct Attached {
 impl Pod {
     /// Gives the guest the interfaces of the pod's network namespace that it does not have yet: whenever there may be others
     /// than at its start. Parameters that were `chosen` stay as they are.
-    pub async fn connect_network(&self, chosen: &HashMap<String, String>) -> Result<(), NetworkError> {
+    pub(crate) async fn connect_network(&self, chosen: &HashMap<String, String>) -> Result<(), NetworkError> {
         let attached = self.attach_interfaces().await?;
         self.introduce_interfaces(attached, chosen).await
     }

@@ -29,7 +29,7 @@ const QUOTED: (usize, usize) = (3, 600);
 
 /// Everything that has to be released.
 #[derive(Debug)]
-pub struct Resources {
+pub(crate) struct Resources {
     directory: PathBuf,
     /// What is on disk for `delete`.
     state: State,

@@ -6,34 +6,34 @@ use bulkhead_vmm_protocol::DEVICE_SLOTS;
 
 /// How many disks a pod can have. The other slots are left to network interfaces, whose number is known when a pod starts:
 /// they may take what no disk has yet.
-pub const MAX_DISKS: u8 = 8;
+pub(crate) const MAX_DISKS: u8 = 8;
 
 /// How many of these root file systems leave to disks that containers ask for: they can be shared as files instead.
 const LEFT_BY_ROOTS: usize = 2;
 
 /// Which slots are taken.
 #[derive(Debug, Default)]
-pub struct Slots(Mutex<[bool; DEVICE_SLOTS as usize]>);
+pub(crate) struct Slots(Mutex<[bool; DEVICE_SLOTS as usize]>);
 
 impl Slots {
     /// Takes a slot for a disk.
-    pub fn take_for_disk(&self) -> Option<u8> {
+    pub(crate) fn take_for_disk(&self) -> Option<u8> {
         self.take(0..MAX_DISKS)
     }
 
     /// Takes a slot for a network interface, one that no disk can have if possible.
-    pub fn take_for_interface(&self) -> Option<u8> {
+    pub(crate) fn take_for_interface(&self) -> Option<u8> {
         self.take((0..DEVICE_SLOTS).rev())
     }
 
     /// How many more disks there may be for what of a container could be shared as files, if it asks for so many `others`.
-    pub fn room_for_roots(&self, others: usize) -> usize {
+    pub(crate) fn room_for_roots(&self, others: usize) -> usize {
         let free = self.lock()[..usize::from(MAX_DISKS)].iter().filter(|taken| !**taken).count();
         free.saturating_sub(LEFT_BY_ROOTS.max(others))
     }
 
     /// A slot is free again.
-    pub fn give_back(&self, slot: u8) {
+    pub(crate) fn give_back(&self, slot: u8) {
         self.lock()[usize::from(slot)] = false;
     }
 

@@ -69,7 +69,7 @@ pub enum StateError {
 
 impl State {
     /// Replaces the record in the pod's directory, atomically.
-    pub fn save(&self, directory: &Path) -> Result<(), StateError> {
+    pub(crate) fn save(&self, directory: &Path) -> Result<(), StateError> {
         let path = directory.join(FILE);
         write_atomically(&path, &serde_json::to_vec(self).unwrap_or_default())
             .map_err(|source| StateError::Write { path, source })
@@ -90,7 +90,7 @@ impl State {
 
 /// How a container ended, kept in its own bundle for `delete`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ExitRecord {
+pub(crate) struct ExitRecord {
     /// The process id that containerd was told.
     pub pid: u32,
     /// Exit code, or 128 + signal.
@@ -103,12 +103,12 @@ const EXIT_FILE: &str = "bulkhead-exit.json";
 
 impl ExitRecord {
     /// Writes the record into a container's bundle.
-    pub fn save(&self, bundle: &Path) -> io::Result<()> {
+    pub(crate) fn save(&self, bundle: &Path) -> io::Result<()> {
         write_atomically(&bundle.join(EXIT_FILE), &serde_json::to_vec(self).unwrap_or_default())
     }
 
     /// Reads it; `None` if there is none, or none that makes sense.
-    pub fn load(bundle: &Path) -> Option<ExitRecord> {
+    pub(crate) fn load(bundle: &Path) -> Option<ExitRecord> {
         serde_json::from_slice(&fs::read(bundle.join(EXIT_FILE)).ok()?).ok()
     }
 }

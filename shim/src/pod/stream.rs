@@ -14,7 +14,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 const HEADER: usize = 10;
 
 /// The largest payload taken from the agent, in bytes. Its largest honest answers are statistics and process lists.
-pub const MAX_PAYLOAD: u32 = 64 * 1024;
+pub(crate) const MAX_PAYLOAD: u32 = 64 * 1024;
 
 /// Bytes that the agent may send at once.
 const BURST: usize = 1 << 20;
@@ -24,7 +24,7 @@ const REFILL: Duration = Duration::from_secs(1);
 
 /// A stream that ends with an error when a message is too large, and is read no faster than [`BURST`] in [`REFILL`].
 #[derive(Debug)]
-pub struct GuardedStream {
+pub(crate) struct GuardedStream {
     stream: UnixStream,
     header: [u8; HEADER],
     header_filled: usize,
@@ -35,7 +35,7 @@ pub struct GuardedStream {
 
 impl GuardedStream {
     /// Guards a connected stream.
-    pub fn new(stream: UnixStream) -> GuardedStream {
+    pub(crate) fn new(stream: UnixStream) -> GuardedStream {
         GuardedStream {
             stream,
             header: [0; HEADER],

@@ -18,7 +18,7 @@ const MAX_LINE: usize = 512;
 
 /// A reader that drains a pipe and keeps its end.
 #[derive(Debug, Clone)]
-pub struct Tail {
+pub(crate) struct Tail {
     kept: Arc<Mutex<VecDeque<u8>>>,
 }
 
@@ -26,7 +26,12 @@ impl Tail {
     /// Drains `reader` in the background, keeps the last `capacity` bytes, and logs each line as one of `name`'s.
     ///
     /// Whoever writes faster than a person could read is slowed down, and most of it does not reach the log.
-    pub fn start(reader: OwnedFd, capacity: usize, name: &'static str, level: Level) -> io::Result<Tail> {
+    pub(crate) fn start(
+        reader: OwnedFd,
+        capacity: usize,
+        name: &'static str,
+        level: Level,
+    ) -> io::Result<Tail> {
         let mut reader = pipe::Receiver::from_owned_fd(reader)?;
         let tail = Tail { kept: Arc::default() };
         let kept = tail.kept.clone();
@@ -57,7 +62,7 @@ impl Tail {
     }
 
     /// All that is kept, cleaned, line by line.
-    pub fn all(&self) -> String {
+    pub(crate) fn all(&self) -> String {
         let bytes: Vec<u8> = match self.kept.lock() {
             Ok(kept) => kept.iter().copied().collect(),
             Err(_) => return String::new(),
@@ -68,7 +73,7 @@ impl Tail {
     }
 
     /// The last lines, cleaned, joined with " | ", at most `limit` bytes; empty if there was nothing.
-    pub fn last_lines(&self, count: usize, limit: usize) -> String {
+    pub(crate) fn last_lines(&self, count: usize, limit: usize) -> String {
         let bytes: Vec<u8> = match self.kept.lock() {
             Ok(kept) => kept.iter().copied().collect(),
             Err(_) => return String::new(),

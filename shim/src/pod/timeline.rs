@@ -5,23 +5,23 @@ use std::sync::{Mutex, PoisonError};
 
 /// The moments of one pod's start so far. Each is named after the phase that ended then.
 #[derive(Debug)]
-pub struct Timeline {
+pub(crate) struct Timeline {
     stamps: Mutex<Option<Vec<(&'static str, u64)>>>,
 }
 
 impl Timeline {
     /// Begins with the moment at which containerd's request arrived.
-    pub fn new(received_us: u64) -> Timeline {
+    pub(crate) fn new(received_us: u64) -> Timeline {
         Timeline { stamps: Mutex::new(Some(vec![("containerd", received_us)])) }
     }
 
     /// A phase ends now.
-    pub fn stamp(&self, phase: &'static str) {
+    pub(crate) fn stamp(&self, phase: &'static str) {
         self.stamp_at(phase, now_us());
     }
 
     /// A phase ended at a moment of [`now_us`].
-    pub fn stamp_at(&self, phase: &'static str, at_us: u64) {
+    pub(crate) fn stamp_at(&self, phase: &'static str, at_us: u64) {
         let mut stamps = self.stamps.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(stamps) = stamps.as_mut() {
             stamps.push((phase, at_us));
@@ -29,7 +29,7 @@ impl Timeline {
     }
 
     /// Logs what there is, the first time it is called.
-    pub fn finish(&self, container: &str) {
+    pub(crate) fn finish(&self, container: &str) {
         let stamps = self.stamps.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(stamps) = stamps {
             log::info!("{}", line(container, &stamps));
@@ -47,7 +47,7 @@ fn line(container: &str, stamps: &[(&'static str, u64)]) -> String {
 }
 
 /// The node's monotonic clock, in microseconds.
-pub fn now_us() -> u64 {
+pub(crate) fn now_us() -> u64 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the structure is valid for the call, which can't fail for this clock.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };

@@ -52,7 +52,7 @@ pub enum TreeError {
 
 /// The shared tree of one pod.
 #[derive(Debug)]
-pub struct SharedTree {
+pub(crate) struct SharedTree {
     /// The tree's directory on the host, where only mount points are ever made.
     directory: PathBuf,
     namespace: PodNamespace,
@@ -73,20 +73,20 @@ impl Drop for SharedTree {
 
 impl SharedTree {
     /// Makes the tree below the pod's directory.
-    pub async fn create(pod_directory: &Path) -> Result<SharedTree, TreeError> {
+    pub(crate) async fn create(pod_directory: &Path) -> Result<SharedTree, TreeError> {
         let directory = pod_directory.join("shared");
         let namespace = PodNamespace::create(pod_directory).await?;
         Ok(SharedTree { directory, namespace, following: Arc::default(), watch: std::sync::Mutex::default() })
     }
 
     /// The mount namespace, for processes that are to be born in it.
-    pub fn namespace(&self) -> BorrowedFd<'_> {
+    pub(crate) fn namespace(&self) -> BorrowedFd<'_> {
         self.namespace.as_fd()
     }
 
     /// Attaches `tree` at `point` (relative to the tree), for whose last component a mount point is made. What of it may
     /// not be shared with a pod is left out, or fails it if it is the topmost mount.
-    pub async fn attach(&self, tree: DetachedTree, point: &Path) -> Result<(), TreeError> {
+    pub(crate) async fn attach(&self, tree: DetachedTree, point: &Path) -> Result<(), TreeError> {
         let kind = tree.judge()?;
         make_point(&self.directory, point, kind)?;
         let target = Path::new(TREE).join(point);
@@ -96,7 +96,7 @@ impl SharedTree {
 
     /// Attaches `tree`, a slave of the node's mounts, like [`attach`](Self::attach). What the node mounts and unmounts in it
     /// later, it mounts and unmounts in the pod.
-    pub async fn attach_following(&self, tree: DetachedTree, point: &Path) -> Result<(), TreeError> {
+    pub(crate) async fn attach_following(&self, tree: DetachedTree, point: &Path) -> Result<(), TreeError> {
         let kind = tree.judge()?;
         if kind == PointKind::File {
             // Nothing is mounted below it.
@@ -154,7 +154,7 @@ impl SharedTree {
     }
 
     /// Detaches every mount of a container and removes its mount points. Idempotent.
-    pub async fn remove(&self, container: &str) -> Result<(), TreeError> {
+    pub(crate) async fn remove(&self, container: &str) -> Result<(), TreeError> {
         let points = mount_points(&self.directory.join(container));
         let below: Vec<PathBuf> = points
             .iter()

@@ -15,7 +15,7 @@ const MAX_COPIED: u64 = 1 << 20;
 
 /// A file that the containers of a pod have in common.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PodFile {
+pub(crate) struct PodFile {
     /// Where it is on the host.
     pub source: PathBuf,
     /// Where containers have it.
@@ -25,7 +25,7 @@ pub struct PodFile {
 /// A file that can't be made.
 #[derive(Debug, thiserror::Error)]
 #[error("can't write the pod's {path}")]
-pub struct FileError {
+pub(crate) struct FileError {
     path: PathBuf,
     source: io::Error,
 }
@@ -37,7 +37,7 @@ impl Classify for FileError {
 }
 
 /// Makes the pod's files below its directory: what the kubelet wants in them, or else what the node has.
-pub fn write(directory: &Path, config: &PodConfig) -> Result<Vec<PodFile>, FileError> {
+pub(crate) fn write(directory: &Path, config: &PodConfig) -> Result<Vec<PodFile>, FileError> {
     let directory = directory.join(DIRECTORY);
     fs::create_dir(&directory).map_err(|source| FileError { path: directory.clone(), source })?;
     let hostname = if config.hostname.is_empty() { node_name() } else { config.hostname.clone() };

@@ -11,11 +11,11 @@ use super::files::PodFile;
 const SHM: &str = "/dev/shm";
 
 /// The process that a sandbox's PID namespace is that of: no pause process has one, so it is the agent's.
-pub const FIRST_PROCESS: u32 = 1;
+pub(crate) const FIRST_PROCESS: u32 = 1;
 
 /// A sandbox as its containers see it.
 #[derive(Debug, Default)]
-pub struct Members {
+pub(crate) struct Members {
     /// Whether it has been started: before that there are no containers.
     pub ready: bool,
     /// Files that all of them have, unless they have their own there.
@@ -26,7 +26,7 @@ pub struct Members {
 
 impl Members {
     /// Adds to a container's specification what it shares with the others.
-    pub fn complete(&self, spec: &mut Spec) {
+    pub(crate) fn complete(&self, spec: &mut Spec) {
         let read_only = spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
         let mut mounts = spec.mounts().clone().unwrap_or_default();
         for file in &self.files {
@@ -50,7 +50,7 @@ impl Members {
     }
 
     /// Notes that a container is set up.
-    pub fn is_set_up(&mut self) {
+    pub(crate) fn is_set_up(&mut self) {
         self.sysctls.clear();
     }
 }

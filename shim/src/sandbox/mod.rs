@@ -12,7 +12,7 @@ pub(crate) mod members;
 pub(crate) mod service;
 pub(crate) mod spec;
 
-pub use members::FIRST_PROCESS;
+pub(crate) use members::FIRST_PROCESS;
 
 #[cfg(test)]
 mod tests;

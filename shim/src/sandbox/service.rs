@@ -47,7 +47,7 @@ const NOT_READY: &str = "SANDBOX_NOTREADY";
 const KILLED: u32 = 128 + libc::SIGKILL as u32;
 
 /// The Sandbox API of one shim.
-pub struct SandboxService {
+pub(crate) struct SandboxService {
     shim: Arc<Shim>,
     /// What containerd passed when it started the shim: requests of this API carry none.
     options: RuntimeOptions,
@@ -85,7 +85,7 @@ impl Sandbox {
 }
 
 /// The API under its name.
-pub fn services(shim: &Arc<Shim>, options: RuntimeOptions) -> HashMap<String, Service> {
+pub(crate) fn services(shim: &Arc<Shim>, options: RuntimeOptions) -> HashMap<String, Service> {
     SandboxService::new(shim, options).services()
 }
 

@@ -18,7 +18,7 @@ const SCOPE_PREFIX: &str = "cri-containerd";
 
 /// Makes the specification of the sandbox `id`. A containerd that writes one into the bundle knows best; what the
 /// configuration says is added. Without a parent, the cgroup is below `namespace`, containerd's, as it is for others.
-pub fn build(
+pub(crate) fn build(
     bundle: &Path,
     id: &str,
     config: &PodConfig,

@@ -5,7 +5,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 /// A specification, or a process's part of one, without the capabilities that nobody knows; `None` if it has none of these.
-pub fn only_known(json: &[u8]) -> Option<Value> {
+pub(crate) fn only_known(json: &[u8]) -> Option<Value> {
     let mut object: Value = serde_json::from_slice(json).ok()?;
     let process = match object.get_mut("process") {
         Some(process) => process,

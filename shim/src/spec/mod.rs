@@ -20,8 +20,8 @@ use std::path::{Path, PathBuf};
 use bulkhead_agent_protocol::ROOTS_DIR;
 use oci_spec::runtime::{Hook, Hooks, Linux, LinuxNamespaceType, LinuxResources, Process, RootBuilder, Spec};
 
-pub use devices::{DeviceNumber, DiskPlace, HostDisk};
-pub use mounts::HostMount;
+pub(crate) use devices::{DeviceNumber, DiskPlace, HostDisk};
+pub(crate) use mounts::HostMount;
 pub use namespaces::{Member, PodNamespaces};
 
 use crate::error::{Classify, Code};
@@ -226,7 +226,7 @@ fn place_rules(resources: &mut LinuxResources, places: &[DiskPlace]) {
 }
 
 /// Reads `config.json` of a bundle.
-pub fn read(bundle: &Path) -> Result<Spec, SpecError> {
+pub(crate) fn read(bundle: &Path) -> Result<Spec, SpecError> {
     let path = bundle.join("config.json");
     let bytes = fs::read(&path).map_err(|source| SpecError::Read { path, source })?;
     parse("the specification config.json", &bytes)
@@ -370,7 +370,7 @@ fn translate_limits(resources: &mut LinuxResources) -> Result<(), SpecError> {
 }
 
 /// The directory of a bundle that is the container's root file system when containerd mounts nothing.
-pub fn bundle_rootfs(spec: &Spec, bundle: &Path) -> Result<PathBuf, SpecError> {
+pub(crate) fn bundle_rootfs(spec: &Spec, bundle: &Path) -> Result<PathBuf, SpecError> {
     let root = spec.root().as_ref().ok_or(SpecError::Missing("root"))?;
     // `join` leaves an absolute path as it is.
     Ok(bundle.join(root.path()))

@@ -24,7 +24,7 @@ pub struct PodNamespaces {
 
 impl PodNamespaces {
     /// The process ids that containerd was told of.
-    pub fn taken_pids(&self) -> Vec<u32> {
+    pub(crate) fn taken_pids(&self) -> Vec<u32> {
         self.members.iter().map(|member| member.host_pid).collect()
     }
 }

@@ -26,7 +26,7 @@ const ALL: [(Resource, PosixRlimitType); 16] = [
 ];
 
 /// The shim's own limits as they were when this was called first: before it raises any.
-pub fn inherited() -> &'static [PosixRlimit] {
+pub(crate) fn inherited() -> &'static [PosixRlimit] {
     static LIMITS: OnceLock<Vec<PosixRlimit>> = OnceLock::new();
     LIMITS.get_or_init(|| {
         let read = |&(resource, kind): &(Resource, PosixRlimitType)| {

@@ -20,7 +20,7 @@ pub enum Role {
 }
 
 /// Whether a container is one that the kubelet has asked for.
-pub fn is_of_cri(spec: &Spec) -> bool {
+pub(crate) fn is_of_cri(spec: &Spec) -> bool {
     let kind = spec.annotations().as_ref().and_then(|annotations| annotations.get(CONTAINER_TYPE));
     kind.is_some_and(|kind| kind == "container")
 }

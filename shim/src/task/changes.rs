@@ -16,7 +16,7 @@ const EMPTY: &str = "bulkhead-empty";
 
 /// An overlay that is taken apart: what it lies on, and a disk for the changes.
 #[derive(Debug)]
-pub struct CoveredRoot {
+pub(crate) struct CoveredRoot {
     /// What is shared as files, and read only.
     pub lower: Mount,
     /// What is changed.
@@ -28,7 +28,7 @@ pub struct CoveredRoot {
 impl CoveredRoot {
     /// Makes the disk, if containerd's mounts are an overlay that can be written to. What can't be had has a reason in the log, and is
     /// shared as files.
-    pub fn of(mounts: &[Mount]) -> Option<CoveredRoot> {
+    pub(crate) fn of(mounts: &[Mount]) -> Option<CoveredRoot> {
         let Apart { lower, empty, upper, options } = Apart::of(mounts)?;
         if let Some(empty) = empty
             && let Err(error) = fs::create_dir_all(&empty)
@@ -79,7 +79,7 @@ impl Apart {
 }
 
 /// Removes what an earlier task has left in the upper directory of an overlay.
-pub fn forget_in(mounts: &[Mount]) {
+pub(crate) fn forget_in(mounts: &[Mount]) {
     let upper =
         mounts.iter().flat_map(|mount| &mount.options).find_map(|option| option.strip_prefix("upperdir="));
     if let Some(upper) = upper {

@@ -29,7 +29,7 @@ const RETRIES: u32 = 3;
 
 /// Where a process is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
+pub(crate) enum State {
     /// Set up, its program not executed yet.
     Created,
     /// Started.
@@ -40,7 +40,7 @@ pub enum State {
 
 /// A process: a container's first, or an exec.
 #[derive(Debug)]
-pub struct Process {
+pub(crate) struct Process {
     /// Empty for a container's first process.
     pub exec_id: String,
     /// What containerd asked for.
@@ -57,7 +57,7 @@ pub struct Process {
 
 impl Process {
     /// A process that has just been set up.
-    pub fn new(exec_id: &str, stdio: Stdio, pid: u32, io: ProcessIo) -> Process {
+    pub(crate) fn new(exec_id: &str, stdio: Stdio, pid: u32, io: ProcessIo) -> Process {
         Process {
             exec_id: exec_id.to_owned(),
             stdio,
@@ -71,28 +71,28 @@ impl Process {
 
     /// A process that could not be set up. It is there all the same, until it is deleted: that an exec can't be carried out is
     /// told when it is started.
-    pub fn refused(exec_id: &str, stdio: Stdio, pid: u32, refusal: ApiError) -> Process {
+    pub(crate) fn refused(exec_id: &str, stdio: Stdio, pid: u32, refusal: ApiError) -> Process {
         let process = Process::new(exec_id, stdio, pid, ProcessIo::default());
         Process { refusal: Some(refusal), ..process }
     }
 
     /// Why it could not be set up.
-    pub fn refusal(&self) -> Option<&ApiError> {
+    pub(crate) fn refusal(&self) -> Option<&ApiError> {
         self.refusal.as_ref()
     }
 
     /// Where it is.
-    pub fn state(&self) -> State {
+    pub(crate) fn state(&self) -> State {
         *self.state.borrow()
     }
 
     /// Changes the state; the caller holds [`Process::transition`].
-    pub fn set_state(&self, state: State) {
+    pub(crate) fn set_state(&self, state: State) {
         self.state.send_replace(state);
     }
 
     /// Answers when it has ended.
-    pub async fn ended(&self) -> Exit {
+    pub(crate) async fn ended(&self) -> Exit {
         let mut state = self.state.subscribe();
         loop {
             if let State::Stopped(exit) = *state.borrow_and_update() {
@@ -106,14 +106,14 @@ impl Process {
     }
 
     /// Lets it see the end of its input.
-    pub fn close_input(&self) {
+    pub(crate) fn close_input(&self) {
         if let Some(io) = self.lock_io().as_ref() {
             io.close_input();
         }
     }
 
     /// Takes its streams, to finish them.
-    pub fn take_io(&self) -> Option<ProcessIo> {
+    pub(crate) fn take_io(&self) -> Option<ProcessIo> {
         self.lock_io().take()
     }
 
@@ -124,7 +124,7 @@ impl Process {
 
 /// A container.
 #[derive(Debug)]
-pub struct Container {
+pub(crate) struct Container {
     /// containerd's id.
     pub id: String,
     /// Its bundle.
@@ -148,7 +148,7 @@ pub struct Container {
 
 impl Container {
     /// A container that has just been set up.
-    pub fn new(
+    pub(crate) fn new(
         id: &str,
         bundle: PathBuf,
         pod: Arc<Pod>,
@@ -171,17 +171,17 @@ impl Container {
     }
 
     /// A process by its exec id; empty for the first.
-    pub fn process(&self, exec_id: &str) -> Option<Arc<Process>> {
+    pub(crate) fn process(&self, exec_id: &str) -> Option<Arc<Process>> {
         if exec_id.is_empty() { Some(self.init.clone()) } else { self.execs().get(exec_id).cloned() }
     }
 
     /// The execs, by id.
-    pub fn execs(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Arc<Process>>> {
+    pub(crate) fn execs(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Arc<Process>>> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits for the end of a process and reports it. One such task runs for each process from its creation.
-    pub async fn watch(self: Arc<Self>, process: Arc<Process>, publisher: Publisher) {
+    pub(crate) async fn watch(self: Arc<Self>, process: Arc<Process>, publisher: Publisher) {
         let exit = tokio::select! {
             // The pod's death knows the time better than a broken connection.
             biased;
@@ -195,7 +195,7 @@ impl Container {
     }
 
     /// Tells containerd that a process in it was killed for want of memory.
-    pub fn report_oom(&self, publisher: &Publisher) {
+    pub(crate) fn report_oom(&self, publisher: &Publisher) {
         self.oom_told.store(true, Ordering::Relaxed);
         log::warn!("container {}: a process was killed for want of memory", self.id);
         publisher.publish(Event::Oom(TaskOOM { container_id: self.id.clone(), ..Default::default() }));
@@ -247,7 +247,7 @@ impl Container {
     }
 
     /// Reports a process as killed that the guest does not end.
-    pub async fn give_up(&self, process: &Process, publisher: &Publisher) {
+    pub(crate) async fn give_up(&self, process: &Process, publisher: &Publisher) {
         self.report(process, Exit { status: KILLED, at_ns: crate::pod::now_ns() }, publisher).await;
     }
 

@@ -39,7 +39,7 @@ const VMM_NAME: &str = "bulkhead-vmm";
 
 impl Shim {
     /// Sets a container up; gives what containerd is told as its process id. Nothing of it is left when this fails.
-    pub async fn create(self: Arc<Self>, request: CreateTaskRequest) -> Result<u32, ApiError> {
+    pub(crate) async fn create(self: Arc<Self>, request: CreateTaskRequest) -> Result<u32, ApiError> {
         let received_us = now_us();
         id::check(&request.id).map_err(|error| ApiError::invalid(error.to_string()))?;
         if !request.checkpoint.is_empty() {
@@ -187,7 +187,7 @@ impl Shim {
     }
 
     /// Starts a pod: the one way in which pods come to be, whichever API asks.
-    pub async fn launch(&self, new: NewPod<'_>) -> Result<Arc<Pod>, ApiError> {
+    pub(crate) async fn launch(&self, new: NewPod<'_>) -> Result<Arc<Pod>, ApiError> {
         let annotations = new.spec.annotations().clone().unwrap_or_default();
         let config = new.config.for_pod(&new.demand, &annotations)?;
         log::set_max_level(config.log_level.max(self.least_logged));
@@ -213,7 +213,7 @@ impl Shim {
     }
 
     /// Does what is to be done once a pod's guest is the pod's: what nobody waits for.
-    pub fn watch_pod(self: &Arc<Self>, pod: &Arc<Pod>) {
+    pub(crate) fn watch_pod(self: &Arc<Self>, pod: &Arc<Pod>) {
         if let Some(order) = pod.template_wanted() {
             background::start(order);
         }
@@ -257,7 +257,7 @@ fn config(request: &CreateTaskRequest) -> Result<Config, ApiError> {
 }
 
 /// What a pod is made of.
-pub struct NewPod<'a> {
+pub(crate) struct NewPod<'a> {
     /// The id of the sandbox, or of the container that is a pod of its own.
     pub id: String,
     /// The bundle that keeps the pod's record.
@@ -371,7 +371,7 @@ impl Order<'_> {
 }
 
 /// Puts the reason of the pod's death in the place of the broken connection that it was noticed by.
-pub async fn explain<T>(pod: &Pod, answer: Result<T, AgentError>) -> Result<T, ApiError> {
+pub(crate) async fn explain<T>(pod: &Pod, answer: Result<T, AgentError>) -> Result<T, ApiError> {
     match answer {
         Err(AgentError::Lost) => {
             let death = tokio::time::timeout(DEATH_LIMIT, pod.died()).await;

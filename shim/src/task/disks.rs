@@ -27,7 +27,7 @@ const NO_ROOM: &str =
 
 /// A root file system that the guest mounts by itself.
 #[derive(Debug)]
-pub enum GuestRoot {
+pub(crate) enum GuestRoot {
     /// One on a disk of its own.
     Disk(RootDisk),
     /// Layers of an image, and where the container's changes go.
@@ -38,7 +38,7 @@ pub enum GuestRoot {
 
 /// What may be on disks of the guest that could be shared as files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Allowance {
+pub(crate) struct Allowance {
     /// How many disks there may be.
     pub disks: usize,
     /// Whether what the container changes is to be on one.
@@ -47,7 +47,7 @@ pub struct Allowance {
 
 impl GuestRoot {
     /// What containerd's mounts are, if they are such a one.
-    pub fn open(mounts: &[Mount], allowed: Allowance) -> Result<Option<GuestRoot>, ApiError> {
+    pub(crate) fn open(mounts: &[Mount], allowed: Allowance) -> Result<Option<GuestRoot>, ApiError> {
         if let Some(disk) = RootDisk::open(mounts)? {
             return Ok(Some(GuestRoot::Disk(disk)));
         }
@@ -77,7 +77,7 @@ impl GuestRoot {
 
 /// A root file system on a disk, open on the host.
 #[derive(Debug)]
-pub struct RootDisk {
+pub(crate) struct RootDisk {
     disk: OpenDisk,
     file_system: FileSystem,
 }
@@ -85,7 +85,7 @@ pub struct RootDisk {
 impl RootDisk {
     /// Opens the disk that containerd's mounts consist of, if they do: one file system that the guest knows, on a block
     /// device (as the snapshotter `devmapper` has it) or in an image (as `blockfile` has it).
-    pub fn open(mounts: &[Mount]) -> Result<Option<RootDisk>, DiskError> {
+    pub(crate) fn open(mounts: &[Mount]) -> Result<Option<RootDisk>, DiskError> {
         let [mount] = mounts else { return Ok(None) };
         let known = GUEST_FILE_SYSTEMS.contains(&mount.type_.as_str());
         if !known || !mount.target.is_empty() || !mount.source.starts_with('/') {
@@ -100,14 +100,14 @@ impl RootDisk {
 
 /// Open disks for a container.
 #[derive(Debug)]
-pub struct OpenDisks {
+pub(crate) struct OpenDisks {
     root: Option<GuestRoot>,
     devices: Vec<(DeviceNumber, OpenDisk)>,
 }
 
 /// The disks of a container in its pod.
 #[derive(Debug, Default)]
-pub struct ContainerDisks {
+pub(crate) struct ContainerDisks {
     /// Those that somebody waits for.
     pub attached: Vec<AttachedDisk>,
     /// Those of which nothing is left to be written: layers, and a container's changes.
@@ -125,7 +125,7 @@ pub struct ContainerDisks {
 impl ContainerDisks {
     /// Takes them away from the pod, if it still lives. What was on the disk with the container's changes is of no use then, and
     /// nobody has to wait until the guest has let go of it.
-    pub async fn detach(&self, pod: &Arc<Pod>) {
+    pub(crate) async fn detach(&self, pod: &Arc<Pod>) {
         if pod.death().is_none() {
             if !self.passing.is_empty() {
                 let (pod, passing) = (pod.clone(), self.passing.clone());
@@ -139,7 +139,7 @@ impl ContainerDisks {
     }
 
     /// Has the host know what the guest's overlay knows of the container's changes, for whoever makes an image of them.
-    pub async fn tell_host_of_changes(&self) {
+    pub(crate) async fn tell_host_of_changes(&self) {
         let Some(changes) = self.changes.clone() else { return };
         match tokio::task::spawn_blocking(move || opaque::tell_host(&changes)).await {
             Ok(Ok(_)) => {}
@@ -153,13 +153,13 @@ impl ContainerDisks {
 
 impl OpenDisks {
     /// Opens the block devices that a container asks for, beside its root.
-    pub fn open(root: Option<GuestRoot>, devices: &[HostDisk]) -> Result<OpenDisks, DiskError> {
+    pub(crate) fn open(root: Option<GuestRoot>, devices: &[HostDisk]) -> Result<OpenDisks, DiskError> {
         let open = |disk: &HostDisk| Ok((disk.number, OpenDisk::open(disk)?));
         Ok(OpenDisks { root, devices: devices.iter().map(open).collect::<Result<_, DiskError>>()? })
     }
 
     /// What of the root file system is shared as files, which `mounts` would be without a disk.
-    pub fn root_files<'a>(&'a self, mounts: &'a [Mount]) -> RootFiles<'a> {
+    pub(crate) fn root_files<'a>(&'a self, mounts: &'a [Mount]) -> RootFiles<'a> {
         match &self.root {
             None => RootFiles::Mounts(mounts),
             Some(GuestRoot::Layers(LayeredRoot { changes: Changes::Files(changes), .. })) => {
@@ -171,7 +171,7 @@ impl OpenDisks {
     }
 
     /// Puts them into the pod, all or none. What is shared of the container's files is in the pod already.
-    pub async fn attach(self, pod: &Arc<Pod>, container: &str) -> Result<ContainerDisks, ApiError> {
+    pub(crate) async fn attach(self, pod: &Arc<Pod>, container: &str) -> Result<ContainerDisks, ApiError> {
         let mut disks = ContainerDisks::default();
         match self.attach_to(pod, container, &mut disks).await {
             Ok(()) => Ok(disks),

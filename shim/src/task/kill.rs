@@ -20,7 +20,7 @@ use crate::pod::agent::AgentError;
 
 /// From SIGKILL to the end of the process, or else of its pod: as long as can be, since a large process takes its time to
 /// give its memory back, but containerd is to know of the end within ten seconds.
-pub const KILL_LIMIT: Duration = Duration::from_secs(8);
+pub(crate) const KILL_LIMIT: Duration = Duration::from_secs(8);
 
 const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 
@@ -28,7 +28,7 @@ const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 const SIGNALS: u32 = 64;
 
 /// Sends a process, or all of a container, a signal.
-pub async fn kill(shim: &Shim, request: &KillRequest) -> Result<(), ApiError> {
+pub(crate) async fn kill(shim: &Shim, request: &KillRequest) -> Result<(), ApiError> {
     let (container, process) = shim.process(&request.id, &request.exec_id)?;
     if request.signal > SIGNALS {
         return Err(ApiError::invalid(format!("there is no signal {}", request.signal)));
@@ -62,7 +62,7 @@ pub async fn kill(shim: &Shim, request: &KillRequest) -> Result<(), ApiError> {
 }
 
 /// Sends SIGKILL, and sees to it that it is the end; returns when the guest has been told, or was not needed.
-pub async fn destroy(
+pub(crate) async fn destroy(
     shim: &Shim,
     container: &Arc<Container>,
     process: &Arc<Process>,

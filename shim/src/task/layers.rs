@@ -18,7 +18,7 @@ const OVERLAY_OPTIONS: [&str; 6] =
 
 /// A root file system of layers.
 #[derive(Debug)]
-pub struct LayeredRoot {
+pub(crate) struct LayeredRoot {
     /// From the uppermost down, one at least.
     pub layers: Vec<Layer>,
     /// Where what the container changes goes.
@@ -29,7 +29,7 @@ pub struct LayeredRoot {
 
 /// Where what a container changes goes.
 #[derive(Debug)]
-pub enum Changes {
+pub(crate) enum Changes {
     /// It can't change anything.
     None,
     /// Files of the snapshot.
@@ -40,7 +40,7 @@ pub enum Changes {
 
 /// The part of a snapshot that is written to.
 #[derive(Debug, PartialEq, Eq)]
-pub struct ChangedFiles {
+pub(crate) struct ChangedFiles {
     /// The directory with the other two, and nothing else.
     pub directory: PathBuf,
     /// The overlay's upper directory, in it.
@@ -52,7 +52,7 @@ pub struct ChangedFiles {
 impl LayeredRoot {
     /// What containerd's mounts are, if they are such a root: an overlay on the host's mounts of erofs files, or one such file.
     /// `on_disk` says whether changes go onto a disk.
-    pub fn of(mounts: &[Mount], on_disk: bool) -> Result<Option<LayeredRoot>, LayerError> {
+    pub(crate) fn of(mounts: &[Mount], on_disk: bool) -> Result<Option<LayeredRoot>, LayerError> {
         let [mount] = mounts else { return Ok(None) };
         if !mount.target.is_empty() {
             return Ok(None);
@@ -102,7 +102,7 @@ pub(super) struct Request<'a> {
 
 impl Request<'_> {
     /// `None` if there is something that a guest could not do as well.
-    pub fn parse(options: &[String]) -> Option<Request<'_>> {
+    pub(crate) fn parse(options: &[String]) -> Option<Request<'_>> {
         let (mut lower, mut upper, mut work, mut others) = (None, None, None, Vec::new());
         for option in options {
             match option.split_once('=') {

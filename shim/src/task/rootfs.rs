@@ -18,7 +18,7 @@ use crate::spec::{self, HostMount};
 
 /// Why a container has no files.
 #[derive(Debug, thiserror::Error)]
-pub enum RootfsError {
+pub(crate) enum RootfsError {
     /// There is nothing to run.
     #[error("the container has no root file system: containerd mounts none, and {path} {what}")]
     Missing {
@@ -60,7 +60,7 @@ impl Classify for RootfsError {
 
 /// What of a root file system is shared as files.
 #[derive(Debug, Clone, Copy)]
-pub enum RootFiles<'a> {
+pub(crate) enum RootFiles<'a> {
     /// All of it, as these mounts (or the bundle's, if there are none).
     Mounts(&'a [Mount]),
     /// What lies below the container's changes, which the guest has on a disk.
@@ -73,7 +73,7 @@ pub enum RootFiles<'a> {
 
 /// A container's mounts, attached nowhere yet.
 #[derive(Debug)]
-pub struct Files {
+pub(crate) struct Files {
     /// With the name of its place.
     root: Option<(DetachedTree, &'static str)>,
     volumes: Vec<(DetachedTree, Propagation)>,
@@ -81,7 +81,7 @@ pub struct Files {
 
 impl Files {
     /// Mounts what is shared of the root file system, and the volumes.
-    pub async fn prepare(
+    pub(crate) async fn prepare(
         root: RootFiles<'_>,
         volumes: &[HostMount],
         spec: &Spec,
@@ -105,7 +105,7 @@ impl Files {
     }
 
     /// Attaches everything where the translated specification says it is.
-    pub async fn attach(self, tree: &SharedTree, id: &str) -> Result<(), RootfsError> {
+    pub(crate) async fn attach(self, tree: &SharedTree, id: &str) -> Result<(), RootfsError> {
         let directory = Path::new(id);
         if let Some((root, name)) = self.root {
             tree.attach(root, &directory.join(name)).await?;
@@ -155,7 +155,7 @@ fn scratch(bundle: &Path) -> Result<PathBuf, RootfsError> {
 }
 
 /// Detaches a container's files; what fails is logged, since the pod's end will do it in any case.
-pub async fn remove(tree: &SharedTree, id: &str) {
+pub(crate) async fn remove(tree: &SharedTree, id: &str) {
     if let Err(error) = tree.remove(id).await {
         log::error!("the files of {id} stay in the pod for now: {}", chain(&error));
     }

@@ -48,12 +48,12 @@ const PIDS_LIMIT: Duration = Duration::from_secs(3);
 const NOT_STARTED: u32 = 255;
 
 /// The Task API of one shim.
-pub struct TaskService {
+pub(crate) struct TaskService {
     shim: Arc<Shim>,
 }
 
 /// The API in both versions that containerd has: they differ in the name only.
-pub fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
+pub(crate) fn services(shim: &Arc<Shim>) -> HashMap<String, Service> {
     let service = || Arc::new(TaskService { shim: shim.clone() });
     let mut services = create_task(service());
     services
@@ -278,7 +278,7 @@ fn alive(container: &Container, process: &Process) -> Result<(), ApiError> {
 }
 
 /// For calls to a process that has ended; tells of the pod's death if that is why.
-pub fn ended(container: &Container) -> ApiError {
+pub(crate) fn ended(container: &Container) -> ApiError {
     match container.pod.death() {
         Some(death) => ApiError::not_found(format!(
             "the process has ended with its pod's virtual machine: {}",

@@ -25,7 +25,7 @@ const FLUSH_LIMIT: Duration = Duration::from_secs(3);
 
 /// The pod of this shim.
 #[derive(Debug, Default)]
-pub struct Slot {
+pub(crate) struct Slot {
     /// The pod, alive or dead.
     pub pod: Option<Arc<Pod>>,
     /// The process in the guest whose PID namespace is the pod's: the first container's first one, if it has one of its own.
@@ -39,7 +39,7 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// The state behind the Task API.
 #[derive(Debug)]
-pub struct Shim {
+pub(crate) struct Shim {
     /// For containerd.
     pub publisher: Publisher,
     /// Logged whatever the configuration says: containerd's own debug switch.
@@ -56,7 +56,7 @@ pub struct Shim {
 
 impl Shim {
     /// A shim without a pod.
-    pub fn new(publisher: Publisher, least_logged: LevelFilter) -> Shim {
+    pub(crate) fn new(publisher: Publisher, least_logged: LevelFilter) -> Shim {
         Shim {
             publisher,
             least_logged,
@@ -69,18 +69,22 @@ impl Shim {
     }
 
     /// The containers, by id.
-    pub fn containers(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Arc<Container>>> {
+    pub(crate) fn containers(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Arc<Container>>> {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A container by its id.
-    pub fn container(&self, id: &str) -> Result<Arc<Container>, ApiError> {
+    pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>, ApiError> {
         let found = self.containers().get(id).cloned();
         found.ok_or_else(|| ApiError::not_found(format!("there is no container {id:?} in this pod")))
     }
 
     /// A process by its container's id and its own; the latter is empty for the container's first.
-    pub fn process(&self, id: &str, exec_id: &str) -> Result<(Arc<Container>, Arc<Process>), ApiError> {
+    pub(crate) fn process(
+        &self,
+        id: &str,
+        exec_id: &str,
+    ) -> Result<(Arc<Container>, Arc<Process>), ApiError> {
         let container = self.container(id)?;
         match container.process(exec_id) {
             Some(process) => Ok((container, process)),
@@ -89,12 +93,12 @@ impl Shim {
     }
 
     /// Watches a process until it ends.
-    pub fn watch(&self, container: &Arc<Container>, process: &Arc<Process>) {
+    pub(crate) fn watch(&self, container: &Arc<Container>, process: &Arc<Process>) {
         tokio::spawn(container.clone().watch(process.clone(), self.publisher.clone()));
     }
 
     /// Releases the pod if no container is left in it and it is no sandbox; tells whether there is none any more.
-    pub async fn release_if_empty(&self) -> bool {
+    pub(crate) async fn release_if_empty(&self) -> bool {
         let mut slot = self.slot.lock().await;
         if slot.sandbox.is_some() || !self.containers().is_empty() {
             return false;
@@ -107,7 +111,7 @@ impl Shim {
     }
 
     /// Ends the pod whatever is in it; every container is reported as ended.
-    pub async fn end_pod(&self) {
+    pub(crate) async fn end_pod(&self) {
         let pod = self.slot.lock().await.pod.clone();
         if let Some(pod) = pod {
             pod.stop().await;
@@ -116,7 +120,7 @@ impl Shim {
     }
 
     /// Answers when every container of a pod that ends is reported as ended.
-    pub async fn await_containers(&self) {
+    pub(crate) async fn await_containers(&self) {
         let containers: Vec<_> = self.containers().values().cloned().collect();
         for container in containers {
             container.init.ended().await;
@@ -124,12 +128,12 @@ impl Shim {
     }
 
     /// Notes a pod that has been launched.
-    pub fn note_launched(&self, pod: &Arc<Pod>) {
+    pub(crate) fn note_launched(&self, pod: &Arc<Pod>) {
         *self.launched.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(pod);
     }
 
     /// The same as [`Shim::end_pod`], at once and without asking the guest. A pod that is only being made fails.
-    pub async fn end_now(&self, reason: &str) {
+    pub(crate) async fn end_now(&self, reason: &str) {
         let pod = self.launched.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
         if let Some(pod) = pod {
             pod.condemn(reason);
@@ -140,19 +144,19 @@ impl Shim {
     }
 
     /// Asks the server to end.
-    pub fn exit(&self) {
+    pub(crate) fn exit(&self) {
         self.exiting.send_replace(true);
     }
 
     /// Answers when the server is to end, after containerd has had the last events.
-    pub async fn exiting(&self) {
+    pub(crate) async fn exiting(&self) {
         // The sender is ours: it can't be gone.
         let _ = self.exiting.subscribe().wait_for(|exiting| *exiting).await;
         self.publisher.flush(FLUSH_LIMIT).await;
     }
 
     /// Passes events of the guest on until the pod is dead. A guest that floods us is slowed down.
-    pub async fn pass_events(self: Arc<Self>, pod: Arc<Pod>) {
+    pub(crate) async fn pass_events(self: Arc<Self>, pod: Arc<Pod>) {
         let mut limit = RateLimit::new(EVENT_BURST, EVENT_INTERVAL);
         loop {
             let event = tokio::select! {

@@ -10,7 +10,7 @@ use protobuf::{Message, MessageField};
 const TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 
 /// Converts the agent's answer.
-pub fn convert(stats: &api::StatsResponse) -> protobuf::Result<Any> {
+pub(crate) fn convert(stats: &api::StatsResponse) -> protobuf::Result<Any> {
     let metrics = Metrics {
         pids: MessageField::some(PidsStat {
             current: stats.pids.current,

@@ -31,9 +31,9 @@ use crate::spec::ConsoleSize;
 const CHUNK: usize = 16 * 1024;
 
 /// When a process is deleted, its output is given up when there was none for this long: nothing is left to write any,
-pub const DRAIN_IDLE: Duration = Duration::from_secs(3);
+pub(crate) const DRAIN_IDLE: Duration = Duration::from_secs(3);
 /// or for this long where the process may have left something running: containerd's own shim waits as long,
-pub const BACKGROUND_IDLE: Duration = Duration::from_secs(10);
+pub(crate) const BACKGROUND_IDLE: Duration = Duration::from_secs(10);
 /// and after this in any case.
 const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 
@@ -42,7 +42,7 @@ const READER_INTERVAL: Duration = Duration::from_millis(10);
 
 /// What containerd wants a process's streams to be: FIFO paths, `file://` or `ttrpc+unix://` URIs, empty for none.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Stdio {
+pub(crate) struct Stdio {
     /// Standard input.
     pub stdin: String,
     /// Standard output.
@@ -55,7 +55,7 @@ pub struct Stdio {
 
 /// Streams that can't be had.
 #[derive(Debug, thiserror::Error)]
-pub enum StdioError {
+pub(crate) enum StdioError {
     /// A URI that we do not serve.
     #[error(
         "{uri:?} can't be used as {stream}: use a FIFO, a file:// URI, or ttrpc+unix:// with a streaming_id"
@@ -103,7 +103,7 @@ impl Classify for StdioError {
 
 /// The open host ends of a process's streams.
 #[derive(Debug, Default)]
-pub struct HostStdio {
+pub(crate) struct HostStdio {
     stdin: Option<Source>,
     stdout: Option<Sink>,
     stderr: Option<Sink>,
@@ -177,7 +177,7 @@ fn has_reader(writer: &pipe::Sender) -> bool {
 
 impl HostStdio {
     /// Opens what `stdio` names. Never waits for the other side.
-    pub fn open(stdio: &Stdio, streams: &Arc<Streams>) -> Result<HostStdio, StdioError> {
+    pub(crate) fn open(stdio: &Stdio, streams: &Arc<Streams>) -> Result<HostStdio, StdioError> {
         let stderr = if stdio.terminal { "" } else { &stdio.stderr };
         Ok(HostStdio {
             stdin: open_input(&stdio.stdin, streams)?,
@@ -188,7 +188,7 @@ impl HostStdio {
     }
 
     /// Opens a stream into the guest for each, and starts copying. Gives what the agent has to be told.
-    pub async fn connect(
+    pub(crate) async fn connect(
         self,
         pod: &Pod,
         console_size: Option<ConsoleSize>,
@@ -231,7 +231,7 @@ enum InputHold {
 
 /// The copying of a process's streams. Dropping it ends it at once.
 #[derive(Debug, Default)]
-pub struct ProcessIo {
+pub(crate) struct ProcessIo {
     input: Option<JoinHandle<()>>,
     outputs: Vec<JoinHandle<()>>,
     stdin_hold: Mutex<Option<InputHold>>,
@@ -241,14 +241,14 @@ pub struct ProcessIo {
 
 impl ProcessIo {
     /// Lets the process see the end of its input once containerd's clients have closed theirs.
-    pub fn close_input(&self) {
+    pub(crate) fn close_input(&self) {
         if let Ok(mut hold) = self.stdin_hold.lock() {
             *hold = None;
         }
     }
 
     /// Waits until all output has been taken, or there was none for `idle`, and ends the copying.
-    pub async fn finish(mut self, idle: Duration) {
+    pub(crate) async fn finish(mut self, idle: Duration) {
         let moved = self.moved.clone();
         let mut outputs = std::mem::take(&mut self.outputs);
         let stalled = async {

@@ -19,7 +19,7 @@ const CHUNK: u64 = 256 * 1024;
 
 /// The digest of the pages that hold anything but zeroes, each with its number. So a hole and a page of zeroes are the
 /// same, as they are to the guest.
-pub fn memory_digest(file: &File) -> io::Result<String> {
+pub(crate) fn memory_digest(file: &File) -> io::Result<String> {
     let size = file.metadata()?.len();
     let mut digest = Sha256::new();
     digest.update(size.to_le_bytes());

@@ -45,14 +45,14 @@ struct Entry {
 
 /// What is remembered, by path.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Digests {
+pub(crate) struct Digests {
     entries: BTreeMap<PathBuf, Entry>,
 }
 
 impl Digests {
     /// Reads what is remembered in the store's directory. A file that is not there or makes no sense is as good as empty:
     /// everything is read again.
-    pub fn load(directory: &Path) -> Digests {
+    pub(crate) fn load(directory: &Path) -> Digests {
         let read = || -> io::Result<Digests> {
             let mut bytes = Vec::new();
             File::open(directory.join(FILE))?.take(MAX_FILE).read_to_end(&mut bytes)?;
@@ -62,7 +62,7 @@ impl Digests {
     }
 
     /// Writes it back, atomically. Only one process at a time may do this.
-    pub fn save(&mut self, directory: &Path) -> io::Result<()> {
+    pub(crate) fn save(&mut self, directory: &Path) -> io::Result<()> {
         while self.entries.len() > MAX_ENTRIES {
             self.entries.pop_first();
         }
@@ -72,14 +72,14 @@ impl Digests {
     }
 
     /// The digest of a file that has not changed since it was remembered.
-    pub fn known(&self, path: &Path) -> io::Result<Option<String>> {
+    pub(crate) fn known(&self, path: &Path) -> io::Result<Option<String>> {
         let identity = identity(&fs::metadata(path)?);
         let entry = self.entries.get(path).filter(|entry| entry.identity == identity);
         Ok(entry.map(|entry| entry.sha256.clone()))
     }
 
     /// The digest of a file, read if need be, and remembered. Waits up to [`SETTLED`] for a file that was just written.
-    pub fn learn(&mut self, path: &Path) -> io::Result<String> {
+    pub(crate) fn learn(&mut self, path: &Path) -> io::Result<String> {
         if let Some(known) = self.known(path)? {
             return Ok(known);
         }
@@ -100,7 +100,7 @@ impl Digests {
 }
 
 /// The digest of all that is left to read, in hexadecimal.
-pub fn sha256(reader: &mut impl Read) -> io::Result<String> {
+pub(crate) fn sha256(reader: &mut impl Read) -> io::Result<String> {
     let mut digest = Sha256::new();
     let mut buffer = vec![0; 64 * 1024];
     loop {

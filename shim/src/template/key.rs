@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use super::Recipe;
 
 /// Changes whenever the shim starts machines in another way, or templates look different on disk.
-pub const FORMAT: u32 = 3;
+pub(crate) const FORMAT: u32 = 3;
 
 /// A SHA-256 digest in hexadecimal.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -51,7 +51,7 @@ impl fmt::Debug for Key {
 
 impl Key {
     /// Enough of it to tell templates apart for a person.
-    pub fn short(&self) -> &str {
+    pub(crate) fn short(&self) -> &str {
         &self.0[..12]
     }
 }
@@ -84,7 +84,7 @@ pub struct Inputs {
 
 /// SHA-256 digests of a recipe's files, in hexadecimal.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FileDigests {
+pub(crate) struct FileDigests {
     /// Of the VMM's program.
     pub vmm: String,
     /// Of the guest kernel.
@@ -95,7 +95,7 @@ pub struct FileDigests {
 
 impl Inputs {
     /// What the template of `recipe` depends on, on this host.
-    pub fn new(recipe: &Recipe, digests: FileDigests) -> Inputs {
+    pub(crate) fn new(recipe: &Recipe, digests: FileDigests) -> Inputs {
         Inputs {
             format: FORMAT,
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -111,7 +111,7 @@ impl Inputs {
     }
 
     /// The key.
-    pub fn key(&self) -> Key {
+    pub(crate) fn key(&self) -> Key {
         // Fields are in the order of their declaration, so equal inputs give equal bytes.
         let bytes = serde_json::to_vec(self).unwrap_or_default();
         Key(hex(&Sha256::digest(bytes)))

@@ -10,5 +10,7 @@ pub(crate) mod recipe;
 pub mod store;
 
 pub use key::Key;
-pub use recipe::{Order, Recipe};
-pub use store::{Found, Store, StoreError, Template};
+pub use recipe::Order;
+pub(crate) use recipe::Recipe;
+pub(crate) use store::{Found, Template};
+pub use store::{Store, StoreError};

@@ -27,7 +27,7 @@ pub struct Recipe {
 
 impl Recipe {
     /// The recipe for the template of a pod with this configuration.
-    pub fn of(config: &Config) -> Recipe {
+    pub(crate) fn of(config: &Config) -> Recipe {
         Recipe {
             vmm: config.vmm.clone(),
             kernel: config.kernel.clone(),
@@ -65,7 +65,7 @@ impl Order {
     }
 
     /// The configuration of a pod that starts from the template.
-    pub fn config(&self) -> Config {
+    pub(crate) fn config(&self) -> Config {
         let Recipe { vmm, kernel, image, kvm, size, kernel_params } = self.recipe.clone();
         Config {
             vmm,
@@ -87,7 +87,7 @@ impl Order {
     }
 
     /// The store.
-    pub fn store(&self) -> Store {
+    pub(crate) fn store(&self) -> Store {
         Store::new(self.directory.clone())
     }
 }

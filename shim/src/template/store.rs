@@ -46,7 +46,7 @@ const NEW: &str = ".new-";
 const OLD: &str = ".old-";
 
 /// The largest state file, bytes: far above what 16 vCPUs come to.
-pub const MAX_STATE: u64 = 16 << 20;
+pub(crate) const MAX_STATE: u64 = 16 << 20;
 
 /// `meta.json` and `refused` are never near this size, bytes.
 const MAX_TEXT: u64 = 64 * 1024;
@@ -114,7 +114,7 @@ pub struct Meta {
 
 /// A template's files, open for reading.
 #[derive(Debug)]
-pub struct Template {
+pub(crate) struct Template {
     /// Its name.
     pub key: Key,
     /// Guest memory.
@@ -127,7 +127,7 @@ pub struct Template {
 
 /// What there is for a recipe.
 #[derive(Debug)]
-pub enum Found {
+pub(crate) enum Found {
     /// A template, checked as far as is possible without reading its memory.
     Usable(Template),
     /// None: it has to be made first.
@@ -161,13 +161,13 @@ pub struct Store {
 
 /// The right to make templates. One process has it at a time.
 #[derive(Debug)]
-pub struct BuildLock {
+pub(crate) struct BuildLock {
     _lock: Flock<File>,
 }
 
 /// A template in the making; removed when it is not published.
 #[derive(Debug)]
-pub struct Draft {
+pub(crate) struct Draft {
     path: PathBuf,
     /// Guest memory, of the right size.
     pub memory: File,
@@ -185,13 +185,8 @@ impl Store {
         Store { directory }
     }
 
-    /// The directory.
-    pub fn directory(&self) -> &Path {
-        &self.directory
-    }
-
     /// Looks for the template of a recipe, cheaply: no large file is read.
-    pub fn find(&self, recipe: &Recipe) -> Result<Found, StoreError> {
+    pub(crate) fn find(&self, recipe: &Recipe) -> Result<Found, StoreError> {
         match self.is_there() {
             Ok(true) => {}
             Ok(false) => return Ok(Found::Missing),
@@ -323,13 +318,13 @@ impl Store {
     }
 
     /// Marks a template as one that the VMM does not restore, so that it is not tried again.
-    pub fn refuse(&self, key: &Key, reason: &str) -> Result<(), StoreError> {
+    pub(crate) fn refuse(&self, key: &Key, reason: &str) -> Result<(), StoreError> {
         let path = self.path(key).join(REFUSED);
         fs::write(&path, reason).map_err(failed("write", &path))
     }
 
     /// Takes the right to make templates, waiting up to `limit` for it, and removes what earlier makers left half done.
-    pub fn lock(&self, limit: Duration) -> Result<BuildLock, StoreError> {
+    pub(crate) fn lock(&self, limit: Duration) -> Result<BuildLock, StoreError> {
         self.create()?;
         let path = self.directory.join(LOCK);
         let mut file = OpenOptions::new()
@@ -363,7 +358,7 @@ impl Store {
     }
 
     /// What a template of this recipe depends on, now. Reads files that changed.
-    pub fn inputs(&self, recipe: &Recipe, _lock: &BuildLock) -> Result<Inputs, StoreError> {
+    pub(crate) fn inputs(&self, recipe: &Recipe, _lock: &BuildLock) -> Result<Inputs, StoreError> {
         let mut digests = Digests::load(&self.directory);
         let mut learn = |path: &Path| digests.learn(path).map_err(failed("read", path));
         let files = FileDigests {
@@ -376,13 +371,13 @@ impl Store {
     }
 
     /// The inode number of a template's memory file.
-    pub fn memory_inode(&self, key: &Key) -> Result<u64, StoreError> {
+    pub(crate) fn memory_inode(&self, key: &Key) -> Result<u64, StoreError> {
         let path = self.path(key).join(MEMORY);
         fs::metadata(&path).map(|metadata| metadata.ino()).map_err(failed("look at", &path))
     }
 
     /// The template of this name, if there is one that pods can start from.
-    pub fn sound(&self, key: &Key) -> Option<Template> {
+    pub(crate) fn sound(&self, key: &Key) -> Option<Template> {
         if self.path(key).join(REFUSED).exists() {
             return None;
         }
@@ -390,7 +385,7 @@ impl Store {
     }
 
     /// Begins a template with `memory_mib` MiB of guest memory.
-    pub fn draft(&self, memory_mib: u32, _lock: &BuildLock) -> Result<Draft, StoreError> {
+    pub(crate) fn draft(&self, memory_mib: u32, _lock: &BuildLock) -> Result<Draft, StoreError> {
         let path = self.unique(NEW);
         DirBuilder::new().mode(0o700).create(&path).map_err(failed("create", &path))?;
         let create = |name: &str| {
@@ -413,13 +408,13 @@ impl Store {
     }
 
     /// A new place for files that nobody needs when the lock is released.
-    pub fn scratch(&self, _lock: &BuildLock) -> PathBuf {
+    pub(crate) fn scratch(&self, _lock: &BuildLock) -> PathBuf {
         self.unique(NEW)
     }
 
     /// Puts a finished draft on disk and in its place, and removes the least recently used templates above `limit`
     /// bytes. Nobody may write to the draft's files any more.
-    pub fn publish(
+    pub(crate) fn publish(
         &self,
         draft: Draft,
         inputs: Inputs,
@@ -463,7 +458,12 @@ impl Store {
     }
 
     /// Adds the list of the pages that guests of a template use first.
-    pub fn add_working_set(&self, key: &Key, list: &[u8], _lock: &BuildLock) -> Result<(), StoreError> {
+    pub(crate) fn add_working_set(
+        &self,
+        key: &Key,
+        list: &[u8],
+        _lock: &BuildLock,
+    ) -> Result<(), StoreError> {
         let place = self.path(key).join(WORKING_SET);
         let draft = self.path(key).join(".working-set");
         let _ = fs::remove_file(&draft);

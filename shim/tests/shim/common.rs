@@ -21,13 +21,13 @@ use ttrpc::asynchronous::{Server, TtrpcContext};
 use ttrpc::{Code, context};
 
 /// The shim under test.
-pub const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-bulkhead-v1");
+pub(crate) const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-bulkhead-v1");
 
 /// Any call to a shim is answered in this time.
-pub const LIMIT: Duration = Duration::from_secs(10);
+pub(crate) const LIMIT: Duration = Duration::from_secs(10);
 
 /// A containerd of its own, in a directory of its own.
-pub struct Containerd {
+pub(crate) struct Containerd {
     pub directory: TempDir,
     pub events: Arc<Mutex<Vec<String>>>,
     _server: Server,
@@ -44,7 +44,7 @@ impl Events for EventSink {
 }
 
 impl Containerd {
-    pub async fn new() -> Containerd {
+    pub(crate) async fn new() -> Containerd {
         let directory = tempfile::tempdir().unwrap();
         let events = Arc::default();
         let address = format!("unix://{}/c.ttrpc", directory.path().display());
@@ -57,7 +57,7 @@ impl Containerd {
     }
 
     /// A bundle as containerd makes it, with a `busybox`-less root file system of one file.
-    pub fn bundle(&self, id: &str, change: impl FnOnce(&mut Value)) -> Bundle {
+    pub(crate) fn bundle(&self, id: &str, change: impl FnOnce(&mut Value)) -> Bundle {
         let path = self.directory.path().join(id);
         fs::create_dir_all(path.join("rootfs")).unwrap();
         fs::write(path.join("rootfs/file"), "x").unwrap();
@@ -95,20 +95,20 @@ impl Containerd {
     }
 
     /// Runs `start` with `input` on its standard input.
-    pub fn start_with(&self, bundle: &Bundle, input: &[u8]) -> Output {
+    pub(crate) fn start_with(&self, bundle: &Bundle, input: &[u8]) -> Output {
         let mut child = self.command(bundle, &["start"]).spawn().unwrap();
         child.stdin.take().unwrap().write_all(input).unwrap();
         child.wait_with_output().unwrap()
     }
 
     /// Runs `start` without an address for events.
-    pub fn start_unheard(&self, bundle: &Bundle) -> Output {
+    pub(crate) fn start_unheard(&self, bundle: &Bundle) -> Output {
         let mut command = self.command(bundle, &["start"]);
         command.env_remove("TTRPC_ADDRESS").stdin(Stdio::null()).output().unwrap()
     }
 
     /// Runs `start` as containerd 1.x does; gives the address.
-    pub fn start(&self, bundle: &Bundle) -> String {
+    pub(crate) fn start(&self, bundle: &Bundle) -> String {
         let output = self.start_with(bundle, b"");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         assert_eq!(
@@ -120,7 +120,7 @@ impl Containerd {
     }
 
     /// Runs `delete`.
-    pub fn delete(&self, bundle: &Bundle) -> DeleteResponse {
+    pub(crate) fn delete(&self, bundle: &Bundle) -> DeleteResponse {
         let path = bundle.path.display().to_string();
         let output = self.command(bundle, &["-bundle", &path, "delete"]).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -128,7 +128,7 @@ impl Containerd {
     }
 }
 
-pub struct Bundle {
+pub(crate) struct Bundle {
     pub id: String,
     pub path: PathBuf,
     log: fs::File,
@@ -136,7 +136,7 @@ pub struct Bundle {
 
 impl Bundle {
     /// What the shim has logged since the last time.
-    pub fn log(&mut self) -> String {
+    pub(crate) fn log(&mut self) -> String {
         use std::io::Read;
         let mut text = Vec::new();
         let _ = self.log.read_to_end(&mut text);
@@ -144,7 +144,7 @@ impl Bundle {
     }
 
     /// A request to create its container, with a configuration file that holds `config`.
-    pub fn create(&self, config: &str) -> CreateTaskRequest {
+    pub(crate) fn create(&self, config: &str) -> CreateTaskRequest {
         let file = self.path.join("bulkhead.toml");
         fs::write(&file, config).unwrap();
         CreateTaskRequest {
@@ -157,23 +157,23 @@ impl Bundle {
 }
 
 /// Runtime options that name a configuration file.
-pub fn options(file: &Path) -> Any {
+pub(crate) fn options(file: &Path) -> Any {
     let path = file.display().to_string();
     let mut value = vec![0x12, path.len() as u8];
     value.extend(path.as_bytes());
     Any { type_url: "runtimeoptions.v1.Options".into(), value, ..Default::default() }
 }
 
-pub async fn connect(address: &str) -> TaskClient {
+pub(crate) async fn connect(address: &str) -> TaskClient {
     TaskClient::new(Client::connect(address).await.unwrap())
 }
 
-pub fn ctx() -> context::Context {
+pub(crate) fn ctx() -> context::Context {
     context::with_duration(LIMIT)
 }
 
 /// The status that a call was refused with.
-pub fn refusal<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
+pub(crate) fn refusal<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
     match result.unwrap_err() {
         ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_owned()),
         other => panic!("not a status: {other}"),
@@ -181,7 +181,7 @@ pub fn refusal<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
 }
 
 /// Shuts a shim down and waits until it is gone.
-pub async fn shut_down(client: &TaskClient, id: &str, address: &str) {
+pub(crate) async fn shut_down(client: &TaskClient, id: &str, address: &str) {
     let pid = client
         .connect(ctx(), &containerd_shim_protos::api::ConnectRequest { id: id.into(), ..Default::default() })
         .await
@@ -195,7 +195,7 @@ pub async fn shut_down(client: &TaskClient, id: &str, address: &str) {
 }
 
 /// Waits until a process is gone (or a zombie, if nobody reaps orphans here).
-pub async fn await_gone(pid: u32) {
+pub(crate) async fn await_gone(pid: u32) {
     let deadline = tokio::time::Instant::now() + LIMIT;
     loop {
         match fs::read_to_string(format!("/proc/{pid}/stat")) {

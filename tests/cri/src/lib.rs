@@ -12,7 +12,14 @@ pub mod stream;
 pub use client::Client;
 
 /// The interface's messages, generated from `proto/cri.proto`.
-#[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used, reason = "generated code")]
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::pedantic,
+    clippy::unwrap_used,
+    reason = "generated code"
+)]
 pub mod proto {
     include!(concat!(env!("OUT_DIR"), "/proto/mod.rs"));
     pub use cri::*;

@@ -384,7 +384,7 @@ impl Arena {
     ///
     /// # Errors
     /// When one does not go, or something is left of it.
-    pub fn clear(&mut self) -> Outcome {
+    pub(crate) fn clear(&mut self) -> Outcome {
         for (_, pod) in std::mem::take(&mut self.pods) {
             pod.container.finish()?;
         }

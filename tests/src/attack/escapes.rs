@@ -18,7 +18,7 @@ const fn shell(name: &'static str, what: &'static str, script: &'static str) -> 
 }
 
 /// The attempts of this theme.
-pub const ATTEMPTS: &[Attempt] = &[
+pub(crate) const ATTEMPTS: &[Attempt] = &[
     shell(
         "escape-core-pattern",
         "a program of the container's as the handler of core dumps, and a crash",

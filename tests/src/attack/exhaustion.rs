@@ -18,7 +18,7 @@ const fn program(name: &'static str, what: &'static str, arguments: &'static [&'
 }
 
 /// The attempts of this theme.
-pub const ATTEMPTS: &[Attempt] = &[
+pub(crate) const ATTEMPTS: &[Attempt] = &[
     program("exhaust-output", "8 MiB of output on both streams as fast as it goes", &["output", "8"]),
     program(
         "exhaust-disk",

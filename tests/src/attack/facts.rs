@@ -59,7 +59,7 @@ const ALARMS: [&str; 9] = [
 
 /// Where facts are read.
 #[derive(Debug, Clone)]
-pub struct Watch {
+pub(crate) struct Watch {
     /// The program in the place of `modprobe` writes a line here for each request of the kernel.
     pub module_log: PathBuf,
     /// Host directories that no pod has been given: each file with its owner, mode and content.
@@ -68,7 +68,7 @@ pub struct Watch {
 
 /// The node's state.
 #[derive(Debug, Clone, Default)]
-pub struct Facts {
+pub(crate) struct Facts {
     modules: BTreeSet<String>,
     requests: Vec<String>,
     mounts: BTreeSet<String>,
@@ -84,7 +84,7 @@ pub struct Facts {
 
 impl Facts {
     /// Reads all of it.
-    pub fn take(watch: &Watch) -> Self {
+    pub(crate) fn take(watch: &Watch) -> Self {
         let text = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let mut settings = BTreeMap::new();
         read_settings(Path::new("/proc/sys"), &mut settings);
@@ -126,7 +126,7 @@ impl Facts {
     }
 
     /// What differs in `after`, a line for each thing.
-    pub fn breaches(&self, after: &Self) -> Vec<String> {
+    pub(crate) fn breaches(&self, after: &Self) -> Vec<String> {
         let mut found = Vec::new();
         let new = |before: &BTreeSet<String>, after: &BTreeSet<String>| -> Vec<String> {
             after.difference(before).cloned().collect()
@@ -164,7 +164,7 @@ impl Facts {
     }
 
     /// Brings back what an attempt changed, as far as that can be done, for the next one.
-    pub fn restore(&self, after: &Self) {
+    pub(crate) fn restore(&self, after: &Self) {
         for (path, value) in &self.settings {
             if after.settings.get(path) != Some(value) {
                 let _ = fs::write(path, value);

@@ -11,7 +11,7 @@ const fn program(name: &'static str, what: &'static str, arguments: &'static [&'
 }
 
 /// The attempts of this theme.
-pub const ATTEMPTS: &[Attempt] = &[
+pub(crate) const ATTEMPTS: &[Attempt] = &[
     program("machine-memory", "physical memory, and every device's registers with garbage, by /dev/mem", &["memory"])
         .alone()
         .not_on_runc(HARM),

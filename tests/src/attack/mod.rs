@@ -9,15 +9,15 @@ use serde_json::Value;
 use crate::failure::Outcome;
 
 pub mod arena;
-pub mod escapes;
-pub mod exhaustion;
-pub mod facts;
-pub mod machine;
-pub mod modules;
+pub(crate) mod escapes;
+pub(crate) mod exhaustion;
+pub(crate) mod facts;
+pub(crate) mod machine;
+pub(crate) mod modules;
 pub mod report;
 mod spec;
-pub mod stage;
-pub mod volumes;
+pub(crate) mod stage;
+pub(crate) mod volumes;
 
 /// Under which circumstances a program is run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -61,10 +61,10 @@ pub enum Contrast {
 }
 
 /// Changes a container's specification and prepares the host.
-pub type Setup = fn(&mut stage::Stage, &mut Value) -> Outcome;
+pub(crate) type Setup = fn(&mut stage::Stage, &mut Value) -> Outcome;
 
 /// Looks for more than the common facts; returns breaches.
-pub type Judge = fn(&stage::Stage, &stage::Said) -> Outcome<Vec<String>>;
+pub(crate) type Judge = fn(&stage::Stage, &stage::Said) -> Outcome<Vec<String>>;
 
 /// One attempt.
 #[derive(Clone, Copy)]
@@ -93,7 +93,7 @@ pub struct Attempt {
 
 impl Attempt {
     /// An attempt in a pod that others use too, with contrast.
-    pub const fn new(name: &'static str, what: &'static str, program: Program) -> Self {
+    pub(crate) const fn new(name: &'static str, what: &'static str, program: Program) -> Self {
         Self {
             name,
             what,
@@ -109,43 +109,43 @@ impl Attempt {
     }
 
     /// The same in a pod of its own.
-    pub const fn alone(mut self) -> Self {
+    pub(crate) const fn alone(mut self) -> Self {
         self.alone = true;
         self
     }
 
     /// The same without runc.
-    pub const fn not_on_runc(mut self, reason: &'static str) -> Self {
+    pub(crate) const fn not_on_runc(mut self, reason: &'static str) -> Self {
         self.contrast = Contrast::Without(reason);
         self
     }
 
     /// The same with something prepared, in a pod of its own.
-    pub const fn with(mut self, setup: Setup) -> Self {
+    pub(crate) const fn with(mut self, setup: Setup) -> Self {
         self.setup = Some(setup);
         self.alone()
     }
 
     /// The same with a look at more facts.
-    pub const fn judged(mut self, judge: Judge) -> Self {
+    pub(crate) const fn judged(mut self, judge: Judge) -> Self {
         self.judge = Some(judge);
         self
     }
 
     /// The same with another limit, seconds.
-    pub const fn within(mut self, limit: u64) -> Self {
+    pub(crate) const fn within(mut self, limit: u64) -> Self {
         self.limit = limit;
         self
     }
 
     /// The same, to get out of a privileged container of runc's for certain.
-    pub const fn breaks_runc(mut self) -> Self {
+    pub(crate) const fn breaks_runc(mut self) -> Self {
         self.runc_breaks = true;
         self
     }
 
     /// The same as a part of `make test`.
-    pub const fn smoke(mut self) -> Self {
+    pub(crate) const fn smoke(mut self) -> Self {
         self.smoke = true;
         self
     }

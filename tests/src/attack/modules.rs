@@ -13,7 +13,7 @@ const fn trigger(name: &'static str, what: &'static str, program: &'static [&'st
 }
 
 /// The attempts of this theme.
-pub const ATTEMPTS: &[Attempt] = &[
+pub(crate) const ATTEMPTS: &[Attempt] = &[
     trigger("modules-socket-families", "sockets of all 46 families", &["socket-families"]).smoke(),
     trigger(
         "modules-inet-protocols",

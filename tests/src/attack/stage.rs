@@ -45,7 +45,7 @@ pub struct Stage {
 
 impl Stage {
     /// Whether the container is one of ours.
-    pub fn is_bulkhead(&self) -> bool {
+    pub(crate) fn is_bulkhead(&self) -> bool {
         self.runtime == Runtime::Bulkhead
     }
 
@@ -53,19 +53,19 @@ impl Stage {
     ///
     /// # Errors
     /// When it can't be made.
-    pub fn share(&mut self, name: &str) -> Outcome<PathBuf> {
+    pub(crate) fn share(&mut self, name: &str) -> Outcome<PathBuf> {
         let path = self.shares.join(name);
         fs::create_dir_all(&path).explain(|| format!("make {}", path.display()))?;
         Ok(path)
     }
 
     /// Where [`share`](Self::share) made one.
-    pub fn shared(&self, name: &str) -> PathBuf {
+    pub(crate) fn shared(&self, name: &str) -> PathBuf {
         self.shares.join(name)
     }
 
     /// Something that no program may print, from now on.
-    pub fn secret(&mut self) -> String {
+    pub(crate) fn secret(&mut self) -> String {
         let secret = format!("secret-{}", nonce());
         self.secrets.push(secret.clone());
         secret
@@ -75,7 +75,7 @@ impl Stage {
     ///
     /// # Errors
     /// When it can't be mounted.
-    pub fn disk(&mut self) -> Outcome<PathBuf> {
+    pub(crate) fn disk(&mut self) -> Outcome<PathBuf> {
         let image = self.shares.join("disk.ext4");
         let scratch = self.layout.rootfs("busybox").with_file_name("scratch.ext4");
         fs::create_dir_all(&self.shares).explain(|| "make the stage's directory".into())?;
@@ -89,7 +89,7 @@ impl Stage {
     ///
     /// # Errors
     /// What `mount` says.
-    pub fn mount(&mut self, arguments: &[&str], target: &Path) -> Outcome {
+    pub(crate) fn mount(&mut self, arguments: &[&str], target: &Path) -> Outcome {
         fs::create_dir_all(target).explain(|| format!("make {}", target.display()))?;
         let mut command = Command::new("mount");
         process::run(command.args(arguments).arg(target), b"", CALL_LIMIT)?.success("mount")?;
@@ -112,7 +112,7 @@ impl Drop for Stage {
 }
 
 /// Gives a container a volume.
-pub fn volume(spec: &mut Value, source: &Path, destination: &str, options: &[&str]) {
+pub(crate) fn volume(spec: &mut Value, source: &Path, destination: &str, options: &[&str]) {
     if let Some(mounts) = spec["mounts"].as_array_mut() {
         mounts.push(bundle::bind(source, destination, options));
     }

@@ -32,7 +32,7 @@ const fn interface(name: &'static str, what: &'static str, setup: Setup) -> Atte
 }
 
 /// The attempts of this theme.
-pub const ATTEMPTS: &[Attempt] = &[
+pub(crate) const ATTEMPTS: &[Attempt] = &[
     interface("volume-proc", "a volume with a procfs of the host in it", |s, v| below(s, v, "proc")).breaks_runc().smoke(),
     interface("volume-sysfs", "the same with sysfs", |s, v| below(s, v, "sysfs")).breaks_runc(),
     interface("volume-cgroup2", "the same with cgroup2", |s, v| below(s, v, "cgroup2")).breaks_runc(),

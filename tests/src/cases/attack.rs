@@ -6,7 +6,7 @@ use crate::ensure;
 use crate::failure::Outcome;
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[Case::new("attack-smoke", smoke).on(Fixture::Attack).bulkhead_only()];
+pub(crate) const CASES: &[Case] = &[Case::new("attack-smoke", smoke).on(Fixture::Attack).bulkhead_only()];
 
 fn smoke(environment: &mut Environment) -> Outcome<String> {
     let arena = environment.arena()?;

@@ -16,7 +16,7 @@ use crate::stdio::Streams;
 use crate::{ensure, fail};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("bad-kernel-missing", |e| {
         refused(e, "kernel = \"/nonexistent/vmlinux\"", &["/nonexistent/vmlinux", "o such file"])
     })

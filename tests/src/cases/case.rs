@@ -42,7 +42,7 @@ impl Runtime {
     }
 
     /// The file name of its shim.
-    pub fn program(self) -> &'static str {
+    pub(crate) fn program(self) -> &'static str {
         match self {
             Self::Bulkhead => "containerd-shim-bulkhead-v1",
             Self::Runc => "containerd-shim-runc-v2",
@@ -96,55 +96,55 @@ impl Case {
     }
 
     /// The same on another fixture.
-    pub const fn on(mut self, fixture: Fixture) -> Self {
+    pub(crate) const fn on(mut self, fixture: Fixture) -> Self {
         self.fixture = fixture;
         self
     }
 
     /// The same for our runtime only.
-    pub const fn bulkhead_only(mut self) -> Self {
+    pub(crate) const fn bulkhead_only(mut self) -> Self {
         self.bulkhead_only = true;
         self
     }
 
     /// The same with the configuration by which all changes of root file systems go onto a disk.
-    pub const fn with_changes_on_disk(mut self) -> Self {
+    pub(crate) const fn with_changes_on_disk(mut self) -> Self {
         self.changes_on_disk = true;
         self
     }
 
     /// The same in pods that come by way of the Sandbox API.
-    pub const fn sandboxed(mut self) -> Self {
+    pub(crate) const fn sandboxed(mut self) -> Self {
         self.sandboxed = true;
         self.bulkhead_only()
     }
 
     /// The same, and standard streams by containerd's Streaming API instead of FIFOs.
-    pub const fn streamed(mut self) -> Self {
+    pub(crate) const fn streamed(mut self) -> Self {
         self.streamed = true;
         self.sandboxed()
     }
 
     /// The same with so many seconds.
-    pub const fn within(mut self, seconds: u64) -> Self {
+    pub(crate) const fn within(mut self, seconds: u64) -> Self {
         self.limit = seconds;
         self
     }
 
     /// The same with one of the larger test images.
-    pub const fn with_image(mut self, name: &'static str) -> Self {
+    pub(crate) const fn with_image(mut self, name: &'static str) -> Self {
         self.image = Some(name);
         self
     }
 
     /// The same about what only Bulkhead's own guest kernel has.
-    pub const fn own_kernel(mut self) -> Self {
+    pub(crate) const fn own_kernel(mut self) -> Self {
         self.own_kernel = true;
         self
     }
 
     /// The same in pods that boot.
-    pub const fn cold(mut self) -> Self {
+    pub(crate) const fn cold(mut self) -> Self {
         self.cold = true;
         self.bulkhead_only()
     }

@@ -17,7 +17,7 @@ use crate::stdio::Streams;
 use crate::{ensure, ensure_eq};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("changes-file-operations", rootfs::file_operations).with_changes_on_disk(),
     Case::new("changes-of-layers", of_layers).with_changes_on_disk(),
     Case::new("changes-are-counted", counted).with_changes_on_disk().bulkhead_only(),

@@ -6,7 +6,7 @@ use crate::ensure;
 use crate::failure::Outcome;
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[Case::new("chaos-smoke", smoke).bulkhead_only()];
+pub(crate) const CASES: &[Case] = &[Case::new("chaos-smoke", smoke).bulkhead_only()];
 
 /// Rounds of which most kinds of faults have one.
 const PLAN: Plan = Plan { seed: 1, rounds: 0..10 };

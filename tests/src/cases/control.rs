@@ -13,7 +13,7 @@ use crate::stdio::Streams;
 use crate::{ensure, ensure_eq};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("control-pause-and-resume", pause_and_resume),
     Case::new("control-stats", stats).on(Fixture::Pod),
     Case::new("control-update", update),

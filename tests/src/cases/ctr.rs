@@ -10,7 +10,7 @@ use crate::shim::CALL_LIMIT;
 use crate::{ensure, ensure_eq};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("ctr-run", run).on(Fixture::Containerd),
     Case::new("cold-ctr-run", run).on(Fixture::Containerd).cold(),
     Case::new("ctr-detached-exec-kill-delete", detached).on(Fixture::Containerd),
@@ -22,7 +22,7 @@ pub const CASES: &[Case] = &[
 ];
 
 /// The image that the fixture imported.
-pub const IMAGE: &str = "bulkhead.test/busybox:1";
+pub(crate) const IMAGE: &str = "bulkhead.test/busybox:1";
 
 fn run(environment: &mut Environment) -> Outcome<String> {
     let (id, runtime) = (environment.id("run"), environment.runtime.name());
@@ -97,7 +97,7 @@ fn detached(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// Kills a detached container's task, and deletes task and container.
-pub fn remove(environment: &mut Environment, id: &str, status: &str) -> Outcome {
+pub(crate) fn remove(environment: &mut Environment, id: &str, status: &str) -> Outcome {
     let containerd = environment.containerd()?;
     containerd.ctr(&["task", "kill", "-s", "SIGKILL", id])?.success("ctr task kill")?;
     eventually("the task stops", CALL_LIMIT, || {

@@ -17,7 +17,7 @@ use crate::stdio::Streams;
 use crate::{ensure, ensure_eq};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("death-of-the-vmm", |e| of_a_child(e, "bulkhead-vmm")).bulkhead_only(),
     Case::new("cold-death-of-the-vmm", |e| of_a_child(e, "bulkhead-vmm")).cold(),
     Case::new("death-of-the-file-server", |e| of_a_child(e, "bulkhead-fs")).bulkhead_only(),

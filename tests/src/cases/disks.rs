@@ -20,7 +20,7 @@ use crate::volume::{SIZE, Volume};
 use crate::{ensure, ensure_eq, fail};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("disk-is-read-and-written", read_and_written),
     Case::new("cold-disk-is-read-and-written", read_and_written).cold(),
     Case::new("disk-read-only", read_only).bulkhead_only(),

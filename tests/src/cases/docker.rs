@@ -12,7 +12,7 @@ use crate::process::eventually;
 use crate::{ensure, ensure_eq};
 
 /// The cases of this theme. Each runs its containers under both runtimes.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     case("docker-options", options),
     case("docker-life", life),
     case("docker-network", network),

@@ -11,7 +11,7 @@ use crate::stdio::Streams;
 use crate::{ensure, ensure_eq, fail};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("exec-output-and-exit-code", output_and_exit_code).on(Fixture::Pod),
     Case::new("exec-same-namespaces", same_namespaces).on(Fixture::Pod),
     Case::new("exec-user-directory-environment", user_directory_environment).on(Fixture::Pod),

@@ -19,7 +19,7 @@ use crate::stdio::Streams;
 use crate::{ensure, ensure_eq, fail};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("hooks-around-a-container", around_a_container).bulkhead_only(),
     Case::new("hooks-network-after-the-creation", network_after_the_creation).bulkhead_only(),
     Case::new("hooks-inside-a-container", inside_a_container),

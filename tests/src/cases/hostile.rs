@@ -16,7 +16,7 @@ use crate::stdio::Streams;
 use crate::{bundle, ensure, ensure_eq, process};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("hostile-frozen-container-is-killed", frozen_container_is_killed).bulkhead_only(),
     Case::new("hostile-volume-with-kernel-interfaces", kernel_interfaces).bulkhead_only(),
     Case::new("hostile-volume-that-is-the-whole-host", whole_host).bulkhead_only(),

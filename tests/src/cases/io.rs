@@ -8,7 +8,7 @@ use crate::stdio::{Reading, Streams};
 use crate::{ensure, ensure_eq};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("io-stdin-and-close-io", stdin_and_close_io).on(Fixture::Pod),
     Case::new("io-stdin-ends-with-its-writer", stdin_ends).on(Fixture::Pod),
     Case::new("io-large-output-is-complete", large_output).on(Fixture::Pod),

@@ -16,7 +16,7 @@ use crate::stdio::Streams;
 use crate::{bundle, ensure, ensure_eq, node};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("jail-as-proc-shows-it", as_proc_shows_it).bulkhead_only(),
     Case::new("jail-networks", networks).bulkhead_only(),
     Case::new("jail-leaves-no-core-dump", no_core_dump).bulkhead_only(),

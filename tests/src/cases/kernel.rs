@@ -12,7 +12,7 @@ use crate::failure::{Explain, Outcome};
 use crate::{ensure, ensure_eq, fail};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("kernel-user-namespaces", user_namespaces).with_image("tools"),
     Case::new("kernel-message-queues", message_queues).with_image("tools"),
     Case::new("kernel-real-time", real_time).with_image("tools").own_kernel(),

@@ -18,7 +18,7 @@ use crate::stdio::Streams;
 use crate::{ensure, ensure_eq, fail};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("layers-changes-make-an-image", changes),
     Case::new("cold-layers-changes-make-an-image", changes).cold(),
     Case::new("layers-a-hundred", hundred),

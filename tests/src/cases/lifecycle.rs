@@ -13,7 +13,7 @@ use crate::stdio::Streams;
 use crate::{ensure, ensure_eq, fail};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("lifecycle-states-output-events", states_output_events),
     Case::new("cold-lifecycle-states-output-events", states_output_events).cold(),
     Case::new("lifecycle-created-and-deleted", created_and_deleted),

@@ -17,7 +17,7 @@ use crate::stdio::Streams;
 use crate::{ensure, ensure_eq, fail};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("like-unconfined", unconfined),
     Case::new("like-ipc-sysctls", ipc_sysctls),
     Case::new("like-missing-sysctl", missing_sysctl).bulkhead_only(),

@@ -23,49 +23,50 @@ use crate::process::{self, eventually};
 use crate::shim::{CALL_LIMIT, CreateOptions, Shim, ShimHost};
 use crate::stdio::{Stdio, Streams};
 
-pub use case::{Case, Fixture, Runtime};
+pub(crate) use case::Fixture;
+pub use case::{Case, Runtime};
 
-pub mod alike;
-pub mod attack;
-pub mod bad_input;
+pub(crate) mod alike;
+pub(crate) mod attack;
+pub(crate) mod bad_input;
 mod case;
-pub mod changes;
-pub mod chaos;
-pub mod control;
-pub mod cri;
-pub mod ctr;
-pub mod death;
-pub mod disks;
-pub mod docker;
-pub mod exec;
-pub mod hooks;
-pub mod hostile;
-pub mod io;
-pub mod jail;
-pub mod kernel;
-pub mod layers;
-pub mod lifecycle;
-pub mod likeness;
-pub mod network;
-pub mod oci;
-pub mod operate;
-pub mod ports;
-pub mod resources;
-pub mod rootfs;
-pub mod sandbox;
-pub mod software;
-pub mod template;
+pub(crate) mod changes;
+pub(crate) mod chaos;
+pub(crate) mod control;
+pub(crate) mod cri;
+pub(crate) mod ctr;
+pub(crate) mod death;
+pub(crate) mod disks;
+pub(crate) mod docker;
+pub(crate) mod exec;
+pub(crate) mod hooks;
+pub(crate) mod hostile;
+pub(crate) mod io;
+pub(crate) mod jail;
+pub(crate) mod kernel;
+pub(crate) mod layers;
+pub(crate) mod lifecycle;
+pub(crate) mod likeness;
+pub(crate) mod network;
+pub(crate) mod oci;
+pub(crate) mod operate;
+pub(crate) mod ports;
+pub(crate) mod resources;
+pub(crate) mod rootfs;
+pub(crate) mod sandbox;
+pub(crate) mod software;
+pub(crate) mod template;
 
 /// The status of a task as containerd numbers it.
-pub mod status {
+pub(crate) mod status {
     /// Created, not started.
-    pub const CREATED: i32 = 1;
+    pub(crate) const CREATED: i32 = 1;
     /// Running.
-    pub const RUNNING: i32 = 2;
+    pub(crate) const RUNNING: i32 = 2;
     /// Ended.
-    pub const STOPPED: i32 = 3;
+    pub(crate) const STOPPED: i32 = 3;
     /// Frozen.
-    pub const PAUSED: i32 = 4;
+    pub(crate) const PAUSED: i32 = 4;
 }
 
 /// The store that pods use without a configuration.
@@ -162,7 +163,7 @@ impl Environment {
     }
 
     /// Why a case can't run here, if so.
-    pub fn skip_reason(&self, case: &Case) -> Option<&'static str> {
+    pub(crate) fn skip_reason(&self, case: &Case) -> Option<&'static str> {
         if case.bulkhead_only && self.runtime != Runtime::Bulkhead {
             return Some("about our runtime only");
         }
@@ -296,7 +297,7 @@ impl Environment {
     ///
     /// # Errors
     /// When the runtime has none.
-    pub fn template(&self) -> Outcome<&Path> {
+    pub(crate) fn template(&self) -> Outcome<&Path> {
         self.template.as_deref().explain(|| "no template was made".into())
     }
 
@@ -304,7 +305,7 @@ impl Environment {
     ///
     /// # Errors
     /// When there is no shim host.
-    pub fn config(&self) -> Outcome<Option<PathBuf>> {
+    pub(crate) fn config(&self) -> Outcome<Option<PathBuf>> {
         let file = match (self.runtime, self.cold, self.changes_on_disk) {
             (Runtime::Bulkhead, true, _) => COLD_CONFIG,
             (Runtime::Bulkhead, _, true) => DISK_CONFIG,
@@ -317,7 +318,7 @@ impl Environment {
     ///
     /// # Errors
     /// When the case did not ask for it.
-    pub fn host(&self) -> Outcome<&ShimHost> {
+    pub(crate) fn host(&self) -> Outcome<&ShimHost> {
         self.host.as_ref().explain(|| "no shim host was started".into())
     }
 
@@ -325,7 +326,7 @@ impl Environment {
     ///
     /// # Errors
     /// When the case did not ask for it.
-    pub fn shared(&self) -> Outcome<&Container> {
+    pub(crate) fn shared(&self) -> Outcome<&Container> {
         self.shared.as_ref().explain(|| "no shared container was started".into())
     }
 
@@ -333,7 +334,7 @@ impl Environment {
     ///
     /// # Errors
     /// When the case did not ask for it.
-    pub fn arena(&mut self) -> Outcome<&mut Arena> {
+    pub(crate) fn arena(&mut self) -> Outcome<&mut Arena> {
         self.arena.as_mut().explain(|| "no arena was prepared".into())
     }
 
@@ -341,7 +342,7 @@ impl Environment {
     ///
     /// # Errors
     /// When the case did not ask for it.
-    pub fn node(&self) -> Outcome<&Node> {
+    pub(crate) fn node(&self) -> Outcome<&Node> {
         self.node.as_ref().explain(|| "no node was started".into())
     }
 
@@ -349,12 +350,12 @@ impl Environment {
     ///
     /// # Errors
     /// When the case did not ask for it.
-    pub fn node_mut(&mut self) -> Outcome<&mut Node> {
+    pub(crate) fn node_mut(&mut self) -> Outcome<&mut Node> {
         self.node.as_mut().explain(|| "no node was started".into())
     }
 
     /// The handler under test.
-    pub fn handler(&self) -> Handler {
+    pub(crate) fn handler(&self) -> Handler {
         self.handler
     }
 
@@ -362,7 +363,7 @@ impl Environment {
     ///
     /// # Errors
     /// When the case did not ask for it.
-    pub fn shared_pod(&self, handler: Handler) -> Outcome<Pod<'_>> {
+    pub(crate) fn shared_pod(&self, handler: Handler) -> Outcome<Pod<'_>> {
         let known = self.pods.get(&handler).explain(|| "no shared pod was started".into())?;
         Ok(Pod { node: self.node()?, known: known.clone() })
     }
@@ -371,7 +372,7 @@ impl Environment {
     ///
     /// # Errors
     /// When the case did not ask for it.
-    pub fn containerd(&mut self) -> Outcome<&mut PrivateContainerd> {
+    pub(crate) fn containerd(&mut self) -> Outcome<&mut PrivateContainerd> {
         self.containerd.as_mut().explain(|| "no containerd was started".into())
     }
 
@@ -379,17 +380,17 @@ impl Environment {
     ///
     /// # Errors
     /// When the case did not ask for it.
-    pub fn docker(&self) -> Outcome<&Docker> {
+    pub(crate) fn docker(&self) -> Outcome<&Docker> {
         self.docker.as_ref().explain(|| "no Docker was started".into())
     }
 
     /// An id that no other container has.
-    pub fn id(&self, name: &str) -> String {
+    pub(crate) fn id(&self, name: &str) -> String {
         format!("{name}-{}", self.counter.fetch_add(1, Ordering::Relaxed))
     }
 
     /// Logs of the fixtures, for a failure.
-    pub fn logs(&self) -> String {
+    pub(crate) fn logs(&self) -> String {
         let containerd = self.containerd.as_ref().map(PrivateContainerd::log).unwrap_or_default();
         let docker = self.docker.as_ref();
         let docker =
@@ -401,7 +402,7 @@ impl Environment {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn started(&self, name: &str, process: Value, streams: Streams) -> Outcome<Container> {
+    pub(crate) fn started(&self, name: &str, process: Value, streams: Streams) -> Outcome<Container> {
         let id = self.id(name);
         let container = self.created(&id, &bundle::spec(&id, process), streams)?;
         container.shim.start("")?;
@@ -412,7 +413,7 @@ impl Environment {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn created(&self, id: &str, spec: &Value, streams: Streams) -> Outcome<Container> {
+    pub(crate) fn created(&self, id: &str, spec: &Value, streams: Streams) -> Outcome<Container> {
         self.created_from(self.host()?.bundle(id, spec)?, streams)
     }
 
@@ -431,7 +432,7 @@ impl Environment {
     ///
     /// # Errors
     /// What the shim refuses, and an end later than [`CALL_LIMIT`].
-    pub fn run_to_end(&self, id: &str, spec: &Value) -> Outcome<Ended> {
+    pub(crate) fn run_to_end(&self, id: &str, spec: &Value) -> Outcome<Ended> {
         self.run_bundle(self.host()?.bundle(id, spec)?, CALL_LIMIT)
     }
 
@@ -439,7 +440,7 @@ impl Environment {
     ///
     /// # Errors
     /// What the shim refuses, and an end later than `limit`.
-    pub fn run_bundle(&self, bundle: Bundle, limit: Duration) -> Outcome<Ended> {
+    pub(crate) fn run_bundle(&self, bundle: Bundle, limit: Duration) -> Outcome<Ended> {
         let container = self.created_from(bundle, Streams::default())?;
         container.shim.start("")?;
         let exit = container.shim.wait("", limit)?;
@@ -452,7 +453,7 @@ impl Environment {
     ///
     /// # Errors
     /// As [`run_to_end`](Self::run_to_end).
-    pub fn run_script(&self, name: &str, script: &str) -> Outcome<Ended> {
+    pub(crate) fn run_script(&self, name: &str, script: &str) -> Outcome<Ended> {
         let id = self.id(name);
         self.run_to_end(&id, &bundle::spec(&id, bundle::shell(script)))
     }
@@ -460,7 +461,7 @@ impl Environment {
 
 /// A process that came to its end.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ended {
+pub(crate) struct Ended {
     /// Exit code, or 128 plus the signal.
     pub exit_status: u32,
     /// Everything that it wrote to its standard output.
@@ -474,7 +475,7 @@ impl Ended {
     ///
     /// # Errors
     /// Any other exit code.
-    pub fn success(self) -> Outcome<String> {
+    pub(crate) fn success(self) -> Outcome<String> {
         ensure!(
             self.exit_status == 0,
             "exit status {}, stdout {:?}, stderr {:?}",
@@ -487,7 +488,7 @@ impl Ended {
 }
 
 /// A container that a shim of its own runs.
-pub struct Container {
+pub(crate) struct Container {
     /// Its bundle.
     pub bundle: Bundle,
     /// Its shim.
@@ -501,7 +502,7 @@ impl Container {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn exec(&self, name: &str, process: &Value, streams: Streams) -> Outcome<Stdio> {
+    pub(crate) fn exec(&self, name: &str, process: &Value, streams: Streams) -> Outcome<Stdio> {
         let stdio = self.shim.stdio(name, streams)?;
         self.shim.exec(name, process, &stdio)?;
         self.shim.start(name)?;
@@ -512,7 +513,7 @@ impl Container {
     ///
     /// # Errors
     /// What the shim refuses, and an end later than [`CALL_LIMIT`].
-    pub fn exec_script(&self, name: &str, script: &str) -> Outcome<Ended> {
+    pub(crate) fn exec_script(&self, name: &str, script: &str) -> Outcome<Ended> {
         let stdio = self.exec(name, &bundle::shell(script), Streams::default())?;
         let exit = self.shim.wait(name, CALL_LIMIT)?;
         let (stdout, stderr) = (stdio.stdout.to_end(CALL_LIMIT)?, stdio.stderr.to_end(CALL_LIMIT)?);
@@ -524,7 +525,7 @@ impl Container {
     ///
     /// # Errors
     /// What the shim refuses.
-    pub fn kill(&self) -> Outcome<WaitResponse> {
+    pub(crate) fn kill(&self) -> Outcome<WaitResponse> {
         self.shim.kill("", 9, false)?;
         Ok(self.shim.wait("", CALL_LIMIT)?)
     }
@@ -533,7 +534,7 @@ impl Container {
     ///
     /// # Errors
     /// When any of that does not work.
-    pub fn finish(self) -> Outcome {
+    pub(crate) fn finish(self) -> Outcome {
         if self.shim.state("")?.status.value() != status::STOPPED {
             let _ = self.shim.kill("", 9, true);
             if self.shim.state("")?.status.value() == status::RUNNING {
@@ -548,7 +549,7 @@ impl Container {
     ///
     /// # Errors
     /// When the shim stays, or something of the bundle does.
-    pub fn release(self) -> Outcome {
+    pub(crate) fn release(self) -> Outcome {
         let pid = self.shim.pid()?;
         self.shim.shutdown()?;
         eventually("the shim ends after shutdown", Duration::from_secs(5), || {

@@ -17,7 +17,7 @@ use crate::stdio::Streams;
 use crate::{ensure, ensure_eq, fail};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("network-none", none),
     Case::new("network-bridge", |e| bridge(e, 1)),
     Case::new("cold-network-bridge", |e| bridge(e, 1)).cold(),

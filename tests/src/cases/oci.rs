@@ -12,7 +12,7 @@ use crate::stdio::Streams;
 use crate::{ensure, ensure_eq};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("oci-process-attributes", process_attributes),
     Case::new("oci-seccomp-filter", seccomp),
     Case::new("oci-masked-and-read-only-paths", paths).on(Fixture::Pod),

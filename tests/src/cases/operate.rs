@@ -17,7 +17,7 @@ use crate::stdio::Streams;
 use crate::{ensure, ensure_eq};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     // Every part is read several times for its digest, which takes long in virtual time.
     Case { limit: 90, ..Case::new("operate-install-and-uninstall", install).bulkhead_only() },
     Case::new("operate-check", check).bulkhead_only(),

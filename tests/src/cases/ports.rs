@@ -15,7 +15,7 @@ use crate::stdio::Streams;
 use crate::{ensure, ensure_eq};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("ports-on-the-pods-loopback", loopback).bulkhead_only(),
     Case::new("ports-many-connections", many).bulkhead_only(),
     Case::new("ports-and-the-shims-death", death).bulkhead_only(),

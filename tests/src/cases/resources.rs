@@ -20,7 +20,7 @@ use crate::stdio::Streams;
 use crate::{ensure, ensure_eq, fail};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("resources-size-follows-limits", size_follows_limits).cold(),
     Case::new("resources-files-in-memory", files_in_memory),
     Case::new("resources-full-guest", full_guest),

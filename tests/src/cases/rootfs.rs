@@ -9,7 +9,7 @@ use crate::failure::{Explain, Outcome};
 use crate::{ensure, ensure_eq};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("rootfs-writes-land-in-the-snapshot", writes_land),
     Case::new("rootfs-file-operations", file_operations),
     Case::new("cold-rootfs-file-operations", file_operations).cold(),

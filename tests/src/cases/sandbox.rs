@@ -16,7 +16,7 @@ use crate::stdio::Streams;
 use crate::{ensure, ensure_eq, fail};
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("sandbox-life", life).bulkhead_only(),
     Case::new("cold-sandbox-life", life).cold(),
     Case::new("sandbox-death-of-the-vmm", death_of_the_vmm).bulkhead_only(),

@@ -32,7 +32,7 @@ macro_rules! software {
 }
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     software!("dpkg", DPKG),
     software!("dpkg" on a disk, DPKG),
     software!("git", GIT),

@@ -27,7 +27,7 @@ static WHOLE: Mutex<Option<u64>> = Mutex::new(None);
 
 /// Whom it is done to.
 #[derive(Debug, Clone)]
-pub struct Target {
+pub(crate) struct Target {
     /// The shim.
     pub shim: Process,
     /// The control group of its pod.
@@ -36,7 +36,7 @@ pub struct Target {
 
 impl Target {
     /// Whether the shim is there, and is the same process.
-    pub fn shim_lives(&self) -> bool {
+    pub(crate) fn shim_lives(&self) -> bool {
         node::process(self.shim.pid).is_some_and(|now| now.started == self.shim.started && now.state != 'Z')
     }
 
@@ -57,7 +57,7 @@ impl Target {
     }
 
     /// Does it; tells whether there was anything to do it to.
-    pub fn harm(&self, fault: &Fault) -> bool {
+    pub(crate) fn harm(&self, fault: &Fault) -> bool {
         match fault.harm {
             Harm::KillShim => self.shim_lives() && node::kill_hard(self.shim.pid).is_ok(),
             Harm::KillVmm => self.signal("bulkhead-vmm", Signal::SIGKILL),
@@ -97,7 +97,7 @@ fn fill() -> Outcome {
 }
 
 /// Gives the room back.
-pub fn relieve() {
+pub(crate) fn relieve() {
     let whole = WHOLE.lock().unwrap_or_else(PoisonError::into_inner).take();
     if let Some(Err(Failure(reason))) = whole.map(resize) {
         println!("     | {RECORDS} stays full: {reason}");
@@ -111,7 +111,7 @@ fn resize(kib: u64) -> Outcome {
 }
 
 /// Whether the pods' records are in a file system that can be filled without harm to others.
-pub fn can_fill() -> bool {
+pub(crate) fn can_fill() -> bool {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let in_memory = |line: &str| line.split(' ').nth(4) == Some(RECORDS) && line.contains(" - tmpfs ");
     table.lines().any(in_memory)

@@ -1,9 +1,9 @@
 //! The fault campaign: pods whose parts are killed, or run out of what they need, at random moments of their lives. After each
 //! round the reason was told, nothing is left on the node, and another pod has not noticed.
 
-pub mod harm;
-pub mod round;
-pub mod schedule;
+pub(crate) mod harm;
+pub(crate) mod round;
+pub(crate) mod schedule;
 
 use std::collections::BTreeMap;
 use std::time::Instant;

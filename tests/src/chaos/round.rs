@@ -26,7 +26,7 @@ const KILLED: [u32; 2] = [137, 128 + 7];
 
 /// How a round went that left nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Played {
+pub(crate) struct Played {
     /// Faults that met somebody, by kind and step.
     pub hits: BTreeMap<(Harm, Step), u32>,
     /// What containerd would have been told: the first error.
@@ -48,7 +48,7 @@ struct Life<'a> {
 ///
 /// # Errors
 /// What is not as it has to be.
-pub fn play(host: &ShimHost, id: &str, schedule: &Schedule) -> Outcome<Played> {
+pub(crate) fn play(host: &ShimHost, id: &str, schedule: &Schedule) -> Outcome<Played> {
     let mut spec = bundle::spec(id, bundle::process(&["sleep", "100000"]));
     let bundle = {
         if schedule.has(Harm::EndGuest) {

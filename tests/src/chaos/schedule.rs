@@ -5,11 +5,11 @@ use std::time::Duration;
 
 /// A sequence of numbers that a seed determines (SplitMix64).
 #[derive(Debug, Clone)]
-pub struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
     /// The sequence of a round.
-    pub fn of(seed: u64, round: u64) -> Self {
+    pub(crate) fn of(seed: u64, round: u64) -> Self {
         let mut random = Self(seed ^ round.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         random.next();
         random
@@ -50,7 +50,7 @@ pub enum Step {
 
 impl Step {
     /// All of them, in order.
-    pub const ALL: [Step; 5] = [Step::Create, Step::Start, Step::Exec, Step::Kill, Step::Delete];
+    pub(crate) const ALL: [Step; 5] = [Step::Create, Step::Start, Step::Exec, Step::Kill, Step::Delete];
 
     /// Somewhat longer than the step takes in the nested host: a fault may come after its end as well.
     fn length(self) -> Duration {
@@ -87,7 +87,7 @@ pub enum Harm {
 
 /// One thing that goes wrong, and when.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Fault {
+pub(crate) struct Fault {
     /// What.
     pub harm: Harm,
     /// In which step.
@@ -104,18 +104,18 @@ impl fmt::Display for Fault {
 
 /// What goes wrong in a round.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Schedule(pub Vec<Fault>);
+pub(crate) struct Schedule(pub Vec<Fault>);
 
 impl Schedule {
     /// A round's: one fault, or in every third round two.
-    pub fn of(seed: u64, round: u64) -> Self {
+    pub(crate) fn of(seed: u64, round: u64) -> Self {
         let mut random = Random::of(seed, round);
         let count = if random.below(3) == 0 { 2 } else { 1 };
         Self((0..count).map(|_| fault(&mut random)).collect())
     }
 
     /// Each of several faults alone: what a schedule that failed may come down to.
-    pub fn smaller(&self) -> Vec<Schedule> {
+    pub(crate) fn smaller(&self) -> Vec<Schedule> {
         if self.0.len() < 2 {
             return Vec::new();
         }
@@ -123,7 +123,7 @@ impl Schedule {
     }
 
     /// Whether there is this kind of fault in it.
-    pub fn has(&self, harm: Harm) -> bool {
+    pub(crate) fn has(&self, harm: Harm) -> bool {
         self.0.iter().any(|fault| fault.harm == harm)
     }
 }

@@ -47,7 +47,7 @@ impl Ended {
 }
 
 /// The command that runs a shell script.
-pub fn shell(script: &str) -> Vec<String> {
+pub(crate) fn shell(script: &str) -> Vec<String> {
     ["/bin/sh", "-c", script].map(str::to_owned).into()
 }
 
@@ -56,7 +56,7 @@ impl Container<'_> {
     ///
     /// # Errors
     /// What containerd refuses.
-    pub fn start(&self) -> Outcome {
+    pub(crate) fn start(&self) -> Outcome {
         let request = proto::StartContainerRequest { container_id: self.id.clone(), ..Default::default() };
         self.node.client().start_container(&request).explain(|| "start a container".into()).map(drop)
     }
@@ -65,7 +65,7 @@ impl Container<'_> {
     ///
     /// # Errors
     /// When containerd does not know it.
-    pub fn status(&self) -> Outcome<proto::ContainerStatus> {
+    pub(crate) fn status(&self) -> Outcome<proto::ContainerStatus> {
         let request = proto::ContainerStatusRequest { container_id: self.id.clone(), ..Default::default() };
         let answer = self.node.client().container_status(&request).explain(|| "container status".into())?;
         answer.status.into_option().explain(|| "a container status without a status".into())
@@ -75,7 +75,7 @@ impl Container<'_> {
     ///
     /// # Errors
     /// When it does not end in time.
-    pub fn wait(&self) -> Outcome<Ended> {
+    pub(crate) fn wait(&self) -> Outcome<Ended> {
         let status = eventually("the container's end", CALL_LIMIT, || {
             let status = self.status()?;
             ensure_eq!(status.state.enum_value_or_default(), ContainerState::CONTAINER_EXITED, "state");
@@ -89,7 +89,7 @@ impl Container<'_> {
     ///
     /// # Errors
     /// When the log is not in the CRI's format.
-    pub fn output(&self) -> Outcome<(String, String)> {
+    pub(crate) fn output(&self) -> Outcome<(String, String)> {
         let text = fs::read_to_string(&self.log).explain(|| format!("read {}", self.log.display()))?;
         streams(&text)
     }
@@ -110,7 +110,7 @@ impl Container<'_> {
     ///
     /// # Errors
     /// What containerd refuses.
-    pub fn exec(&self, script: &str) -> Outcome<Ended> {
+    pub(crate) fn exec(&self, script: &str) -> Outcome<Ended> {
         self.exec_command(&shell(script), Duration::ZERO)
     }
 
@@ -118,7 +118,7 @@ impl Container<'_> {
     ///
     /// # Errors
     /// What containerd refuses, and an end that does not come within the limit.
-    pub fn exec_command(&self, command: &[String], limit: Duration) -> Outcome<Ended> {
+    pub(crate) fn exec_command(&self, command: &[String], limit: Duration) -> Outcome<Ended> {
         let request = proto::ExecSyncRequest {
             container_id: self.id.clone(),
             cmd: command.to_vec(),
@@ -139,7 +139,7 @@ impl Container<'_> {
     ///
     /// # Errors
     /// What containerd or its streaming server refuses.
-    pub fn exec_stream(&self, command: &[String], tty: bool) -> Outcome<Stream> {
+    pub(crate) fn exec_stream(&self, command: &[String], tty: bool) -> Outcome<Stream> {
         let request = proto::ExecRequest {
             container_id: self.id.clone(),
             cmd: command.to_vec(),
@@ -157,7 +157,7 @@ impl Container<'_> {
     ///
     /// # Errors
     /// What containerd or its streaming server refuses.
-    pub fn attach(&self, tty: bool) -> Outcome<Stream> {
+    pub(crate) fn attach(&self, tty: bool) -> Outcome<Stream> {
         let request = proto::AttachRequest {
             container_id: self.id.clone(),
             stdin: true,
@@ -174,7 +174,7 @@ impl Container<'_> {
     ///
     /// # Errors
     /// What containerd refuses.
-    pub fn stop(&self, grace: Duration) -> Outcome {
+    pub(crate) fn stop(&self, grace: Duration) -> Outcome {
         let request = proto::StopContainerRequest {
             container_id: self.id.clone(),
             timeout: grace.as_secs() as i64,
@@ -187,7 +187,7 @@ impl Container<'_> {
     ///
     /// # Errors
     /// What containerd refuses.
-    pub fn remove(self) -> Outcome {
+    pub(crate) fn remove(self) -> Outcome {
         let request = proto::RemoveContainerRequest { container_id: self.id, ..Default::default() };
         self.node.client().remove_container(&request).explain(|| "remove a container".into()).map(drop)
     }

@@ -19,15 +19,16 @@ mod container;
 mod http;
 mod pod;
 
-pub use container::{Container, Ended, shell};
+pub(crate) use container::{Container, shell};
 pub use http::http_get;
-pub use pod::{Known, Pod};
+pub(crate) use pod::Known;
+pub use pod::Pod;
 
 /// How long one call may take.
-pub const CALL_LIMIT: Duration = Duration::from_secs(30);
+pub(crate) const CALL_LIMIT: Duration = Duration::from_secs(30);
 
 /// The image of most containers.
-pub const IMAGE: &str = "bulkhead.test/busybox:1";
+pub(crate) const IMAGE: &str = "bulkhead.test/busybox:1";
 
 /// The control group of all pods, as the kubelet's `kubepods`.
 pub(crate) const CGROUP: &str = "bulkhead-cri";
@@ -36,7 +37,7 @@ pub(crate) const CGROUP: &str = "bulkhead-cri";
 const BRIDGE: &str = "bulkhead0";
 
 /// The host's address on the bridge.
-pub const GATEWAY: &str = "10.88.0.1";
+pub(crate) const GATEWAY: &str = "10.88.0.1";
 
 /// Who runs a pod: a runtime handler of containerd's configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -55,7 +56,7 @@ pub enum Handler {
 
 impl Handler {
     /// The handler's name in the configuration.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Runc => "runc",
             Self::Bulkhead => "bulkhead",
@@ -110,12 +111,12 @@ impl Node {
     }
 
     /// The client.
-    pub fn client(&self) -> &Client {
+    pub(crate) fn client(&self) -> &Client {
         &self.client
     }
 
     /// containerd.
-    pub fn containerd(&self) -> &PrivateContainerd {
+    pub(crate) fn containerd(&self) -> &PrivateContainerd {
         &self.containerd
     }
 
@@ -123,7 +124,7 @@ impl Node {
     ///
     /// # Errors
     /// When either does not work in time.
-    pub fn restart(&mut self) -> Outcome {
+    pub(crate) fn restart(&mut self) -> Outcome {
         self.containerd.restart()?;
         self.client = Client::connect(&self.containerd.socket(), CALL_LIMIT).explain(|| "the CRI".into())?;
         eventually("the CRI plugin serves", CALL_LIMIT, || {
@@ -135,14 +136,14 @@ impl Node {
     ///
     /// # Errors
     /// When it can't be made.
-    pub fn directory(&self, name: &str) -> Outcome<PathBuf> {
+    pub(crate) fn directory(&self, name: &str) -> Outcome<PathBuf> {
         let path = self.containerd.path().join(format!("{name}-{}", self.number()));
         fs::create_dir(&path).explain(|| format!("make {}", path.display()))?;
         Ok(path)
     }
 
     /// The directories in which pods must leave nothing.
-    pub fn watched(&self) -> Vec<PathBuf> {
+    pub(crate) fn watched(&self) -> Vec<PathBuf> {
         let path = self.containerd.path();
         let plugin = "root/io.containerd.grpc.v1.cri";
         vec![path.join("state"), path.join(plugin), PathBuf::from("/var/lib/cni"), "/run/netns".into()]

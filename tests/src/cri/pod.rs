@@ -88,7 +88,7 @@ impl<'a> Pod<'a> {
     ///
     /// # Errors
     /// When containerd does not know it.
-    pub fn status(&self) -> Outcome<proto::PodSandboxStatus> {
+    pub(crate) fn status(&self) -> Outcome<proto::PodSandboxStatus> {
         let request =
             proto::PodSandboxStatusRequest { pod_sandbox_id: self.known.id.clone(), ..Default::default() };
         let answer = self.node.client().pod_sandbox_status(&request).explain(|| "pod status".into())?;
@@ -109,7 +109,7 @@ impl<'a> Pod<'a> {
     ///
     /// # Errors
     /// When it does not come to that.
-    pub fn wait_for(&self, state: PodSandboxState) -> Outcome {
+    pub(crate) fn wait_for(&self, state: PodSandboxState) -> Outcome {
         eventually("the pod's state", super::CALL_LIMIT, || {
             ensure_eq!(self.status()?.state.enum_value_or_default(), state, "state");
             Ok(())
@@ -120,7 +120,7 @@ impl<'a> Pod<'a> {
     ///
     /// # Errors
     /// What containerd refuses.
-    pub fn create(
+    pub(crate) fn create(
         &self,
         name: &str,
         script: &str,
@@ -200,7 +200,7 @@ impl<'a> Pod<'a> {
     ///
     /// # Errors
     /// What containerd refuses.
-    pub fn stop(&self) -> Outcome {
+    pub(crate) fn stop(&self) -> Outcome {
         let request =
             proto::StopPodSandboxRequest { pod_sandbox_id: self.known.id.clone(), ..Default::default() };
         self.node.client().stop_pod_sandbox(&request).explain(|| "stop the pod".into()).map(drop)
@@ -210,7 +210,7 @@ impl<'a> Pod<'a> {
     ///
     /// # Errors
     /// What containerd refuses, and when something of it is left.
-    pub fn remove(self) -> Outcome {
+    pub(crate) fn remove(self) -> Outcome {
         let request = proto::RemovePodSandboxRequest { pod_sandbox_id: self.known.id, ..Default::default() };
         self.node.client().remove_pod_sandbox(&request).explain(|| "remove the pod".into())?;
         let _ = fs::remove_dir_all(&self.known.logs);

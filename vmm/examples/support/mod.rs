@@ -10,7 +10,7 @@ use std::time::Instant;
 use bulkhead_vmm_protocol::{CONTROL_FD, Channel, FdIndex, FromVmm, MemorySource, PrepareConfig, Request};
 
 /// Starts a VMM with its end of a control socket.
-pub fn spawn(vmm: &str, control: Channel) -> Result<Child, Box<dyn Error>> {
+pub(crate) fn spawn(vmm: &str, control: Channel) -> Result<Child, Box<dyn Error>> {
     let mut command = Command::new(vmm);
     command.args(["--uid", "65534", "--gid", "65534"]).stdin(Stdio::null()).stdout(Stdio::null()).env_clear();
     let fd = control.as_raw_fd();
@@ -28,10 +28,10 @@ pub fn spawn(vmm: &str, control: Channel) -> Result<Child, Box<dyn Error>> {
 }
 
 /// A memory file, and what is made of it.
-pub type MemoryFile = (fn(FdIndex) -> MemorySource, File);
+pub(crate) type MemoryFile = (fn(FdIndex) -> MemorySource, File);
 
 /// Has a VMM prepare for a machine of so many vCPUs and MiB; `memory` is what is made of the file that comes with it.
-pub fn prepare(
+pub(crate) fn prepare(
     control: &Channel,
     (vcpus, memory_mib): (u8, u32),
     memory: Option<MemoryFile>,
@@ -54,6 +54,6 @@ pub fn prepare(
 }
 
 /// Milliseconds since then.
-pub fn millis(since: Instant) -> f64 {
+pub(crate) fn millis(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1000.0
 }

@@ -31,7 +31,11 @@ pub enum CommandLineError {
 
 /// The whole command line for a guest with the given numbers of devices and of slots for later ones behind them, and with the
 /// shim's parameters.
-pub fn command_line(devices: usize, slots: usize, parameters: &str) -> Result<String, CommandLineError> {
+pub(crate) fn command_line(
+    devices: usize,
+    slots: usize,
+    parameters: &str,
+) -> Result<String, CommandLineError> {
     if let Some(position) = parameters.bytes().position(|byte| !(b' '..=b'~').contains(&byte)) {
         return Err(CommandLineError::Character(position));
     }

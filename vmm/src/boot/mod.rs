@@ -10,8 +10,8 @@ use std::fs::File;
 
 use vm_memory::GuestMemoryError;
 
-pub use cmdline::command_line;
-pub use tables::{CODE_SELECTOR, DATA_SELECTOR, GDT_ENTRIES};
+pub(crate) use cmdline::command_line;
+pub(crate) use tables::{CODE_SELECTOR, DATA_SELECTOR, GDT_ENTRIES};
 
 use crate::memory::GuestRam;
 

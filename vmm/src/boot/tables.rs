@@ -7,12 +7,12 @@ use crate::layout::{GDT, PAGE_TABLES};
 use crate::memory::GuestRam;
 
 /// `__BOOT_CS`: a 64-bit code segment.
-pub const CODE_SELECTOR: u16 = 0x10;
+pub(crate) const CODE_SELECTOR: u16 = 0x10;
 /// `__BOOT_DS`: a flat data segment.
-pub const DATA_SELECTOR: u16 = 0x18;
+pub(crate) const DATA_SELECTOR: u16 = 0x18;
 
 /// Null, null, code (64-bit, execute and read), data (read and write), each with base 0 and limit 4 GiB.
-pub const GDT_ENTRIES: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+pub(crate) const GDT_ENTRIES: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 
 const PAGE: u64 = 4096;
 /// Page directories, each for 1 GiB.

@@ -9,15 +9,15 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use super::{CpuError, kvm_failed};
 
 /// The most entries KVM is asked for.
-pub const MAX_CPUID_ENTRIES: usize = kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+pub(crate) const MAX_CPUID_ENTRIES: usize = kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 
 /// Leaf 1, ECX.
 mod leaf1_ecx {
-    pub const MONITOR: u32 = 1 << 3;
-    pub const VMX: u32 = 1 << 5;
-    pub const PDCM: u32 = 1 << 15;
-    pub const TSC_DEADLINE: u32 = 1 << 24;
-    pub const HYPERVISOR: u32 = 1 << 31;
+    pub(crate) const MONITOR: u32 = 1 << 3;
+    pub(crate) const VMX: u32 = 1 << 5;
+    pub(crate) const PDCM: u32 = 1 << 15;
+    pub(crate) const TSC_DEADLINE: u32 = 1 << 24;
+    pub(crate) const HYPERVISOR: u32 = 1 << 31;
 }
 /// Leaf 1, EDX: several logical processors in the package.
 const HTT: u32 = 1 << 28;
@@ -42,15 +42,15 @@ const KVM_FEATURES_SHOWN: u32 = kvm_feature::NOP_IO_DELAY
     | kvm_feature::PV_SCHED_YIELD
     | kvm_feature::CLOCKSOURCE_STABLE;
 mod kvm_feature {
-    pub const NOP_IO_DELAY: u32 = 1 << 1;
-    pub const CLOCKSOURCE2: u32 = 1 << 3;
-    pub const STEAL_TIME: u32 = 1 << 5;
-    pub const PV_EOI: u32 = 1 << 6;
-    pub const PV_UNHALT: u32 = 1 << 7;
-    pub const PV_TLB_FLUSH: u32 = 1 << 9;
-    pub const PV_SEND_IPI: u32 = 1 << 11;
-    pub const PV_SCHED_YIELD: u32 = 1 << 13;
-    pub const CLOCKSOURCE_STABLE: u32 = 1 << 24;
+    pub(crate) const NOP_IO_DELAY: u32 = 1 << 1;
+    pub(crate) const CLOCKSOURCE2: u32 = 1 << 3;
+    pub(crate) const STEAL_TIME: u32 = 1 << 5;
+    pub(crate) const PV_EOI: u32 = 1 << 6;
+    pub(crate) const PV_UNHALT: u32 = 1 << 7;
+    pub(crate) const PV_TLB_FLUSH: u32 = 1 << 9;
+    pub(crate) const PV_SEND_IPI: u32 = 1 << 11;
+    pub(crate) const PV_SCHED_YIELD: u32 = 1 << 13;
+    pub(crate) const CLOCKSOURCE_STABLE: u32 = 1 << 24;
 }
 /// Leaf 0, EBX: how "AuthenticAMD" and "HygonGenuine" begin.
 const AMD_VENDORS: [u32; 2] = [u32::from_le_bytes(*b"Auth"), u32::from_le_bytes(*b"Hygo")];
@@ -59,14 +59,14 @@ const CLFLUSH_LINE: u32 = 8;
 
 /// The CPUID table of a virtual machine, before it is made one vCPU's own.
 #[derive(Debug, Clone)]
-pub struct CpuidTemplate {
+pub(crate) struct CpuidTemplate {
     entries: Vec<kvm_cpuid_entry2>,
     vcpus: u8,
 }
 
 impl CpuidTemplate {
     /// What a guest with `vcpus` vCPUs gets on this host.
-    pub fn new(kvm: &Kvm, vcpus: u8) -> Result<Self, CpuError> {
+    pub(crate) fn new(kvm: &Kvm, vcpus: u8) -> Result<Self, CpuError> {
         let supported =
             kvm.get_supported_cpuid(MAX_CPUID_ENTRIES).map_err(kvm_failed("learn the features"))?;
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
@@ -93,13 +93,13 @@ impl CpuidTemplate {
     }
 
     /// Gives a vCPU its table; its APIC id is its number.
-    pub fn apply(&self, vcpu: &VcpuFd, id: u8) -> Result<(), CpuError> {
+    pub(crate) fn apply(&self, vcpu: &VcpuFd, id: u8) -> Result<(), CpuError> {
         let table = CpuId::from_entries(&self.for_vcpu(id)).map_err(|_| CpuError::Table)?;
         vcpu.set_cpuid2(&table).map_err(kvm_failed("set the features"))
     }
 
     /// The table of one vCPU.
-    pub fn for_vcpu(&self, id: u8) -> Vec<kvm_cpuid_entry2> {
+    pub(crate) fn for_vcpu(&self, id: u8) -> Vec<kvm_cpuid_entry2> {
         let mut entries = self.entries.clone();
         let id = u32::from(id);
         for entry in &mut entries {

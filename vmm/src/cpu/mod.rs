@@ -4,13 +4,13 @@ mod cpuid;
 mod registers;
 mod state;
 
-pub use cpuid::{CpuidTemplate, MAX_CPUID_ENTRIES};
-pub use registers::{set_boot_registers, set_firmware_registers};
-pub use state::{VcpuState, check_size, saved_msrs};
+pub(crate) use cpuid::CpuidTemplate;
+pub(crate) use registers::{set_boot_registers, set_firmware_registers};
+pub(crate) use state::{VcpuState, check_size, saved_msrs};
 
 /// Why a vCPU can't be set up.
 #[derive(Debug, thiserror::Error)]
-pub enum CpuError {
+pub(crate) enum CpuError {
     /// KVM refused.
     #[error("can't {what} of a vCPU")]
     Kvm {

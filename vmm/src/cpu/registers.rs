@@ -31,7 +31,7 @@ const MODE_EXTERNAL: u32 = 0x700;
 const MODE_NMI: u32 = 0x400;
 
 /// Lets the first vCPU start a kernel at its 64-bit entry: long mode, first 4 GiB mapped, zero page in RSI.
-pub fn set_boot_registers(vcpu: &VcpuFd, entry: u64) -> Result<(), CpuError> {
+pub(crate) fn set_boot_registers(vcpu: &VcpuFd, entry: u64) -> Result<(), CpuError> {
     let mut sregs = vcpu.get_sregs().map_err(kvm_failed("get the system registers"))?;
     sregs.gdt.base = GDT;
     sregs.gdt.limit = (size_of_val(&GDT_ENTRIES) - 1) as u16;
@@ -63,7 +63,7 @@ pub fn set_boot_registers(vcpu: &VcpuFd, entry: u64) -> Result<(), CpuError> {
 
 /// Sets any vCPU up as firmware would: local interrupt pins for external interrupts and NMIs, memory that is cached, fast strings.
 /// A kernel takes features away from an Intel CPU whose fast strings are off, though it has begun to use them on the first.
-pub fn set_firmware_registers(vcpu: &VcpuFd) -> Result<(), CpuError> {
+pub(crate) fn set_firmware_registers(vcpu: &VcpuFd) -> Result<(), CpuError> {
     let mut lapic = vcpu.get_lapic().map_err(kvm_failed("get the local APIC"))?;
     set_delivery_mode(&mut lapic, LVT_LINT0, MODE_EXTERNAL);
     set_delivery_mode(&mut lapic, LVT_LINT1, MODE_NMI);

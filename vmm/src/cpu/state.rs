@@ -41,7 +41,7 @@ pub struct VcpuState {
 }
 
 /// The MSRs that are saved, in the order in which they have to be written.
-pub fn saved_msrs(kvm: &Kvm) -> Result<Vec<u32>, CpuError> {
+pub(crate) fn saved_msrs(kvm: &Kvm) -> Result<Vec<u32>, CpuError> {
     let list = kvm.get_msr_index_list().map_err(kvm_failed("list the MSRs"))?;
     let skipped = [MSR_KVM_WALL_CLOCK_OLD, MSR_KVM_SYSTEM_TIME_OLD, MSR_KVM_WALL_CLOCK];
     let mut msrs: Vec<u32> =
@@ -55,7 +55,7 @@ pub fn saved_msrs(kvm: &Kvm) -> Result<Vec<u32>, CpuError> {
 ///
 /// # Errors
 /// When guests of this process have more floating-point state than that.
-pub fn check_size(kvm: &Kvm) -> Result<(), CpuError> {
+pub(crate) fn check_size(kvm: &Kvm) -> Result<(), CpuError> {
     size_fits(kvm.check_extension_int(Cap::Xsave2))
 }
 
@@ -69,7 +69,7 @@ fn size_fits(bytes: i32) -> Result<(), CpuError> {
 
 impl VcpuState {
     /// Reads the state of a vCPU that doesn't run. No vCPU of the machine may run meanwhile.
-    pub fn save(vcpu: &VcpuFd, msrs: &[u32]) -> Result<Self, CpuError> {
+    pub(crate) fn save(vcpu: &VcpuFd, msrs: &[u32]) -> Result<Self, CpuError> {
         // This one first: it makes KVM process what is pending, which changes the rest.
         let mp_state = vcpu.get_mp_state().map_err(kvm_failed("get the run state"))?;
         let regs = vcpu.get_regs().map_err(kvm_failed("get the registers"))?;
@@ -97,7 +97,7 @@ impl VcpuState {
     }
 
     /// Gives the state to a new vCPU that has its CPUID table.
-    pub fn restore(&self, vcpu: &VcpuFd) -> Result<(), CpuError> {
+    pub(crate) fn restore(&self, vcpu: &VcpuFd) -> Result<(), CpuError> {
         vcpu.set_mp_state(self.mp_state.0).map_err(kvm_failed("set the run state"))?;
         vcpu.set_regs(&self.regs.0).map_err(kvm_failed("set the registers"))?;
         vcpu.set_sregs(&self.sregs.0).map_err(kvm_failed("set the system registers"))?;
@@ -123,7 +123,7 @@ impl VcpuState {
     /// counter starts at 0, is taken for an attempt to set a counter in step with the others, and not for its value
     /// (`kvm_synchronize_tsc`, before Linux 6.8). So one that is far away is written first. The other vCPUs are then in
     /// step with this one, which is what they should be.
-    pub fn leave_startup_tsc(&self, vcpu: &VcpuFd) -> Result<(), CpuError> {
+    pub(crate) fn leave_startup_tsc(&self, vcpu: &VcpuFd) -> Result<(), CpuError> {
         const FAR_MS: u64 = 100_000;
         match self.tsc() {
             Some(tsc) => {
@@ -140,7 +140,7 @@ impl VcpuState {
     }
 
     /// Moves the time stamp counter.
-    pub fn set_tsc(&mut self, tsc: u64) {
+    pub(crate) fn set_tsc(&mut self, tsc: u64) {
         if let Some((_, value)) = self.msrs.iter_mut().find(|(index, _)| *index == MSR_IA32_TSC) {
             *value = tsc;
         }

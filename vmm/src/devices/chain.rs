@@ -49,7 +49,7 @@ pub(super) struct Place(Vec<Segment>);
 /// A chain must end in [`crate::devices::Virtqueue::complete`] or [`crate::devices::Virtqueue::put_back`].
 #[derive(Debug)]
 #[must_use]
-pub struct Chain {
+pub(crate) struct Chain {
     head: u16,
     ram: SharedRam,
     segments: Vec<Segment>,
@@ -104,7 +104,7 @@ impl Chain {
     }
 
     /// Index of the chain's first descriptor: unique among the chains in flight of its queue.
-    pub fn head(&self) -> u16 {
+    pub(crate) fn head(&self) -> u16 {
         self.head
     }
 
@@ -115,22 +115,22 @@ impl Chain {
     }
 
     /// Bytes the device may read.
-    pub fn readable_len(&self) -> usize {
+    pub(crate) fn readable_len(&self) -> usize {
         total(&self.segments[..self.readable])
     }
 
     /// Bytes the device may write.
-    pub fn writable_len(&self) -> usize {
+    pub(crate) fn writable_len(&self) -> usize {
         total(&self.segments[self.readable..])
     }
 
     /// Reads the device-readable buffers from their start.
-    pub fn reader(&self) -> ChainReader<'_> {
+    pub(crate) fn reader(&self) -> ChainReader<'_> {
         ChainReader(Cursor::new(&self.ram, &self.segments[..self.readable]))
     }
 
     /// Adds the device-writable buffers to a list of host memory. What the list says holds for as long as the chain exists.
-    pub fn add_writable_to(&self, vectors: &mut Vec<libc::iovec>) -> Result<(), MemoryFault> {
+    pub(crate) fn add_writable_to(&self, vectors: &mut Vec<libc::iovec>) -> Result<(), MemoryFault> {
         for segment in &self.segments[self.readable..] {
             for slice in GuestMemoryBackend::get_slices(&*self.ram, segment.address, segment.length) {
                 vectors.push(vector(&slice.map_err(MemoryFault::Access)?));
@@ -140,7 +140,7 @@ impl Chain {
     }
 
     /// Writes the device-writable buffers from their start.
-    pub fn writer(&self) -> ChainWriter<'_> {
+    pub(crate) fn writer(&self) -> ChainWriter<'_> {
         ChainWriter(Cursor::new(&self.ram, &self.segments[self.readable..]))
     }
 }
@@ -249,16 +249,16 @@ fn vector(slice: &VolatileSlice<'_>) -> libc::iovec {
 
 /// Reads what the driver wrote; made by [`Chain::reader`].
 #[derive(Debug, Clone)]
-pub struct ChainReader<'a>(Cursor<'a>);
+pub(crate) struct ChainReader<'a>(Cursor<'a>);
 
 impl ChainReader<'_> {
     /// Bytes left.
-    pub fn remaining(&self) -> usize {
+    pub(crate) fn remaining(&self) -> usize {
         self.0.remaining
     }
 
     /// Copies up to `buffer.len()` bytes; less only at the end.
-    pub fn read(&mut self, buffer: &mut [u8]) -> Result<usize, MemoryFault> {
+    pub(crate) fn read(&mut self, buffer: &mut [u8]) -> Result<usize, MemoryFault> {
         let mut done = 0;
         while done < buffer.len() {
             let Some((address, length)) = self.0.current() else { break };
@@ -271,20 +271,20 @@ impl ChainReader<'_> {
     }
 
     /// Fills `buffer` or fails without reading anything.
-    pub fn read_exact(&mut self, buffer: &mut [u8]) -> Result<(), MemoryFault> {
+    pub(crate) fn read_exact(&mut self, buffer: &mut [u8]) -> Result<(), MemoryFault> {
         self.0.require(buffer.len())?;
         self.read(buffer).map(|_| ())
     }
 
     /// Reads one plain-data value.
-    pub fn read_obj<T: ByteValued>(&mut self) -> Result<T, MemoryFault> {
+    pub(crate) fn read_obj<T: ByteValued>(&mut self) -> Result<T, MemoryFault> {
         let mut value = T::zeroed();
         self.read_exact(value.as_mut_slice())?;
         Ok(value)
     }
 
     /// Skips `count` bytes, or fails.
-    pub fn skip(&mut self, count: usize) -> Result<(), MemoryFault> {
+    pub(crate) fn skip(&mut self, count: usize) -> Result<(), MemoryFault> {
         self.0.require(count)?;
         self.0.advance(count);
         Ok(())
@@ -292,7 +292,7 @@ impl ChainReader<'_> {
 
     /// Writes up to `limit` bytes into a descriptor, in one system call straight from guest memory: `pwritev` at
     /// `position`, or `writev` without one. Returns the number of bytes written (may be less than asked for).
-    pub fn write_to(
+    pub(crate) fn write_to(
         &mut self,
         fd: BorrowedFd<'_>,
         limit: usize,
@@ -317,7 +317,7 @@ impl ChainReader<'_> {
 
     /// Sends `head` and then everything that is left as one packet, without waiting, straight from guest memory.
     /// `EMSGSIZE` when that is too long or too scattered.
-    pub fn send_packet(&mut self, socket: BorrowedFd<'_>, head: &[u8]) -> Result<(), IoFault> {
+    pub(crate) fn send_packet(&mut self, socket: BorrowedFd<'_>, head: &[u8]) -> Result<(), IoFault> {
         let mut vectors = self.with_head(head)?;
         // SAFETY: `msghdr` is plain data, for which zeros are valid.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -335,7 +335,7 @@ impl ChainReader<'_> {
 
     /// Writes `head` and then everything that is left into a descriptor that takes it whole or not at all, straight from guest
     /// memory. `EMSGSIZE` when it is too scattered.
-    pub fn write_packet(&mut self, fd: BorrowedFd<'_>, head: &[u8]) -> Result<(), IoFault> {
+    pub(crate) fn write_packet(&mut self, fd: BorrowedFd<'_>, head: &[u8]) -> Result<(), IoFault> {
         let mut vectors = self.with_head(head)?;
         let (list, count) = (vectors.as_mut_ptr(), vectors.count as libc::c_int);
         // SAFETY: each vector points to `head` or into guest memory that `self` keeps mapped; the kernel only reads them.
@@ -359,16 +359,16 @@ impl ChainReader<'_> {
 
 /// Writes what the driver will read; made by [`Chain::writer`].
 #[derive(Debug, Clone)]
-pub struct ChainWriter<'a>(Cursor<'a>);
+pub(crate) struct ChainWriter<'a>(Cursor<'a>);
 
 impl ChainWriter<'_> {
     /// Bytes left.
-    pub fn remaining(&self) -> usize {
+    pub(crate) fn remaining(&self) -> usize {
         self.0.remaining
     }
 
     /// Copies up to `buffer.len()` bytes; less only at the end.
-    pub fn write(&mut self, buffer: &[u8]) -> Result<usize, MemoryFault> {
+    pub(crate) fn write(&mut self, buffer: &[u8]) -> Result<usize, MemoryFault> {
         let mut done = 0;
         while done < buffer.len() {
             let Some((address, length)) = self.0.current() else { break };
@@ -381,18 +381,18 @@ impl ChainWriter<'_> {
     }
 
     /// Writes all of `buffer` or fails without writing anything.
-    pub fn write_all(&mut self, buffer: &[u8]) -> Result<(), MemoryFault> {
+    pub(crate) fn write_all(&mut self, buffer: &[u8]) -> Result<(), MemoryFault> {
         self.0.require(buffer.len())?;
         self.write(buffer).map(|_| ())
     }
 
     /// Writes one plain-data value.
-    pub fn write_obj<T: ByteValued>(&mut self, value: T) -> Result<(), MemoryFault> {
+    pub(crate) fn write_obj<T: ByteValued>(&mut self, value: T) -> Result<(), MemoryFault> {
         self.write_all(value.as_slice())
     }
 
     /// Skips `count` bytes, or fails.
-    pub fn skip(&mut self, count: usize) -> Result<(), MemoryFault> {
+    pub(crate) fn skip(&mut self, count: usize) -> Result<(), MemoryFault> {
         self.0.require(count)?;
         self.0.advance(count);
         Ok(())
@@ -400,7 +400,7 @@ impl ChainWriter<'_> {
 
     /// Reads up to `limit` bytes from a descriptor, in one system call straight into guest memory: `preadv` at
     /// `position`, or `readv` without one. Returns the number of bytes read (0 at the end of a file).
-    pub fn read_from(
+    pub(crate) fn read_from(
         &mut self,
         fd: BorrowedFd<'_>,
         limit: usize,
@@ -417,7 +417,7 @@ impl ChainWriter<'_> {
 
     /// The same from a file at `position`, as far as it needs no waiting: `WouldBlock` for what the host has to fetch, which it begins
     /// with then, and `EOPNOTSUPP` from file systems that can't tell.
-    pub fn read_ready_from(
+    pub(crate) fn read_ready_from(
         &mut self,
         file: BorrowedFd<'_>,
         limit: usize,
@@ -451,7 +451,7 @@ fn file_position(position: u64) -> Result<libc::off_t, io::Error> {
 
 /// Why data couldn't be moved between a chain and a descriptor.
 #[derive(Debug, thiserror::Error)]
-pub enum IoFault {
+pub(crate) enum IoFault {
     /// The chain's side.
     #[error("a buffer can't be used")]
     Memory(#[from] MemoryFault),

@@ -23,12 +23,12 @@ struct Contents {
 
 impl ConfigSpace {
     /// A space with the given first contents. Its size never changes.
-    pub fn new(bytes: Vec<u8>) -> Self {
+    pub(crate) fn new(bytes: Vec<u8>) -> Self {
         ConfigSpace(Mutex::new(Contents { bytes, ..Contents::default() }))
     }
 
     /// A space with the structure that the device's section of the specification gives.
-    pub fn of(structure: &impl ByteValued) -> Self {
+    pub(crate) fn of(structure: &impl ByteValued) -> Self {
         Self::new(structure.as_slice().to_vec())
     }
 
@@ -42,7 +42,7 @@ impl ConfigSpace {
 
     /// Replaces bytes from `offset` on and moves the generation; bytes past the end are dropped. The caller signals the
     /// change with [`crate::devices::Interrupt::signal_config`].
-    pub fn update(&self, offset: usize, data: &[u8]) {
+    pub(crate) fn update(&self, offset: usize, data: &[u8]) {
         let mut contents = self.lock();
         if let Some(tail) = contents.bytes.get_mut(offset..) {
             let length = tail.len().min(data.len());
@@ -56,17 +56,17 @@ impl ConfigSpace {
     }
 
     /// The contents.
-    pub fn contents(&self) -> Vec<u8> {
+    pub(crate) fn contents(&self) -> Vec<u8> {
         self.lock().bytes.clone()
     }
 
     /// Goes on counting changes from a saved count; before it is shown.
-    pub fn set_generation(&self, generation: u32) {
+    pub(crate) fn set_generation(&self, generation: u32) {
         self.lock().generation = generation;
     }
 
     /// Counts the changes, for the `ConfigGeneration` register.
-    pub fn generation(&self) -> u32 {
+    pub(crate) fn generation(&self) -> u32 {
         self.lock().generation
     }
 

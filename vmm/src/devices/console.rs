@@ -72,11 +72,6 @@ impl Console {
         })
     }
 
-    /// What has become of the output so far.
-    pub fn state(&self) -> ConsoleState {
-        self.state
-    }
-
     fn refill(&mut self) {
         let elapsed = self.refilled.elapsed();
         if elapsed > Duration::from_millis(10) {

@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::registers::Registers;
 
 /// `InterruptStatus` bit: a used buffer notification.
-pub const USED_BUFFER: u32 = 1;
+pub(crate) const USED_BUFFER: u32 = 1;
 /// `InterruptStatus` bit: a configuration change notification.
 const CONFIG_CHANGE: u32 = 2;
 
@@ -20,7 +20,7 @@ const CONFIG_CHANGE: u32 = 2;
 /// The bit for used buffers stays once it was set: a driver that looks at its queues for nothing loses little, and so KVM can drop
 /// the acknowledgement, of which nobody has to hear.
 #[derive(Debug)]
-pub struct Interrupt {
+pub(crate) struct Interrupt {
     registers: Registers,
     needs_reset: AtomicBool,
     line: EventFd,
@@ -28,22 +28,22 @@ pub struct Interrupt {
 
 impl Interrupt {
     /// An interrupt that is raised by writing to `line`, which must be non-blocking.
-    pub fn new(line: EventFd, registers: Registers) -> Self {
+    pub(crate) fn new(line: EventFd, registers: Registers) -> Self {
         Interrupt { registers, needs_reset: AtomicBool::new(false), line }
     }
 
     /// The eventfd behind the line.
-    pub fn line(&self) -> &EventFd {
+    pub(crate) fn line(&self) -> &EventFd {
         &self.line
     }
 
     /// Tells the driver that buffers were used.
-    pub fn signal_used(&self) {
+    pub(crate) fn signal_used(&self) {
         self.raise(USED_BUFFER);
     }
 
     /// Tells the driver that the configuration space or the device status changed.
-    pub fn signal_config(&self) {
+    pub(crate) fn signal_config(&self) {
         self.raise(CONFIG_CHANGE);
     }
 
@@ -83,7 +83,7 @@ impl Interrupt {
     }
 
     /// Raises the line again, for what the status says.
-    pub fn raise_again(&self) {
+    pub(crate) fn raise_again(&self) {
         self.raise(0);
     }
 

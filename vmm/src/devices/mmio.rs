@@ -76,12 +76,13 @@ impl MmioTransport {
     }
 
     /// What the driver wrote so far.
-    pub fn state(&self) -> &TransportState {
+    #[cfg(test)]
+    pub(crate) fn state(&self) -> &TransportState {
         &self.state
     }
 
     /// The device's state, with that of its backend. Neither vCPUs nor the device's thread may run.
-    pub fn save(&self, backend: BackendState) -> Result<DeviceState, &'static str> {
+    pub(crate) fn save(&self, backend: BackendState) -> Result<DeviceState, &'static str> {
         if self.slot.interrupt.needs_reset() {
             return Err("it has stopped until its driver resets it");
         }
@@ -158,8 +159,9 @@ impl MmioTransport {
         Ok(())
     }
 
-    /// The device's slot, for the wiring of interrupts and ioeventfds.
-    pub fn slot(&self) -> &Arc<DeviceSlot> {
+    /// The device's slot.
+    #[cfg(test)]
+    pub(crate) fn slot(&self) -> &Arc<DeviceSlot> {
         &self.slot
     }
 

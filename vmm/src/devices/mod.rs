@@ -45,14 +45,14 @@ pub(crate) mod testing;
 pub mod vsock;
 pub mod worker;
 
-pub use chain::{Chain, ChainReader, ChainWriter, MemoryFault};
-pub use config::ConfigSpace;
-pub use interrupt::Interrupt;
-pub use mmio::TransportState;
-pub use queue::{Progress, QueueRegisters, RingPosition, Virtqueue};
-pub use queue_fault::QueueFault;
-pub use state::{BackendState, DeviceState, StateFault};
-pub use worker::DeviceEvents;
+pub(crate) use chain::{Chain, ChainReader, ChainWriter, MemoryFault};
+pub(crate) use config::ConfigSpace;
+pub(crate) use interrupt::Interrupt;
+pub(crate) use queue::{Progress, Virtqueue};
+pub(crate) use queue_fault::QueueFault;
+pub use state::DeviceState;
+pub(crate) use state::{BackendState, StateFault};
+pub(crate) use worker::DeviceEvents;
 
 use std::sync::Arc;
 
@@ -79,7 +79,7 @@ pub enum DeviceKind {
 
 impl DeviceKind {
     /// The value of the `DeviceID` register.
-    pub const fn id(self) -> u32 {
+    pub(crate) const fn id(self) -> u32 {
         match self {
             DeviceKind::Net => 1,
             DeviceKind::Block => 2,
@@ -151,14 +151,14 @@ pub struct Activated {
 
 impl Activated {
     /// Tells the driver that the configuration space has changed.
-    pub fn signal_config(&self) {
+    pub(crate) fn signal_config(&self) {
         if let Some(queue) = self.queues.first() {
             queue.signal_config();
         }
     }
 
     /// Has a queue looked at once more, after the other devices had their turn.
-    pub fn kick(&self, queue: usize) {
+    pub(crate) fn kick(&self, queue: usize) {
         if let Some(ring) = self.queues.get(queue) {
             ring.kick(queue);
         }

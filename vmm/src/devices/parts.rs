@@ -26,7 +26,7 @@ pub struct Parts {
 
 /// What is at a position of a disk, and for how many bytes.
 #[derive(Debug)]
-pub enum Piece<'a> {
+pub(crate) enum Piece<'a> {
     /// A file, from a position on.
     File(&'a File, u64, u64),
     /// Nothing.
@@ -56,17 +56,17 @@ impl Parts {
     }
 
     /// Bytes of the disk.
-    pub fn size(&self) -> u64 {
+    pub(crate) fn size(&self) -> u64 {
         self.parts.last().map_or(0, |part| part.end)
     }
 
     /// The file that a disk for writing is: the first.
-    pub fn file(&self) -> &File {
+    pub(crate) fn file(&self) -> &File {
         &self.parts[0].file
     }
 
     /// What is at a position; `None` behind the end.
-    pub fn at(&self, position: u64) -> Option<Piece<'_>> {
+    pub(crate) fn at(&self, position: u64) -> Option<Piece<'_>> {
         let part = &self.parts[self.parts.partition_point(|part| part.end <= position)..].first()?;
         let within = position - part.start;
         Some(match part.length.checked_sub(within) {

@@ -55,7 +55,7 @@ pub enum Progress {
 
 /// How often a device has been given a chain of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Turn {
+pub(crate) enum Turn {
     /// For the first time: what would have to wait may be left.
     First,
     /// Once more: it has to be done.
@@ -117,7 +117,7 @@ impl Virtqueue {
 
     /// Takes the next chain, checked as a whole. `None` means that the queue is empty and that the next chain will
     /// come with a kick.
-    pub fn pop(&mut self) -> Result<Option<Chain>, QueueFault> {
+    pub(crate) fn pop(&mut self) -> Result<Option<Chain>, QueueFault> {
         let Some(ring) = &mut self.ring else { return Ok(None) };
         let ram: &crate::memory::GuestRam = &self.ram;
         let mut next = ring.iter(ram).map_err(QueueFault::Ring)?.next();
@@ -141,7 +141,7 @@ impl Virtqueue {
     }
 
     /// Undoes the last [`Virtqueue::pop`], whose chain this must be.
-    pub fn put_back(&mut self, chain: Chain) {
+    pub(crate) fn put_back(&mut self, chain: Chain) {
         if let Some(ring) = &mut self.ring {
             ring.go_to_previous_position();
         }
@@ -150,12 +150,12 @@ impl Virtqueue {
 
     /// Returns a chain to the driver, `written` bytes of its writable buffers filled. Follow with
     /// [`Virtqueue::signal`] once per batch.
-    pub fn complete(&mut self, chain: Chain, written: u32) -> Result<(), QueueFault> {
+    pub(crate) fn complete(&mut self, chain: Chain, written: u32) -> Result<(), QueueFault> {
         self.complete_together(std::iter::once((chain, written)))
     }
 
     /// Returns chains to the driver, which sees either none of them or all.
-    pub fn complete_together(
+    pub(crate) fn complete_together(
         &mut self,
         chains: impl Iterator<Item = (Chain, u32)>,
     ) -> Result<(), QueueFault> {
@@ -180,7 +180,7 @@ impl Virtqueue {
     }
 
     /// Interrupts the guest if the driver wants to hear of the chains completed since the last call.
-    pub fn signal(&mut self) -> Result<(), QueueFault> {
+    pub(crate) fn signal(&mut self) -> Result<(), QueueFault> {
         let Some(ring) = &self.ring else { return Ok(()) };
         let next = ring.next_used();
         let told = std::mem::replace(&mut self.signalled, next);
@@ -203,7 +203,7 @@ impl Virtqueue {
     /// Serves chains one after the other until the queue is empty or a bounded number was served.
     ///
     /// `serve` returns how many bytes it wrote to the chain's writable buffers.
-    pub fn serve(
+    pub(crate) fn serve(
         &mut self,
         mut serve: impl FnMut(&Chain) -> Result<u32, DeviceFault>,
     ) -> Result<Progress, DeviceFault> {
@@ -211,7 +211,7 @@ impl Virtqueue {
     }
 
     /// The same in two turns: a chain for which `serve` returns `None` in the first is served once more when all others have been.
-    pub fn serve_in_turns(
+    pub(crate) fn serve_in_turns(
         &mut self,
         mut serve: impl FnMut(&Chain, Turn) -> Result<Option<u32>, DeviceFault>,
     ) -> Result<Progress, DeviceFault> {
@@ -244,12 +244,12 @@ impl Virtqueue {
     }
 
     /// Number of descriptors; 0 when the driver left the queue unused.
-    pub fn size(&self) -> u16 {
+    pub(crate) fn size(&self) -> u16 {
         self.ring.as_ref().map_or(0, QueueT::size)
     }
 
     /// Where the device stands in the rings; `None` when the driver left the queue unused.
-    pub fn position(&self) -> Option<RingPosition> {
+    pub(crate) fn position(&self) -> Option<RingPosition> {
         self.ring
             .as_ref()
             .map(|ring| RingPosition { next_available: ring.next_avail(), next_used: ring.next_used() })
@@ -284,7 +284,7 @@ impl Virtqueue {
     }
 
     /// How many chains were popped and not completed.
-    pub fn in_flight(&self) -> u32 {
+    pub(crate) fn in_flight(&self) -> u32 {
         self.in_flight.iter().map(|word| word.count_ones()).sum()
     }
 

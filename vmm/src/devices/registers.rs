@@ -39,12 +39,12 @@ impl RegisterMemory {
     }
 
     /// Host address of the first window.
-    pub fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         self.0.as_ptr() as u64
     }
 
     /// Bytes of all windows.
-    pub const fn size(&self) -> u64 {
+    pub(crate) const fn size(&self) -> u64 {
         (PAGES * PAGE) as u64
     }
 

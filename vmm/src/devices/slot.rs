@@ -23,7 +23,7 @@ pub struct DeviceSlot {
 
 /// The eventfds of a device's notifications.
 #[derive(Debug)]
-pub enum Kicks {
+pub(crate) enum Kicks {
     /// One for each queue.
     PerQueue(Vec<EventFd>),
     /// One for all queues, however many the device has.
@@ -68,7 +68,7 @@ impl DeviceSlot {
     }
 
     /// A slot for one device after the other, each with as many queues as it likes.
-    pub fn reusable(registers: Registers) -> std::io::Result<Arc<Self>> {
+    pub(crate) fn reusable(registers: Registers) -> std::io::Result<Arc<Self>> {
         Self::with(Kicks::Shared(eventfd()?), registers)
     }
 
@@ -79,17 +79,17 @@ impl DeviceSlot {
     }
 
     /// The device's interrupt, for the wiring of its line.
-    pub fn interrupt(&self) -> &Interrupt {
+    pub(crate) fn interrupt(&self) -> &Interrupt {
         &self.interrupt
     }
 
     /// The eventfds of notifications, for the wiring of ioeventfds.
-    pub fn kicks(&self) -> &Kicks {
+    pub(crate) fn kicks(&self) -> &Kicks {
         &self.kicks
     }
 
     /// Where acknowledgements of used buffers go, for the wiring of an ioeventfd.
-    pub fn acknowledged(&self) -> &EventFd {
+    pub(crate) fn acknowledged(&self) -> &EventFd {
         &self.acknowledged
     }
 
@@ -126,7 +126,7 @@ impl DeviceSlot {
     }
 
     /// Makes it as new, for another device. Neither register face nor worker of the last one may be left.
-    pub fn clear(&self) {
+    pub(crate) fn clear(&self) {
         *self.lock() = SlotState::default();
         self.interrupt.clear();
         self.registers.show_placeholder();

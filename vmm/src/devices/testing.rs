@@ -7,13 +7,12 @@ use event_manager::{EventManager, SubscriberOps};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::mmio::MmioTransport;
-use super::queue::Turn;
+use super::queue::{QueueRegisters, Turn};
 use super::registers::RegisterMemory;
 use super::slot::DeviceSlot;
 use super::worker::DeviceWorker;
 use super::{
-    Activated, ConfigSpace, DeviceEvents, DeviceFault, DeviceInfo, DeviceKind, Progress, QueueRegisters,
-    VirtioDevice,
+    Activated, ConfigSpace, DeviceEvents, DeviceFault, DeviceInfo, DeviceKind, Progress, VirtioDevice,
 };
 use crate::memory::{GuestRam, SharedRam};
 
@@ -71,7 +70,7 @@ pub(crate) fn test_ram() -> SharedRam {
 
 impl TestDriver {
     /// A device that nobody talked to yet.
-    pub fn new(device: Box<dyn VirtioDevice>) -> Self {
+    pub(crate) fn new(device: Box<dyn VirtioDevice>) -> Self {
         let info = device.info();
         let ram = test_ram();
         let slot = DeviceSlot::new(info.queue_sizes.len(), RegisterMemory::new().window(0)).unwrap();
@@ -83,7 +82,7 @@ impl TestDriver {
     }
 
     /// A device that went through the whole initialisation with all offered features but `without`.
-    pub fn activated(device: Box<dyn VirtioDevice>, without: u64) -> Self {
+    pub(crate) fn activated(device: Box<dyn VirtioDevice>, without: u64) -> Self {
         let mut driver = TestDriver::new(device);
         driver.negotiate(without);
         for queue in 0..driver.queues.len() {
@@ -96,7 +95,7 @@ impl TestDriver {
     }
 
     /// Resets the device and initialises it again, with empty rings.
-    pub fn restart(&mut self) {
+    pub(crate) fn restart(&mut self) {
         self.negotiate(0);
         for queue in 0..self.queues.len() {
             let registers = self.queue_registers(queue);
@@ -110,7 +109,7 @@ impl TestDriver {
     }
 
     /// Runs the thread's loop until nothing is left to do.
-    pub fn run(&mut self) {
+    pub(crate) fn run(&mut self) {
         for _ in 0..1000 {
             if self.loop_.run_with_timeout(0).unwrap() == 0 {
                 return;
@@ -120,7 +119,7 @@ impl TestDriver {
     }
 
     /// Runs the loop until `done` or 5 s have passed.
-    pub fn run_until(&mut self, mut done: impl FnMut(&mut Self) -> bool) {
+    pub(crate) fn run_until(&mut self, mut done: impl FnMut(&mut Self) -> bool) {
         let start = std::time::Instant::now();
         while !done(self) {
             assert!(start.elapsed().as_secs() < 5, "the device didn't get there in time");
@@ -128,18 +127,18 @@ impl TestDriver {
         }
     }
 
-    pub fn get(&self, offset: u64) -> u32 {
+    pub(crate) fn get(&self, offset: u64) -> u32 {
         let mut data = [0; 4];
         self.transport.slot().registers.read(offset, &mut data);
         u32::from_le_bytes(data)
     }
 
-    pub fn set(&mut self, offset: u64, value: u32) {
+    pub(crate) fn set(&mut self, offset: u64, value: u32) {
         self.transport.write(offset, &value.to_le_bytes());
     }
 
     /// Up to `FEATURES_OK`.
-    pub fn negotiate(&mut self, without: u64) {
+    pub(crate) fn negotiate(&mut self, without: u64) {
         self.set(0x70, 0);
         self.set(0x70, 1);
         self.set(0x70, 3);
@@ -154,7 +153,7 @@ impl TestDriver {
     }
 
     /// Sound registers for a queue.
-    pub fn queue_registers(&self, queue: usize) -> QueueRegisters {
+    pub(crate) fn queue_registers(&self, queue: usize) -> QueueRegisters {
         let base = RINGS + RING_STRIDE * queue as u64;
         QueueRegisters {
             size: self.queues[queue].size,
@@ -165,7 +164,7 @@ impl TestDriver {
         }
     }
 
-    pub fn write_queue(&mut self, queue: usize, registers: QueueRegisters) {
+    pub(crate) fn write_queue(&mut self, queue: usize, registers: QueueRegisters) {
         self.set(0x30, queue as u32);
         self.set(0x38, registers.size.into());
         for (offset, address) in
@@ -178,7 +177,7 @@ impl TestDriver {
     }
 
     /// Writes one raw descriptor.
-    pub fn write_descriptor(&mut self, queue: usize, index: u16, buffer: Buffer, next: Option<u16>) {
+    pub(crate) fn write_descriptor(&mut self, queue: usize, index: u16, buffer: Buffer, next: Option<u16>) {
         let flags = u16::from(next.is_some()) | if buffer.writable { 2 } else { 0 };
         self.write_raw_descriptor(
             queue,
@@ -190,7 +189,7 @@ impl TestDriver {
         );
     }
 
-    pub fn write_raw_descriptor(
+    pub(crate) fn write_raw_descriptor(
         &mut self,
         queue: usize,
         index: u16,
@@ -209,7 +208,7 @@ impl TestDriver {
     }
 
     /// Puts a head into the available ring.
-    pub fn make_available(&mut self, queue: usize, head: u16) {
+    pub(crate) fn make_available(&mut self, queue: usize, head: u16) {
         let registers = self.queue_registers(queue);
         let state = &mut self.queues[queue];
         let entry = registers.available + 4 + 2 * u64::from(state.next_available % state.size);
@@ -220,13 +219,13 @@ impl TestDriver {
     }
 
     /// Overwrites the available ring's index.
-    pub fn set_available_index(&mut self, queue: usize, index: u16) {
+    pub(crate) fn set_available_index(&mut self, queue: usize, index: u16) {
         let registers = self.queue_registers(queue);
         self.ram.write_obj(index, GuestAddress(registers.available + 2)).unwrap();
     }
 
     /// Makes a chain of buffers available, without a kick; returns its head.
-    pub fn add(&mut self, queue: usize, buffers: &[Buffer]) -> u16 {
+    pub(crate) fn add(&mut self, queue: usize, buffers: &[Buffer]) -> u16 {
         let size = self.queues[queue].size;
         let head = self.queues[queue].next_descriptor;
         for (position, buffer) in buffers.iter().enumerate() {
@@ -240,13 +239,13 @@ impl TestDriver {
     }
 
     /// Notifies the device and lets it work.
-    pub fn kick(&mut self, queue: usize) {
+    pub(crate) fn kick(&mut self, queue: usize) {
         self.set(0x50, queue as u32);
         self.run();
     }
 
     /// Makes a chain available, kicks, and returns how many bytes the device says it wrote, if it used the chain.
-    pub fn request(&mut self, queue: usize, buffers: &[Buffer]) -> Option<u32> {
+    pub(crate) fn request(&mut self, queue: usize, buffers: &[Buffer]) -> Option<u32> {
         let head = self.add(queue, buffers);
         self.kick(queue);
         let (used, length) = self.take_used(queue)?;
@@ -255,7 +254,7 @@ impl TestDriver {
     }
 
     /// The next entry of the used ring that wasn't taken yet: head and length.
-    pub fn take_used(&mut self, queue: usize) -> Option<(u32, u32)> {
+    pub(crate) fn take_used(&mut self, queue: usize) -> Option<(u32, u32)> {
         let registers = self.queue_registers(queue);
         let index: u16 = self.ram.read_obj(GuestAddress(registers.used + 2)).unwrap();
         let state = &mut self.queues[queue];
@@ -270,23 +269,23 @@ impl TestDriver {
         ))
     }
 
-    pub fn write_bytes(&self, address: u64, bytes: &[u8]) {
+    pub(crate) fn write_bytes(&self, address: u64, bytes: &[u8]) {
         self.ram.write_slice(bytes, GuestAddress(address)).unwrap();
     }
 
-    pub fn read_bytes(&self, address: u64, length: usize) -> Vec<u8> {
+    pub(crate) fn read_bytes(&self, address: u64, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
         self.ram.read_slice(&mut bytes, GuestAddress(address)).unwrap();
         bytes
     }
 
     /// Whether the device is dead until reset.
-    pub fn needs_reset(&self) -> bool {
+    pub(crate) fn needs_reset(&self) -> bool {
         self.get(0x70) & NEEDS_RESET != 0
     }
 
     /// Takes the interrupts raised since the last call: the count of edges on the line.
-    pub fn interrupts(&self) -> u64 {
+    pub(crate) fn interrupts(&self) -> u64 {
         self.transport.slot().interrupt().line().read().unwrap_or(0)
     }
 }
@@ -333,7 +332,7 @@ impl VirtioDevice for Echo {
 pub(crate) struct Nonsense(pub u64);
 
 impl Nonsense {
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -341,7 +340,7 @@ impl Nonsense {
     }
 
     /// Less than `limit`, which isn't zero.
-    pub fn below(&mut self, limit: u64) -> u64 {
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
         self.next() % limit
     }
 }

@@ -32,17 +32,22 @@ impl<'a, 'b> DeviceEvents<'a, 'b> {
 
     /// Watches `fd` (level-triggered unless `set` says otherwise); [`VirtioDevice::descriptor_ready`] gets `token`,
     /// which must be less than 2³¹. Errors and hang-ups are always reported, also with an empty `set`.
-    pub fn add(&mut self, fd: BorrowedFd<'_>, token: u32, set: EventSet) -> Result<(), DeviceFault> {
+    pub(crate) fn add(&mut self, fd: BorrowedFd<'_>, token: u32, set: EventSet) -> Result<(), DeviceFault> {
         Ok(self.ops.add(events(fd, token, set))?)
     }
 
     /// Replaces the set of a watched descriptor.
-    pub fn modify(&mut self, fd: BorrowedFd<'_>, token: u32, set: EventSet) -> Result<(), DeviceFault> {
+    pub(crate) fn modify(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        token: u32,
+        set: EventSet,
+    ) -> Result<(), DeviceFault> {
         Ok(self.ops.modify(events(fd, token, set))?)
     }
 
     /// Stops watching a descriptor, and drops events of it that were not delivered yet.
-    pub fn remove(&mut self, fd: BorrowedFd<'_>) -> Result<(), DeviceFault> {
+    pub(crate) fn remove(&mut self, fd: BorrowedFd<'_>) -> Result<(), DeviceFault> {
         Ok(self.ops.remove(Events::empty_raw(fd.as_raw_fd()))?)
     }
 }
@@ -65,12 +70,12 @@ impl DeviceWorker {
     }
 
     /// The backend's state, when its thread has ended.
-    pub fn save(&self) -> Result<BackendState, &'static str> {
+    pub(crate) fn save(&self) -> Result<BackendState, &'static str> {
         self.device.save()
     }
 
     /// What it runs.
-    pub fn kind(&self) -> DeviceKind {
+    pub(crate) fn kind(&self) -> DeviceKind {
         self.kind
     }
 

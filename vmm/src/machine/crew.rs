@@ -63,7 +63,7 @@ pub(super) struct Posted {
 
 impl Crew {
     /// Starts the threads of the devices and one for each vCPU, each under its seccomp filter.
-    pub fn start(vcpus: u8) -> Result<Self, MachineError> {
+    pub(crate) fn start(vcpus: u8) -> Result<Self, MachineError> {
         vcpu::install_kick_handler()
             .map_err(|error| host_failed("a signal handler")(io::Error::from_raw_os_error(error.errno())))?;
         let (reasons, exits) = channel();
@@ -82,18 +82,18 @@ impl Crew {
     }
 
     /// How many vCPUs there are threads for.
-    pub fn vcpus(&self) -> u8 {
+    pub(crate) fn vcpus(&self) -> u8 {
         // One was asked for by a `u8`.
         self.vcpus.len() as u8
     }
 
     /// The flag that stops the vCPUs, for those that are to be given to [`Crew::post`].
-    pub fn stop_flag(&self) -> Arc<AtomicBool> {
+    pub(crate) fn stop_flag(&self) -> Arc<AtomicBool> {
         self.stop.clone()
     }
 
     /// Gives the threads their work: as many vCPUs as there are threads.
-    pub fn post(self, vcpus: Vec<Vcpu>, workers: Vec<DeviceWorker>) -> Posted {
+    pub(crate) fn post(self, vcpus: Vec<Vcpu>, workers: Vec<DeviceWorker>) -> Posted {
         self.devices.run(workers);
         let threads = self.vcpus.into_iter().zip(vcpus).map(|(thread, vcpu)| {
             let _ = thread.vcpu.send(vcpu);
@@ -112,7 +112,7 @@ impl Crew {
 
 impl Posted {
     /// Lets the vCPUs run.
-    pub fn open_gate(&self) {
+    pub(crate) fn open_gate(&self) {
         self.gate.wait();
     }
 }

@@ -11,7 +11,7 @@ use crate::template::TemplateError;
 
 /// Why a virtual machine can't be built or started.
 #[derive(Debug, thiserror::Error)]
-pub enum MachineError {
+pub(crate) enum MachineError {
     /// Something that came with the configuration can't be used.
     #[error("the virtual machine's configuration can't be used")]
     Resources(#[from] ResourceError),

@@ -47,15 +47,15 @@ use crate::vm::{self, KvmRouter};
 use crate::working_set;
 
 use self::crew::{Crew, Posted};
-pub use self::error::MachineError;
+pub(crate) use self::error::MachineError;
 use self::error::host_failed;
 pub(crate) use self::error::kvm_failed;
 use self::save::Saver;
-pub use self::slots::SlotError;
+pub(crate) use self::slots::SlotError;
 use self::slots::Slots;
 
 /// A virtual machine without devices, and the threads that will run it.
-pub struct Prepared {
+pub(crate) struct Prepared {
     kvm: Kvm,
     vm: Arc<VmFd>,
     memory: Memory,
@@ -69,7 +69,7 @@ pub struct Prepared {
 
 impl Prepared {
     /// Creates everything that does not depend on the guest.
-    pub fn new(config: &PrepareConfig, fds: Vec<OwnedFd>) -> Result<Self, MachineError> {
+    pub(crate) fn new(config: &PrepareConfig, fds: Vec<OwnedFd>) -> Result<Self, MachineError> {
         let Preparation { kvm, memory, working_set } = Preparation::take(config, fds)?;
         let kvm = vm::open_kvm(kvm)?;
         let memory_mib = config.memory_mib;
@@ -116,7 +116,7 @@ fn create_vm_and_populate(kvm: &Kvm, ram: &GuestRam, working_set: &mut File) -> 
 }
 
 /// A virtual machine that hasn't started.
-pub struct Machine {
+pub(crate) struct Machine {
     vcpus: Vec<VcpuFd>,
     crew: Crew,
     bus: Arc<Bus>,
@@ -153,7 +153,7 @@ impl DeviceParts {
 }
 
 /// A running virtual machine.
-pub struct RunningMachine {
+pub(crate) struct RunningMachine {
     stop: Arc<AtomicBool>,
     vcpus: Vec<JoinHandle<Option<VcpuFd>>>,
     bus: Arc<Bus>,
@@ -166,7 +166,7 @@ pub struct RunningMachine {
 
 impl Machine {
     /// Builds a machine that boots, from its configuration and the descriptors that came with it.
-    pub fn build(
+    pub(crate) fn build(
         prepared: Prepared,
         config: &VmConfig,
         fds: Vec<OwnedFd>,
@@ -197,7 +197,7 @@ impl Machine {
 
     /// Gives the threads their work and puts the calling one under the control thread's filter. The guest's first
     /// instruction runs after that.
-    pub fn start(self) -> Result<RunningMachine, MachineError> {
+    pub(crate) fn start(self) -> Result<RunningMachine, MachineError> {
         let Machine { vcpus, crew, bus, ram, workers, slots, saver } = self;
         let stop = crew.stop_flag();
         let vcpu = |(fd, id)| Vcpu::new(id, fd, bus.clone(), ram.clone(), stop.clone());
@@ -214,24 +214,24 @@ impl Machine {
 
 impl RunningMachine {
     /// Becomes readable when the machine has ended.
-    pub fn exit_event(&self) -> &EventFd {
+    pub(crate) fn exit_event(&self) -> &EventFd {
         &self.exit_event
     }
 
     /// Puts a disk into a free slot; the guest finds it when it probes the slot's window.
-    pub fn attach_disk(&mut self, request: &AttachDisk, files: Vec<OwnedFd>) -> Result<(), SlotError> {
+    pub(crate) fn attach_disk(&mut self, request: &AttachDisk, files: Vec<OwnedFd>) -> Result<(), SlotError> {
         self.refuse_for_template()?;
         self.slots.attach_disk(request, files, &self.bus, &self.devices)
     }
 
     /// Puts a network interface into a free slot, as a disk.
-    pub fn attach_net(&mut self, request: &AttachNet, queues: Vec<OwnedFd>) -> Result<(), SlotError> {
+    pub(crate) fn attach_net(&mut self, request: &AttachNet, queues: Vec<OwnedFd>) -> Result<(), SlotError> {
         self.refuse_for_template()?;
         self.slots.attach_net(request, queues, &self.bus, &self.devices)
     }
 
     /// Takes the device out of a slot and closes what is behind it.
-    pub fn detach_device(&mut self, slot: u8) -> Result<(), SlotError> {
+    pub(crate) fn detach_device(&mut self, slot: u8) -> Result<(), SlotError> {
         self.slots.detach(slot, &self.bus, &self.devices)
     }
 
@@ -241,7 +241,7 @@ impl RunningMachine {
 
     /// Stops what is still running, lets the devices finish what the guest left behind, and says why the machine ended;
     /// without a reason of its own that is `fallback`.
-    pub fn finish(self, fallback: ExitReason) -> ExitReason {
+    pub(crate) fn finish(self, fallback: ExitReason) -> ExitReason {
         self.stop.store(true, Ordering::SeqCst);
         if vcpu::join(self.vcpus).is_none() {
             error!("a vCPU didn't stop in time");

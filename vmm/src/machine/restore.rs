@@ -16,7 +16,7 @@ use crate::vm::{self, KvmRouter};
 
 impl Machine {
     /// Builds a machine that goes on from where a saved one was.
-    pub fn restore(
+    pub(crate) fn restore(
         prepared: Prepared,
         config: &RestoreConfig,
         fds: Vec<OwnedFd>,

@@ -25,7 +25,7 @@ pub(super) struct Saver {
 
 impl Saver {
     /// `None` for a machine that can't be saved, which needs none of this.
-    pub fn new(
+    pub(crate) fn new(
         memory_mib: u32,
         memory: &Memory,
         kvm: &Kvm,
@@ -44,7 +44,7 @@ impl Saver {
 
 impl RunningMachine {
     /// Stops the machine and writes its state to `file`. It can't go on after that, whatever the outcome.
-    pub fn save(self, file: &mut File) -> Result<(), TemplateError> {
+    pub(crate) fn save(self, file: &mut File) -> Result<(), TemplateError> {
         let saver = self.saver.ok_or(TemplateError::NotSaveable)?;
         self.stop.store(true, Ordering::SeqCst);
         let vcpus: Vec<VcpuFd> = vcpu::join(self.vcpus)

@@ -28,7 +28,7 @@ use crate::vm;
 
 /// Why a device can't be attached or detached.
 #[derive(Debug, thiserror::Error)]
-pub enum SlotError {
+pub(crate) enum SlotError {
     /// The request breaks a limit.
     #[error("the request breaks a limit")]
     Config(#[from] ConfigError),
@@ -86,12 +86,12 @@ struct Slot {
 
 impl Slots {
     /// Free slots behind the windows of `first` other devices.
-    pub fn new(vm: Arc<VmFd>, ram: SharedRam, registers: Arc<RegisterMemory>, first: usize) -> Self {
+    pub(crate) fn new(vm: Arc<VmFd>, ram: SharedRam, registers: Arc<RegisterMemory>, first: usize) -> Self {
         Slots { vm, ram, registers, first, slots: Default::default() }
     }
 
     /// Puts a disk into a free slot.
-    pub fn attach_disk(
+    pub(crate) fn attach_disk(
         &mut self,
         request: &AttachDisk,
         files: Vec<OwnedFd>,
@@ -115,7 +115,7 @@ impl Slots {
     }
 
     /// Puts a network interface into a free slot.
-    pub fn attach_net(
+    pub(crate) fn attach_net(
         &mut self,
         request: &AttachNet,
         queues: Vec<OwnedFd>,
@@ -159,7 +159,7 @@ impl Slots {
     }
 
     /// Takes the device out of a slot and closes what is behind it.
-    pub fn detach(&mut self, number: u8, bus: &Bus, devices: &DeviceThreads) -> Result<(), SlotError> {
+    pub(crate) fn detach(&mut self, number: u8, bus: &Bus, devices: &DeviceThreads) -> Result<(), SlotError> {
         let (index, slot) = self.find(number)?;
         let (Some(wired), Some(waits)) = (slot.wired.clone(), slot.taken) else {
             return Err(SlotError::Empty(number));

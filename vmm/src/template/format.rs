@@ -14,7 +14,7 @@ use std::io::{self, Read, Seek, Write};
 use super::MachineState;
 
 /// Changes with every change of the header, of [`MachineState`] or of what a value in it means.
-pub const FORMAT_VERSION: u32 = 1;
+pub(crate) const FORMAT_VERSION: u32 = 1;
 
 const MAGIC: [u8; 8] = *b"BulkhdVM";
 const HEADER: usize = 24;
@@ -117,7 +117,8 @@ mod tests {
     use kvm_bindings::kvm_clock_data;
 
     use super::*;
-    use crate::devices::{BackendState, DeviceState, TransportState};
+    use crate::devices::mmio::TransportState;
+    use crate::devices::{BackendState, DeviceState};
     use crate::ioapic::IoApicState;
     use crate::template::Raw;
 

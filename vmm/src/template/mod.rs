@@ -11,8 +11,8 @@ mod raw;
 use kvm_bindings::{kvm_clock_data, kvm_cpuid_entry2};
 use serde::{Deserialize, Serialize};
 
-pub use format::{FORMAT_VERSION, read, write};
-pub use raw::Raw;
+pub use format::{read, write};
+pub(crate) use raw::Raw;
 
 use crate::cpu::{CpuError, VcpuState};
 use crate::devices::{DeviceKind, DeviceState};
@@ -37,7 +37,7 @@ pub struct MachineState {
 
 /// Why a machine can't be saved, or a saved one can't be restored.
 #[derive(Debug, thiserror::Error)]
-pub enum TemplateError {
+pub(crate) enum TemplateError {
     /// The machine doesn't run on a file that could be kept.
     #[error("guest memory is not a file that is written through: boot the machine with one")]
     NotSaveable,

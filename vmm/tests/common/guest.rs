@@ -3,19 +3,19 @@
 //! Only instructions that every KVM can interpret are used: moves, compares, jumps and port I/O.
 
 /// Where the code is loaded and entered.
-pub const LOAD: u64 = 0x10_0000;
+pub(crate) const LOAD: u64 = 0x10_0000;
 /// Where guests may put data.
-pub const DATA: u64 = 0x20_0000;
+pub(crate) const DATA: u64 = 0x20_0000;
 /// First device window and the distance of windows.
-pub const MMIO: u64 = 0xd000_0000;
-pub const WINDOW: u64 = 0x200;
+pub(crate) const MMIO: u64 = 0xd000_0000;
+pub(crate) const WINDOW: u64 = 0x200;
 
 /// Code under construction.
 #[derive(Default, Clone)]
-pub struct Code(Vec<u8>);
+pub(crate) struct Code(Vec<u8>);
 
 impl Code {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Code::default()
     }
 
@@ -29,12 +29,12 @@ impl Code {
     }
 
     /// `out port, value`
-    pub fn out(self, port: u16, value: u8) -> Self {
+    pub(crate) fn out(self, port: u16, value: u8) -> Self {
         self.bytes(&[0x66, 0xba]).bytes(&port.to_le_bytes()).bytes(&[0xb0, value, 0xee])
     }
 
     /// Reads a port; anything but `expected` is a triple fault.
-    pub fn expect_in(self, port: u16, expected: u8) -> Self {
+    pub(crate) fn expect_in(self, port: u16, expected: u8) -> Self {
         self.bytes(&[0x66, 0xba])
             .bytes(&port.to_le_bytes())
             .bytes(&[0xec, 0x3c, expected, 0x74, 0x02])
@@ -42,39 +42,39 @@ impl Code {
     }
 
     /// An undefined instruction, without an interrupt table: a triple fault.
-    pub fn fault(self) -> Self {
+    pub(crate) fn fault(self) -> Self {
         self.bytes(&[0x0f, 0x0b])
     }
 
     /// Writes a zero to a model-specific register.
-    pub fn clear_msr(self, index: u32) -> Self {
+    pub(crate) fn clear_msr(self, index: u32) -> Self {
         self.bytes(&[0xb9]).bytes(&index.to_le_bytes()).bytes(&[0x31, 0xc0, 0x31, 0xd2, 0x0f, 0x30])
     }
 
     /// Jumps to itself for ever.
-    pub fn hang(self) -> Self {
+    pub(crate) fn hang(self) -> Self {
         self.bytes(&[0xeb, 0xfe])
     }
 
     /// Halts for ever, with interrupts enabled.
-    pub fn halt(self) -> Self {
+    pub(crate) fn halt(self) -> Self {
         self.bytes(&[0xfb, 0xf4, 0xeb, 0xfd])
     }
 
-    pub fn store16(self, address: u64, value: u16) -> Self {
+    pub(crate) fn store16(self, address: u64, value: u16) -> Self {
         self.rax(address).bytes(&[0x66, 0xc7, 0x00]).bytes(&value.to_le_bytes())
     }
 
-    pub fn store32(self, address: u64, value: u32) -> Self {
+    pub(crate) fn store32(self, address: u64, value: u32) -> Self {
         self.rax(address).bytes(&[0xc7, 0x00]).bytes(&value.to_le_bytes())
     }
 
-    pub fn store64(self, address: u64, value: u64) -> Self {
+    pub(crate) fn store64(self, address: u64, value: u64) -> Self {
         self.store32(address, value as u32).store32(address + 4, (value >> 32) as u32)
     }
 
     /// Reads memory or a register; anything but `expected` is a triple fault.
-    pub fn expect32(self, address: u64, expected: u32) -> Self {
+    pub(crate) fn expect32(self, address: u64, expected: u32) -> Self {
         self.rax(address)
             .bytes(&[0x8b, 0x08, 0x81, 0xf9])
             .bytes(&expected.to_le_bytes())
@@ -82,12 +82,12 @@ impl Code {
             .fault()
     }
 
-    pub fn expect8(self, address: u64, expected: u8) -> Self {
+    pub(crate) fn expect8(self, address: u64, expected: u8) -> Self {
         self.rax(address).bytes(&[0x8a, 0x08, 0x80, 0xf9, expected, 0x74, 0x02]).fault()
     }
 
     /// Waits until a word in memory has a value.
-    pub fn wait16(self, address: u64, value: u16) -> Self {
+    pub(crate) fn wait16(self, address: u64, value: u16) -> Self {
         self.rax(address)
             .bytes(&[0x66, 0x8b, 0x08, 0x66, 0x81, 0xf9])
             .bytes(&value.to_le_bytes())
@@ -95,27 +95,27 @@ impl Code {
     }
 
     /// Waits until a register has a value.
-    pub fn wait32(self, address: u64, value: u32) -> Self {
+    pub(crate) fn wait32(self, address: u64, value: u32) -> Self {
         self.rax(address).bytes(&[0x8b, 0x08, 0x81, 0xf9]).bytes(&value.to_le_bytes()).bytes(&[0x75, 0xf6])
     }
 
     /// `lidt [address]`
-    pub fn load_idt(self, address: u64) -> Self {
+    pub(crate) fn load_idt(self, address: u64) -> Self {
         self.rax(address).bytes(&[0x0f, 0x01, 0x18])
     }
 
     /// Jumps to an absolute address.
-    pub fn jump(self, address: u64) -> Self {
+    pub(crate) fn jump(self, address: u64) -> Self {
         self.rax(address).bytes(&[0xff, 0xe0])
     }
 
     /// Short code that is not run here: a jump over it, then the code.
-    pub fn jump_over(self, code: &Code) -> Self {
+    pub(crate) fn jump_over(self, code: &Code) -> Self {
         self.bytes(&[0xeb, code.len() as u8]).bytes(&code.0)
     }
 
     /// Writes bytes, four at a time.
-    pub fn store_bytes(mut self, address: u64, bytes: &[u8]) -> Self {
+    pub(crate) fn store_bytes(mut self, address: u64, bytes: &[u8]) -> Self {
         for (index, piece) in bytes.chunks(4).enumerate() {
             let mut word = [0; 4];
             word[..piece.len()].copy_from_slice(piece);
@@ -124,26 +124,26 @@ impl Code {
         self
     }
 
-    pub fn power_off(self) -> Self {
+    pub(crate) fn power_off(self) -> Self {
         self.out(0x604, 0x34).hang()
     }
 
     /// Bytes as they are.
-    pub fn data(self, bytes: &[u8]) -> Self {
+    pub(crate) fn data(self, bytes: &[u8]) -> Self {
         self.bytes(bytes)
     }
 
     /// Length in bytes so far.
-    pub fn len(&self) -> u64 {
+    pub(crate) fn len(&self) -> u64 {
         self.0.len() as u64
     }
 
-    pub fn then(self, other: Code) -> Self {
+    pub(crate) fn then(self, other: Code) -> Self {
         self.bytes(&other.0)
     }
 
     /// An ELF file with this code at [`LOAD`].
-    pub fn kernel(self) -> Vec<u8> {
+    pub(crate) fn kernel(self) -> Vec<u8> {
         let code = self.0;
         let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
         file.extend(2u16.to_le_bytes());
@@ -166,7 +166,7 @@ impl Code {
 }
 
 /// A virtio driver in miniature: device number `index`, rings of one queue each at fixed places.
-pub struct Driver {
+pub(crate) struct Driver {
     pub window: u64,
 }
 
@@ -174,23 +174,23 @@ const RINGS: u64 = 0x30_0000;
 const RING_SIZE: u32 = 8;
 
 impl Driver {
-    pub fn new(index: u64) -> Self {
+    pub(crate) fn new(index: u64) -> Self {
         Driver { window: MMIO + WINDOW * index }
     }
 
     /// Descriptor table, available ring, used ring of a queue.
-    pub fn rings(&self, queue: u64) -> (u64, u64, u64) {
+    pub(crate) fn rings(&self, queue: u64) -> (u64, u64, u64) {
         let base = RINGS + (self.window - MMIO) / WINDOW * 0x1_0000 + queue * 0x4000;
         (base, base + 0x1000, base + 0x2000)
     }
 
     /// The whole initialisation, with `queues` queues and no features.
-    pub fn initialise(&self, code: Code, device_id: u32, queues: u32) -> Code {
+    pub(crate) fn initialise(&self, code: Code, device_id: u32, queues: u32) -> Code {
         self.initialise_with(code, device_id, queues, 0)
     }
 
     /// The whole initialisation, with some of the first 32 features.
-    pub fn initialise_with(&self, code: Code, device_id: u32, queues: u32, features: u32) -> Code {
+    pub(crate) fn initialise_with(&self, code: Code, device_id: u32, queues: u32, features: u32) -> Code {
         let register = |offset| self.window + offset;
         let mut code = code
             .expect32(register(0), 0x7472_6976)
@@ -217,7 +217,7 @@ impl Driver {
         code.store32(register(0x70), 15).expect32(register(0x70), 15)
     }
 
-    pub fn descriptor(
+    pub(crate) fn descriptor(
         &self,
         code: Code,
         queue: u64,
@@ -232,7 +232,7 @@ impl Driver {
     }
 
     /// Makes descriptor 0 available as the `count`th request, and notifies the device.
-    pub fn kick(&self, code: Code, queue: u32, count: u16) -> Code {
+    pub(crate) fn kick(&self, code: Code, queue: u32, count: u16) -> Code {
         let (_, available, _) = self.rings(queue.into());
         code.store16(available + 4 + 2 * u64::from(count - 1), 0)
             .store16(available + 2, count)
@@ -240,7 +240,7 @@ impl Driver {
     }
 
     /// Waits until the device has used `count` chains.
-    pub fn wait(&self, code: Code, queue: u64, count: u16) -> Code {
+    pub(crate) fn wait(&self, code: Code, queue: u64, count: u16) -> Code {
         code.wait16(self.rings(queue).2 + 2, count)
     }
 }

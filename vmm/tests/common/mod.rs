@@ -2,6 +2,6 @@
 
 #![allow(dead_code, missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-pub mod guest;
-pub mod process;
-pub mod program;
+pub(crate) mod guest;
+pub(crate) mod process;
+pub(crate) mod program;

@@ -13,20 +13,20 @@ use bulkhead_vmm_protocol::{
 };
 
 /// How long anything may take.
-pub const LIMIT: Duration = Duration::from_secs(20);
+pub(crate) const LIMIT: Duration = Duration::from_secs(20);
 
 /// A running VMM; killed when dropped.
-pub struct Vmm {
+pub(crate) struct Vmm {
     child: VmmProcess,
     pub control: Channel,
     console: Option<PipeReader>,
 }
 
 /// The process alone.
-pub struct VmmProcess(Child);
+pub(crate) struct VmmProcess(Child);
 
 /// What to boot; descriptors are gathered as they are named.
-pub struct Boot {
+pub(crate) struct Boot {
     pub prepare: PrepareConfig,
     pub prepare_fds: Vec<OwnedFd>,
     pub config: VmConfig,
@@ -35,7 +35,7 @@ pub struct Boot {
 }
 
 /// Whether this machine has a KVM that we may use. If not, says so where `make test` looks, and on standard error.
-pub fn kvm_or_skip(test: &str) -> bool {
+pub(crate) fn kvm_or_skip(test: &str) -> bool {
     let error = match open_kvm() {
         Ok(_) => return true,
         Err(error) => error,
@@ -54,7 +54,7 @@ fn open_kvm() -> std::io::Result<OwnedFd> {
 
 impl Boot {
     /// One vCPU, 64 MiB, console, entropy device, and the given kernel file's contents.
-    pub fn new(kernel: &[u8]) -> Self {
+    pub(crate) fn new(kernel: &[u8]) -> Self {
         let (console, console_end) = std::io::pipe().unwrap();
         let mut boot = Boot {
             prepare: PrepareConfig::anonymous(FdIndex(0), 1, 64),
@@ -69,18 +69,18 @@ impl Boot {
     }
 
     /// A descriptor that goes with the request to prepare.
-    pub fn pass_first(&mut self, fd: OwnedFd) -> FdIndex {
+    pub(crate) fn pass_first(&mut self, fd: OwnedFd) -> FdIndex {
         self.prepare_fds.push(fd);
         FdIndex(self.prepare_fds.len() as u8 - 1)
     }
 
-    pub fn pass(&mut self, fd: OwnedFd) -> FdIndex {
+    pub(crate) fn pass(&mut self, fd: OwnedFd) -> FdIndex {
         self.fds.push(fd);
         FdIndex(self.fds.len() as u8 - 1)
     }
 
     /// Adds a disk with the given contents; returns a second handle to it.
-    pub fn disk(&mut self, contents: &[u8], read_only: bool) -> OwnedFd {
+    pub(crate) fn disk(&mut self, contents: &[u8], read_only: bool) -> OwnedFd {
         let file = file_with(contents);
         let index = self.pass(file.try_clone().unwrap());
         self.config.disks.push(BlockConfig { file: index, read_only, serial: "test".into() });
@@ -88,12 +88,12 @@ impl Boot {
     }
 
     /// Starts a VMM and asks it to boot this.
-    pub fn start(self) -> (Vmm, Result<(), Refusal>) {
+    pub(crate) fn start(self) -> (Vmm, Result<(), Refusal>) {
         self.start_with(|config| Request::Boot(Box::new(config)))
     }
 
     /// Starts a VMM and sends it the request made from the configuration.
-    pub fn start_with(self, request: impl FnOnce(VmConfig) -> Request) -> (Vmm, Result<(), Refusal>) {
+    pub(crate) fn start_with(self, request: impl FnOnce(VmConfig) -> Request) -> (Vmm, Result<(), Refusal>) {
         let other = std::env::var("BULKHEAD_VMM").ok();
         let mut vmm = Vmm::spawn(other.as_deref().unwrap_or(env!("CARGO_BIN_EXE_bulkhead-vmm")));
         if let Err(refusal) = vmm.prepare(&self.prepare, &self.prepare_fds) {
@@ -107,7 +107,7 @@ impl Boot {
     }
 
     /// Starts a VMM, boots this, and waits for the end.
-    pub fn run(self) -> (ExitReason, String) {
+    pub(crate) fn run(self) -> (ExitReason, String) {
         let (vmm, reply) = self.start();
         reply.unwrap();
         vmm.wait_for_end()
@@ -115,14 +115,14 @@ impl Boot {
 }
 
 /// An unlinked file.
-pub fn file_with(contents: &[u8]) -> OwnedFd {
+pub(crate) fn file_with(contents: &[u8]) -> OwnedFd {
     let mut file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
     file.write_all(contents).unwrap();
     file.into()
 }
 
 impl Vmm {
-    pub fn spawn(program: &str) -> Self {
+    pub(crate) fn spawn(program: &str) -> Self {
         let (ours, theirs) = Channel::pair().unwrap();
         ours.set_timeout(Some(LIMIT)).unwrap();
         let mut command = Command::new(program);
@@ -147,14 +147,14 @@ impl Vmm {
     }
 
     /// Has it get ready.
-    pub fn prepare(&mut self, config: &PrepareConfig, fds: &[OwnedFd]) -> Result<(), Refusal> {
+    pub(crate) fn prepare(&mut self, config: &PrepareConfig, fds: &[OwnedFd]) -> Result<(), Refusal> {
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         self.control.send(&Request::Prepare(config.clone()), &fds).unwrap();
         self.reply()
     }
 
     /// The answer to the last request.
-    pub fn reply(&mut self) -> Result<(), Refusal> {
+    pub(crate) fn reply(&mut self) -> Result<(), Refusal> {
         match self.control.receive::<FromVmm>() {
             Ok(packet) => match packet.message {
                 FromVmm::Reply(result) => result,
@@ -165,7 +165,7 @@ impl Vmm {
     }
 
     /// Waits for the end of the machine and of the process; returns the reason and the console's output.
-    pub fn wait_for_end(mut self) -> (ExitReason, String) {
+    pub(crate) fn wait_for_end(mut self) -> (ExitReason, String) {
         let reason = self.event();
         let status = self.wait();
         assert!(status.success(), "{status}");
@@ -177,7 +177,7 @@ impl Vmm {
     }
 
     /// The same with the console's output counted only, whether or not an answer to a request comes before.
-    pub fn end_of_machine(mut self) -> (ExitReason, u64) {
+    pub(crate) fn end_of_machine(mut self) -> (ExitReason, u64) {
         let console = self.console.take();
         // Nobody may have to wait for a reader.
         let drain = std::thread::spawn(move || {
@@ -203,16 +203,16 @@ impl Vmm {
     }
 
     /// Waits for the process to end.
-    pub fn wait(&mut self) -> ExitStatus {
+    pub(crate) fn wait(&mut self) -> ExitStatus {
         self.child.wait()
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.0.id()
     }
 
     /// Process and control socket apart.
-    pub fn into_parts(self) -> (VmmProcess, Channel) {
+    pub(crate) fn into_parts(self) -> (VmmProcess, Channel) {
         (self.child, self.control)
     }
 
@@ -222,7 +222,7 @@ impl Vmm {
 }
 
 impl VmmProcess {
-    pub fn wait(&mut self) -> ExitStatus {
+    pub(crate) fn wait(&mut self) -> ExitStatus {
         let start = Instant::now();
         loop {
             if let Some(status) = self.0.try_wait().unwrap() {
@@ -254,7 +254,7 @@ impl Drop for VmmProcess {
     }
 }
 
-pub fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     // SAFETY: geteuid can't fail and has no arguments.
     unsafe { libc::geteuid() == 0 }
 }

@@ -5,13 +5,13 @@
 use super::guest::{Code, LOAD, MMIO, WINDOW};
 
 /// Memory of the guest.
-pub const RAM: u64 = 64 << 20;
+pub(crate) const RAM: u64 = 64 << 20;
 /// Where buffers are: nothing of the guest's own is at or above it.
-pub const BUFFERS: u64 = 0x100_0000;
+pub(crate) const BUFFERS: u64 = 0x100_0000;
 
 /// Operations in order.
 #[derive(Default, Clone)]
-pub struct Program(Vec<u8>);
+pub(crate) struct Program(Vec<u8>);
 
 impl Program {
     fn operation(&mut self, address: u64, value: u32, number: u32) {
@@ -20,61 +20,61 @@ impl Program {
         self.0.extend(number.to_le_bytes());
     }
 
-    pub fn store32(&mut self, address: u64, value: u32) {
+    pub(crate) fn store32(&mut self, address: u64, value: u32) {
         self.operation(address, value, 1);
     }
 
-    pub fn store16(&mut self, address: u64, value: u16) {
+    pub(crate) fn store16(&mut self, address: u64, value: u16) {
         self.operation(address, value.into(), 2);
     }
 
-    pub fn store8(&mut self, address: u64, value: u8) {
+    pub(crate) fn store8(&mut self, address: u64, value: u8) {
         self.operation(address, value.into(), 3);
     }
 
     /// Stores the value, zero-extended, in one access.
-    pub fn store64_at_once(&mut self, address: u64, value: u32) {
+    pub(crate) fn store64_at_once(&mut self, address: u64, value: u32) {
         self.operation(address, value, 4);
     }
 
-    pub fn store64(&mut self, address: u64, value: u64) {
+    pub(crate) fn store64(&mut self, address: u64, value: u64) {
         self.store32(address, value as u32);
         self.store32(address + 4, (value >> 32) as u32);
     }
 
-    pub fn load32(&mut self, address: u64) {
+    pub(crate) fn load32(&mut self, address: u64) {
         self.operation(address, 0, 5);
     }
 
-    pub fn load8(&mut self, address: u64) {
+    pub(crate) fn load8(&mut self, address: u64) {
         self.operation(address, 0, 6);
     }
 
-    pub fn out8(&mut self, port: u16, value: u8) {
+    pub(crate) fn out8(&mut self, port: u16, value: u8) {
         self.operation(port.into(), value.into(), 7);
     }
 
-    pub fn in8(&mut self, port: u16) {
+    pub(crate) fn in8(&mut self, port: u16) {
         self.operation(port.into(), 0, 8);
     }
 
     /// Does nothing for so many rounds.
-    pub fn spin(&mut self, rounds: u32) {
+    pub(crate) fn spin(&mut self, rounds: u32) {
         self.operation(0, rounds.max(1), 9);
     }
 
     /// Waits until there is this value.
-    pub fn wait32(&mut self, address: u64, value: u32) {
+    pub(crate) fn wait32(&mut self, address: u64, value: u32) {
         self.operation(address, value, 10);
     }
 
     /// How many operations there are.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.0.len() / 16
     }
 
     /// A kernel that runs this and powers off.
-    pub fn kernel(mut self) -> Vec<u8> {
+    pub(crate) fn kernel(mut self) -> Vec<u8> {
         self.operation(0, 0, 0);
         let program = LOAD + interpreter(0).len();
         interpreter(program).data(&self.0).kernel()
@@ -111,27 +111,27 @@ fn interpreter(program: u64) -> Code {
 }
 
 /// Random numbers, the same for a seed.
-pub struct Dice(u64);
+pub(crate) struct Dice(u64);
 
 impl Dice {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         let mut dice = Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         dice.next();
         dice
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         self.0
     }
 
-    pub fn below(&mut self, limit: u64) -> u64 {
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
         (self.next() >> 11) % limit
     }
 
-    pub fn one_of<T: Copy>(&mut self, choices: &[T]) -> T {
+    pub(crate) fn one_of<T: Copy>(&mut self, choices: &[T]) -> T {
         choices[self.below(choices.len() as u64) as usize]
     }
 
@@ -166,7 +166,7 @@ struct Driver<'a> {
 ///
 /// Steps are what drivers do, in any order and with any values. Some programs are nearly well-behaved, so that they get somewhere,
 /// others do nothing right. The last but one device is a network interface, and waited for.
-pub fn random(dice: &mut Dice, steps: usize, devices: u64) -> Program {
+pub(crate) fn random(dice: &mut Dice, steps: usize, devices: u64) -> Program {
     let wild = dice.one_of(&[2, 10, 40, 100]);
     let mut driver = Driver { program: Program::default(), dice, wild, next: [[0; 3]; 8] };
     driver.program.wait32(register(devices - 2, 8), 1);

@@ -76,7 +76,7 @@ impl Drop for Running {
 }
 
 /// Measures it, the VMMs taking turns.
-pub async fn measure(bench: &mut Bench<'_>) {
+pub(crate) async fn measure(bench: &mut Bench<'_>) {
     let mut vmms = Vec::new();
     for (name, found) in [
         ("bulkhead-vmm", ours::Parts::find().map(Vmm::Ours)),

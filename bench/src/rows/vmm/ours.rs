@@ -19,7 +19,7 @@ use super::{
 const UID: &str = "2147483000";
 
 /// Where everything is.
-pub struct Parts {
+pub(crate) struct Parts {
     vmm: PathBuf,
     kernel: PathBuf,
     image: PathBuf,
@@ -27,12 +27,12 @@ pub struct Parts {
 
 impl Parts {
     /// Finds the installed parts.
-    pub fn find() -> Result<Self, VmmError> {
+    pub(crate) fn find() -> Result<Self, VmmError> {
         Ok(Self { vmm: installed(parts::VMM)?, kernel: kernel()?, image: image()? })
     }
 
     /// Starts the VMM and boots the guest.
-    pub fn start(&self) -> Result<Running, VmmError> {
+    pub(crate) fn start(&self) -> Result<Running, VmmError> {
         let (control, theirs) = Channel::pair()?;
         let process = spawn(&self.vmm, theirs)?;
         let (console, console_end) =

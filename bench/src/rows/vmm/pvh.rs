@@ -15,7 +15,7 @@ const PHYS32_ENTRY: u32 = 18;
 
 /// Why a kernel can't be made bootable for QEMU.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PvhError {
+pub(crate) enum PvhError {
     /// Not ELF64, or its program headers are not right behind the file header.
     #[error("it is no ELF64 file of the expected layout")]
     Layout,
@@ -31,7 +31,7 @@ pub enum PvhError {
 ///
 /// # Errors
 /// When the file is not laid out as ours are.
-pub fn with_note(mut kernel: Vec<u8>) -> Result<Vec<u8>, PvhError> {
+pub(crate) fn with_note(mut kernel: Vec<u8>) -> Result<Vec<u8>, PvhError> {
     if !kernel.starts_with(b"\x7fELF\x02")
         || u64_at(&kernel, PROGRAM_HEADERS_OFFSET) != Some(ELF_HEADER_BYTES as u64)
     {

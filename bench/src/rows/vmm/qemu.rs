@@ -12,7 +12,7 @@ const PROGRAM: &str = "qemu-system-x86_64";
 const MACHINE: &str = "microvm,accel=kvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=off";
 
 /// Where everything is.
-pub struct Parts {
+pub(crate) struct Parts {
     program: PathBuf,
     kernel: PathBuf,
     image: PathBuf,
@@ -20,7 +20,7 @@ pub struct Parts {
 
 impl Parts {
     /// Finds QEMU and makes a kernel for it in `directory`.
-    pub fn find(directory: &Path) -> Result<Self, VmmError> {
+    pub(crate) fn find(directory: &Path) -> Result<Self, VmmError> {
         let program = find_program(PROGRAM).ok_or(VmmError::NoProgram(PROGRAM))?;
         let original =
             fs::read(kernel()?).map_err(|source| VmmError::Io { step: "read the kernel", source })?;
@@ -31,7 +31,7 @@ impl Parts {
     }
 
     /// Starts QEMU.
-    pub fn start(&self) -> Result<Running, VmmError> {
+    pub(crate) fn start(&self) -> Result<Running, VmmError> {
         let (console, console_end) =
             std::io::pipe().map_err(|source| VmmError::Io { step: "make the console's pipe", source })?;
         let process = Command::new(&self.program)

@@ -111,7 +111,7 @@ pub struct DeviceFilter {
 
 impl DeviceFilter {
     /// Reads the rules of the specification.
-    pub fn new(rules: &[spec::DeviceRule]) -> Result<Self, DeviceFilterError> {
+    pub(crate) fn new(rules: &[spec::DeviceRule]) -> Result<Self, DeviceFilterError> {
         let mut rules = rules.iter().map(Rule::new).collect::<Result<Vec<_>, _>>()?;
         // What comes before a rule for everything has no effect.
         if let Some(last) = rules.iter().rposition(Rule::is_everything) {
@@ -125,7 +125,7 @@ impl DeviceFilter {
     }
 
     /// Attaches the filter to a group, where it stays until the group is gone or `old` is replaced.
-    pub fn attach(&self, cgroup: &Cgroup) -> Result<Option<AttachedFilter>, DeviceFilterError> {
+    pub(crate) fn attach(&self, cgroup: &Cgroup) -> Result<Option<AttachedFilter>, DeviceFilterError> {
         let Some(rules) = &self.rules else { return Ok(None) };
         let program = load(&compile(rules)).map_err(DeviceFilterError::Load)?;
         bulkhead_bpf::attach(&program, cgroup.directory(), Moment::Device)
@@ -136,13 +136,13 @@ impl DeviceFilter {
 
 /// A filter on a group.
 #[derive(Debug)]
-pub struct AttachedFilter {
+pub(crate) struct AttachedFilter {
     program: OwnedFd,
 }
 
 impl AttachedFilter {
     /// Takes the filter off the group again, after another one has been attached.
-    pub fn detach(self, cgroup: &Cgroup) -> Result<(), DeviceFilterError> {
+    pub(crate) fn detach(self, cgroup: &Cgroup) -> Result<(), DeviceFilterError> {
         bulkhead_bpf::detach(&self.program, cgroup.directory(), Moment::Device)
             .map_err(DeviceFilterError::Attach)
     }

@@ -12,14 +12,14 @@ use crate::sys::{c_path, check, fd};
 
 /// One inotify descriptor for the `memory.events` of every group.
 #[derive(Debug)]
-pub struct OomWatcher {
+pub(crate) struct OomWatcher {
     inotify: AsyncFd<OwnedFd>,
     watches: Mutex<HashMap<i32, String>>,
 }
 
 impl OomWatcher {
     /// Opens the descriptor. Has to be called inside the runtime.
-    pub fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         // SAFETY: takes a number and returns a new descriptor.
         let fd = check(unsafe { libc::inotify_init1(libc::IN_NONBLOCK | libc::IN_CLOEXEC) }.into())?;
         // SAFETY: the call returned a new descriptor that nothing else owns.
@@ -28,7 +28,7 @@ impl OomWatcher {
     }
 
     /// Watches a container's group until it is removed. A group without the memory controller has nothing to watch.
-    pub fn watch(&self, container_id: &str, cgroup: &Cgroup) -> io::Result<()> {
+    pub(crate) fn watch(&self, container_id: &str, cgroup: &Cgroup) -> io::Result<()> {
         let file = cgroup.file("memory.events");
         if !file.exists() {
             return Ok(());
@@ -44,7 +44,7 @@ impl OomWatcher {
     }
 
     /// The containers whose group had a memory event, once there are any.
-    pub async fn changed(&self) -> io::Result<Vec<String>> {
+    pub(crate) async fn changed(&self) -> io::Result<Vec<String>> {
         let mut buffer = [0u8; 4096];
         let read = |fd: &AsyncFd<OwnedFd>, buffer: &mut [u8]| {
             // SAFETY: the buffer is writable for its whole length.

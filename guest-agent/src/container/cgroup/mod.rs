@@ -49,14 +49,14 @@ pub enum CgroupError {
 
 /// The mounted hierarchy.
 #[derive(Debug, Clone)]
-pub struct Hierarchy {
+pub(crate) struct Hierarchy {
     root: PathBuf,
     controllers: BTreeSet<String>,
 }
 
 impl Hierarchy {
     /// Opens the hierarchy mounted at `root` and enables its controllers for the groups below.
-    pub fn open(root: &Path) -> Result<Self, CgroupError> {
+    pub(crate) fn open(root: &Path) -> Result<Self, CgroupError> {
         let available = read(&root.join("cgroup.controllers"))?;
         let controllers: BTreeSet<String> = available
             .split_whitespace()
@@ -71,12 +71,12 @@ impl Hierarchy {
     }
 
     /// Whether groups have the files of a controller.
-    pub fn has(&self, controller: &str) -> bool {
+    pub(crate) fn has(&self, controller: &str) -> bool {
         self.controllers.contains(controller)
     }
 
     /// Makes the group of a container.
-    pub fn create(&self, container_id: &str) -> Result<Cgroup, CgroupError> {
+    pub(crate) fn create(&self, container_id: &str) -> Result<Cgroup, CgroupError> {
         // The prefix keeps an id from being the name of a file of the kernel's.
         let path = self.root.join(format!("container-{container_id}"));
         let error = |source| CgroupError::Create { path: path.clone(), source };
@@ -98,24 +98,24 @@ impl Hierarchy {
 
 /// A container's group.
 #[derive(Debug)]
-pub struct Cgroup {
+pub(crate) struct Cgroup {
     path: PathBuf,
     directory: OwnedFd,
 }
 
 impl Cgroup {
     /// A file of the group.
-    pub fn file(&self, name: &str) -> PathBuf {
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
 
     /// The group's directory, to start processes in it.
-    pub fn directory(&self) -> BorrowedFd<'_> {
+    pub(crate) fn directory(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
     }
 
     /// Reads one of the group's files.
-    pub fn read(&self, name: &str) -> Result<String, CgroupError> {
+    pub(crate) fn read(&self, name: &str) -> Result<String, CgroupError> {
         read(&self.file(name))
     }
 
@@ -124,12 +124,12 @@ impl Cgroup {
     }
 
     /// Kills every process of the group and of those below, also if it is frozen.
-    pub fn kill(&self) -> Result<(), CgroupError> {
+    pub(crate) fn kill(&self) -> Result<(), CgroupError> {
         self.write("cgroup.kill", "1")
     }
 
     /// The processes of the group and of those below; at most [`MAX_PIDS`].
-    pub fn pids(&self) -> Result<Vec<u32>, CgroupError> {
+    pub(crate) fn pids(&self) -> Result<Vec<u32>, CgroupError> {
         let mut pids = Vec::new();
         self.visit(&self.path, &mut |path| {
             let procs = read(&path.join("cgroup.procs"))?;
@@ -142,12 +142,12 @@ impl Cgroup {
     }
 
     /// Whether a process was killed for want of memory in the group, and how many.
-    pub fn oom_kills(&self) -> u64 {
+    pub(crate) fn oom_kills(&self) -> u64 {
         self.read("memory.events").map_or(0, |text| flat_value(&text, "oom_kill"))
     }
 
     /// Stops or continues every process, and waits until the kernel is done with it.
-    pub async fn set_frozen(&self, frozen: bool) -> Result<(), CgroupError> {
+    pub(crate) async fn set_frozen(&self, frozen: bool) -> Result<(), CgroupError> {
         self.write("cgroup.freeze", if frozen { "1" } else { "0" })?;
         let state = if frozen { "frozen" } else { "running" };
         let settled = self.wait_for_event("frozen", frozen.into(), state).await;
@@ -159,7 +159,7 @@ impl Cgroup {
     }
 
     /// Kills what is left, waits until it is gone, and removes the group with all below.
-    pub async fn remove(&self) -> Result<(), CgroupError> {
+    pub(crate) async fn remove(&self) -> Result<(), CgroupError> {
         if !self.path.exists() {
             return Ok(());
         }

@@ -28,7 +28,7 @@ pub enum ResourceError {
 
 /// One file to write.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Setting {
+pub(crate) struct Setting {
     file: String,
     value: String,
     /// Left out where the kernel does not have the file: a tuning that changes no limit.
@@ -45,7 +45,7 @@ pub struct Limits {
 
 impl Limits {
     /// Translates the specification's limits. Device rules are not among them.
-    pub fn new(resources: &Resources) -> Result<Self, ResourceError> {
+    pub(crate) fn new(resources: &Resources) -> Result<Self, ResourceError> {
         if resources.rdma.as_ref().is_some_and(|rdma| !rdma.is_empty()) {
             return Err(ResourceError::Unsupported("rdma"));
         }
@@ -172,7 +172,7 @@ impl Limits {
     }
 
     /// Writes the limits to a group.
-    pub fn apply(&self, hierarchy: &Hierarchy, cgroup: &Cgroup) -> Result<(), ApplyError> {
+    pub(crate) fn apply(&self, hierarchy: &Hierarchy, cgroup: &Cgroup) -> Result<(), ApplyError> {
         if let Some(limit) = self.checked_limit {
             let usage = read(&cgroup.file("memory.current"))?.trim().parse().unwrap_or(0);
             if u64::try_from(limit).is_ok_and(|limit| limit < usage) {

@@ -100,7 +100,7 @@ impl Agent {
 
 /// Whether the first of two children has to start in the container's cgroup already: the second one can't be put there
 /// by a process that has given up its privileges for a user namespace.
-pub fn starts_in_cgroup(setup: &Setup<'_>) -> bool {
+pub(crate) fn starts_in_cgroup(setup: &Setup<'_>) -> bool {
     match setup.job {
         Job::Container(plan) => plan.namespaces.has(Kind::User) && !plan.namespaces.is_new(Kind::User),
         Job::Exec { namespaces, .. } => namespaces & libc::CLONE_NEWUSER != 0,
@@ -108,7 +108,7 @@ pub fn starts_in_cgroup(setup: &Setup<'_>) -> bool {
 }
 
 /// Sets the process up and executes its program.
-pub fn run(setup: Setup<'_>, socket: OwnedFd, two_steps: bool) -> ! {
+pub(crate) fn run(setup: Setup<'_>, socket: OwnedFd, two_steps: bool) -> ! {
     let agent = Agent(socket);
     let error = match set_up(setup, &agent, two_steps) {
         Ok(never) => match never {},

@@ -1,10 +1,10 @@
 //! What a process that is being set up and the agent tell each other, one socket message each: a letter, then a value.
 
 /// Longest message in bytes. Longer texts are cut.
-pub const MAX_MESSAGE: usize = 4096;
+pub(crate) const MAX_MESSAGE: usize = 4096;
 
 /// The agent's only message: execute the program.
-pub const START: &[u8] = b"S";
+pub(crate) const START: &[u8] = b"S";
 
 /// Who has to act on a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,7 +17,7 @@ pub enum FailureKind {
 
 /// A child's message.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Message {
+pub(crate) enum Message {
     /// The id of the process, from the child that made it.
     Pid(libc::pid_t),
     /// Something for the log.
@@ -37,7 +37,7 @@ pub enum Message {
 
 impl Message {
     /// The message as bytes, at most [`MAX_MESSAGE`].
-    pub fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let (letter, value): (u8, &[u8]) = match self {
             Self::Pid(pid) => return [b"P", pid.to_ne_bytes().as_slice()].concat(),
             Self::Remark(text) => (b'W', text.as_bytes()),
@@ -51,7 +51,7 @@ impl Message {
     }
 
     /// Reads a message; `None` if it is none.
-    pub fn decode(bytes: &[u8]) -> Option<Self> {
+    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         let (letter, value) = bytes.split_first()?;
         let text = || String::from_utf8_lossy(value).into_owned();
         Some(match letter {

@@ -21,7 +21,7 @@ use super::process::ProcessPlan;
 use crate::sys::fd;
 use crate::sys::process::{CloneOptions, clone_process};
 
-pub use messages::FailureKind;
+pub(crate) use messages::FailureKind;
 use messages::{MAX_MESSAGE, Message};
 
 /// How long a process may take to set itself up. Mounting may have to wait for the host.
@@ -32,7 +32,7 @@ const EXEC_LIMIT: Duration = Duration::from_secs(10);
 
 /// What kind of process is to be started.
 #[derive(Debug, Clone, Copy)]
-pub enum Job<'a> {
+pub(crate) enum Job<'a> {
     /// A container's first process.
     Container(&'a ContainerPlan),
     /// A further process, which joins the namespaces of the first one.
@@ -46,7 +46,7 @@ pub enum Job<'a> {
 
 /// A process's ends of its standard streams. A missing one is the null device.
 #[derive(Debug, Default)]
-pub struct ChildStdio {
+pub(crate) struct ChildStdio {
     /// Read end of standard input.
     pub stdin: Option<OwnedFd>,
     /// Write end of standard output.
@@ -57,7 +57,7 @@ pub struct ChildStdio {
 
 /// The initial size of a terminal in characters; 0 leaves the kernel's.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct TerminalSize {
+pub(crate) struct TerminalSize {
     /// Characters in a line.
     pub columns: u16,
     /// Lines.
@@ -66,7 +66,7 @@ pub struct TerminalSize {
 
 /// Everything that a child needs.
 #[derive(Debug)]
-pub struct Setup<'a> {
+pub(crate) struct Setup<'a> {
     /// Names the session keyring that a container's processes share.
     pub container_id: &'a str,
     /// What kind of process it is.
@@ -120,7 +120,7 @@ pub enum LaunchError {
 
 /// What a child told before it was ready.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Progress {
+pub(crate) enum Progress {
     /// The id of the process, in the agent's namespace.
     Pid(libc::pid_t),
     /// Something for the log.
@@ -129,14 +129,14 @@ pub enum Progress {
 
 /// A process on its way.
 #[derive(Debug)]
-pub struct Launch {
+pub(crate) struct Launch {
     socket: AsyncFd<OwnedFd>,
     first_pid: libc::pid_t,
 }
 
 impl Launch {
     /// Clones the child. Has to be called inside the runtime.
-    pub fn spawn(setup: Setup<'_>) -> Result<Self, LaunchError> {
+    pub(crate) fn spawn(setup: Setup<'_>) -> Result<Self, LaunchError> {
         let (ours, theirs) = fd::message_pair().map_err(LaunchError::Socket)?;
         let two_steps = setup.needs_two_steps();
         let options = CloneOptions {
@@ -160,12 +160,15 @@ impl Launch {
     }
 
     /// The child that was cloned: the process itself, or the one that makes it.
-    pub fn first_pid(&self) -> libc::pid_t {
+    pub(crate) fn first_pid(&self) -> libc::pid_t {
         self.first_pid
     }
 
     /// Waits until the process only has to execute its program. Returns the master of its terminal, if it has one.
-    pub async fn ready(&self, mut on_progress: impl FnMut(Progress)) -> Result<Option<OwnedFd>, LaunchError> {
+    pub(crate) async fn ready(
+        &self,
+        mut on_progress: impl FnMut(Progress),
+    ) -> Result<Option<OwnedFd>, LaunchError> {
         let wait = async {
             let mut terminal = None;
             loop {
@@ -187,7 +190,7 @@ impl Launch {
     }
 
     /// Has the program executed.
-    pub async fn start(&self) -> Result<(), LaunchError> {
+    pub(crate) async fn start(&self) -> Result<(), LaunchError> {
         fd::send_message(self.socket.get_ref().as_fd(), messages::START, None).map_err(|error| {
             if error.raw_os_error() == Some(libc::EPIPE) {
                 LaunchError::Died

@@ -11,7 +11,7 @@ use crate::sys::{mount, terminal};
 /// A terminal that could not be made.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
-pub enum TerminalError {
+pub(crate) enum TerminalError {
     #[error("can't open /dev/pts/ptmx for a terminal; the container needs a devpts there")]
     Open(#[source] io::Error),
     #[error("/dev/pts/ptmx is not on a devpts")]
@@ -28,7 +28,7 @@ pub enum TerminalError {
 
 /// Both sides of a terminal.
 #[derive(Debug)]
-pub struct Terminal {
+pub(crate) struct Terminal {
     /// The agent's side.
     pub master: OwnedFd,
     /// The process's side.
@@ -37,7 +37,7 @@ pub struct Terminal {
 
 impl Terminal {
     /// Makes a terminal. The calling process is inside the container.
-    pub fn open(size: TerminalSize) -> Result<Self, TerminalError> {
+    pub(crate) fn open(size: TerminalSize) -> Result<Self, TerminalError> {
         let root = path::open_directory(Path::new("/")).map_err(TerminalError::Open)?;
         let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_NOFOLLOW;
         let master = path::open_in_root(root.as_fd(), Path::new("dev/pts/ptmx"), flags)
@@ -55,12 +55,12 @@ impl Terminal {
     }
 
     /// Makes it the controlling terminal of the calling process, which leads a session.
-    pub fn make_controlling(&self) -> Result<(), TerminalError> {
+    pub(crate) fn make_controlling(&self) -> Result<(), TerminalError> {
         terminal::make_controlling(self.slave.as_fd()).map_err(TerminalError::Controlling)
     }
 
     /// Makes it the container's `/dev/console`.
-    pub fn bind_console(&self) -> Result<(), TerminalError> {
+    pub(crate) fn bind_console(&self) -> Result<(), TerminalError> {
         bind_console(self.slave.as_fd()).map_err(TerminalError::Console)
     }
 }

@@ -10,7 +10,8 @@ use bulkhead_seccomp_compiler::compile;
 
 use crate::sys::check;
 
-pub use rules::{KernelSupport, OciProfile, ProfileError};
+pub(crate) use rules::ProfileError;
+pub use rules::{KernelSupport, OciProfile};
 
 /// A program for the kernel, and how it is to be installed.
 #[derive(Debug, Clone)]
@@ -21,7 +22,7 @@ pub struct Filter {
 
 impl Filter {
     /// Compiles a profile of the specification.
-    pub fn new(seccomp: &super::spec::Seccomp) -> Result<Self, ProfileError> {
+    pub(crate) fn new(seccomp: &super::spec::Seccomp) -> Result<Self, ProfileError> {
         let OciProfile { profile, flags } = OciProfile::new(seccomp, KernelSupport::detect())?;
         let program = compile(&profile);
         if program.len() > libc::BPF_MAXINSNS as usize {
@@ -31,17 +32,13 @@ impl Filter {
     }
 
     /// Length of the program in instructions.
-    pub fn len(&self) -> usize {
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
         self.program.len()
     }
 
-    /// Whether the program is empty, which no compiled one is.
-    pub fn is_empty(&self) -> bool {
-        self.program.is_empty()
-    }
-
     /// Installs the filter on the calling thread, which has `no_new_privs` set or `CAP_SYS_ADMIN`.
-    pub fn install(&self) -> io::Result<()> {
+    pub(crate) fn install(&self) -> io::Result<()> {
         let program = libc::sock_fprog {
             len: u16::try_from(self.program.len()).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?,
             filter: self.program.as_ptr().cast_mut(),

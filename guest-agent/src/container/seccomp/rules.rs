@@ -22,7 +22,7 @@ pub struct KernelSupport {
 
 impl KernelSupport {
     /// What this kernel supports.
-    pub fn detect() -> Self {
+    pub(crate) fn detect() -> Self {
         // A parameter of the 32-bit entry code, which is there when that code is.
         Self { x86: Path::new("/proc/sys/abi/vsyscall32").exists() }
     }

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use super::Unsupported;
 
 /// `linux`.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Linux {
+pub(crate) struct Linux {
     /// User ids of a new user namespace.
     pub uid_mappings: Option<Vec<IdMapping>>,
     /// Group ids of a new user namespace.
@@ -19,7 +20,8 @@ pub struct Linux {
     pub sysctl: Option<BTreeMap<String, String>>,
     /// Resource limits.
     pub resources: Option<Resources>,
-    /// Cgroup on the host; the agent names its own.
+    /// Cgroup on the host.
+    #[expect(dead_code, reason = "the agent names its own")]
     pub cgroups_path: Option<String>,
     /// Namespaces to make or join.
     pub namespaces: Option<Vec<Namespace>>,
@@ -33,7 +35,8 @@ pub struct Linux {
     pub masked_paths: Option<Vec<PathBuf>>,
     /// Paths that the container can't write to.
     pub readonly_paths: Option<Vec<PathBuf>>,
-    /// SELinux label of mounts; the guest has no SELinux.
+    /// SELinux label of mounts.
+    #[expect(dead_code, reason = "the guest has no SELinux")]
     pub mount_label: Option<String>,
     /// Execution domain.
     pub personality: Option<Personality>,
@@ -44,13 +47,13 @@ pub struct Linux {
     /// NUMA policy.
     pub memory_policy: Unsupported,
     /// Network devices to move into the container.
-    pub net_devices: Option<BTreeMap<String, serde::de::IgnoredAny>>,
+    pub net_devices: Option<BTreeMap<String, IgnoredAny>>,
 }
 
 /// A range of user or group ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct IdMapping {
+pub(crate) struct IdMapping {
     /// First id in the container.
     #[serde(rename = "containerID")]
     pub container_id: u32,
@@ -63,7 +66,7 @@ pub struct IdMapping {
 
 /// One of `namespaces`.
 #[derive(Debug, Clone, Deserialize)]
-pub struct Namespace {
+pub(crate) struct Namespace {
     /// `pid`, `network`, `mount`, `ipc`, `uts`, `user`, `cgroup` or `time`.
     #[serde(rename = "type")]
     pub kind: String,
@@ -75,7 +78,7 @@ pub struct Namespace {
 /// One of `devices`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Device {
+pub(crate) struct Device {
     /// `c`, `b`, `u` or `p`.
     #[serde(rename = "type")]
     pub kind: String,
@@ -97,7 +100,7 @@ pub struct Device {
 
 /// `personality`.
 #[derive(Debug, Clone, Deserialize)]
-pub struct Personality {
+pub(crate) struct Personality {
     /// `LINUX` or `LINUX32`.
     pub domain: String,
     /// Additional flags.
@@ -106,7 +109,7 @@ pub struct Personality {
 
 /// An offset of a clock.
 #[derive(Debug, Clone, Copy, Deserialize)]
-pub struct TimeOffset {
+pub(crate) struct TimeOffset {
     /// Seconds.
     #[serde(default)]
     pub secs: i64,
@@ -118,7 +121,7 @@ pub struct TimeOffset {
 /// `resources`.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Resources {
+pub(crate) struct Resources {
     /// Rules of device access, later ones overrule earlier ones.
     pub devices: Option<Vec<DeviceRule>>,
     /// Memory.
@@ -133,7 +136,8 @@ pub struct Resources {
     /// Huge pages.
     pub hugepage_limits: Option<Vec<HugepageLimit>>,
     /// Network classes of cgroup v1.
-    pub network: Unsupported,
+    #[expect(dead_code, reason = "cgroup v2 has none")]
+    pub network: Option<IgnoredAny>,
     /// RDMA.
     pub rdma: Option<BTreeMap<String, serde::de::IgnoredAny>>,
     /// Files of cgroup v2 and what to write to them.
@@ -142,7 +146,7 @@ pub struct Resources {
 
 /// One of `resources.devices`.
 #[derive(Debug, Clone, Deserialize)]
-pub struct DeviceRule {
+pub(crate) struct DeviceRule {
     /// Whether access is allowed.
     #[serde(default)]
     pub allow: bool,
@@ -160,7 +164,7 @@ pub struct DeviceRule {
 /// `resources.memory`, bytes; -1 means no limit.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Memory {
+pub(crate) struct Memory {
     /// Hard limit.
     pub limit: Option<i64>,
     /// Soft limit.
@@ -175,7 +179,7 @@ pub struct Memory {
 /// `resources.cpu`.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Cpu {
+pub(crate) struct Cpu {
     /// Relative weight, 2 to 262144, 1024 being usual.
     pub shares: Option<u64>,
     /// Microseconds of CPU time in a period; negative means no limit.
@@ -198,7 +202,7 @@ pub struct Cpu {
 
 /// `resources.pids`.
 #[derive(Debug, Clone, Default, Deserialize)]
-pub struct Pids {
+pub(crate) struct Pids {
     /// Number of tasks; 0 or negative means no limit.
     pub limit: Option<i64>,
 }
@@ -206,7 +210,7 @@ pub struct Pids {
 /// `resources.blockIO`.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct BlockIo {
+pub(crate) struct BlockIo {
     /// Relative weight, 10 to 1000.
     pub weight: Option<u16>,
     /// Relative weight on single devices.
@@ -225,7 +229,7 @@ pub struct BlockIo {
 
 /// A block device's weight.
 #[derive(Debug, Clone, Deserialize)]
-pub struct WeightDevice {
+pub(crate) struct WeightDevice {
     /// Major number.
     pub major: i64,
     /// Minor number.
@@ -236,7 +240,7 @@ pub struct WeightDevice {
 
 /// A block device's limit.
 #[derive(Debug, Clone, Deserialize)]
-pub struct ThrottleDevice {
+pub(crate) struct ThrottleDevice {
     /// Major number.
     pub major: i64,
     /// Minor number.
@@ -248,7 +252,7 @@ pub struct ThrottleDevice {
 /// A limit of huge pages.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct HugepageLimit {
+pub(crate) struct HugepageLimit {
     /// Size of the pages, as in `2MB`.
     pub page_size: String,
     /// Bytes.

@@ -8,7 +8,7 @@ mod linux;
 mod process;
 
 pub use linux::*;
-pub use process::*;
+pub(crate) use process::*;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -17,12 +17,12 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 
 /// Presence of a property that the agent can't carry out.
-pub type Unsupported = Option<IgnoredAny>;
+pub(crate) type Unsupported = Option<IgnoredAny>;
 
 /// `config.json`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Spec {
+pub(crate) struct Spec {
     /// Version of the specification.
     pub oci_version: String,
     /// The root file system.
@@ -44,7 +44,7 @@ pub struct Spec {
 /// `root`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Root {
+pub(crate) struct Root {
     /// Absolute path in the guest.
     pub path: PathBuf,
     /// Whether the container can't write to it.
@@ -55,7 +55,7 @@ pub struct Root {
 /// One of `mounts`.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Mount {
+pub(crate) struct Mount {
     /// Path in the container.
     pub destination: PathBuf,
     /// File system type; `bind` or absent for a bind mount.
@@ -72,11 +72,11 @@ pub struct Mount {
 }
 
 /// `hooks`: every kind by its name.
-pub type Hooks = BTreeMap<String, Option<Vec<Hook>>>;
+pub(crate) type Hooks = BTreeMap<String, Option<Vec<Hook>>>;
 
 /// A program to run.
 #[derive(Debug, Clone, Default, Deserialize)]
-pub struct Hook {
+pub(crate) struct Hook {
     /// The program.
     #[serde(default)]
     pub path: PathBuf,
@@ -89,6 +89,6 @@ pub struct Hook {
 }
 
 /// The elements of an optional list, none if it is absent or null.
-pub fn items<T>(list: &Option<Vec<T>>) -> &[T] {
+pub(crate) fn items<T>(list: &Option<Vec<T>>) -> &[T] {
     list.as_deref().unwrap_or_default()
 }

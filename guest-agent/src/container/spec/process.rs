@@ -9,8 +9,9 @@ use super::Unsupported;
 /// `process`.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Process {
+pub(crate) struct Process {
     /// Whether it has a terminal.
+    #[expect(dead_code, reason = "the request says it")]
     #[serde(default)]
     pub terminal: bool,
     /// Initial size of the terminal.
@@ -74,7 +75,7 @@ pub struct User {
 
 /// `capabilities`: names with the `CAP_` prefix.
 #[derive(Debug, Clone, Default, Deserialize)]
-pub struct Capabilities {
+pub(crate) struct Capabilities {
     /// Bounding set.
     pub bounding: Option<Vec<String>>,
     /// Effective set.
@@ -89,7 +90,7 @@ pub struct Capabilities {
 
 /// One of `rlimits`.
 #[derive(Debug, Clone, Deserialize)]
-pub struct Rlimit {
+pub(crate) struct Rlimit {
     /// `RLIMIT_*`.
     #[serde(rename = "type")]
     pub kind: String,
@@ -101,7 +102,7 @@ pub struct Rlimit {
 
 /// `ioPriority`.
 #[derive(Debug, Clone, Deserialize)]
-pub struct IoPriority {
+pub(crate) struct IoPriority {
     /// `IOPRIO_CLASS_*`.
     pub class: String,
     /// Priority within the class.
@@ -111,7 +112,7 @@ pub struct IoPriority {
 
 /// `scheduler`.
 #[derive(Debug, Clone, Deserialize)]
-pub struct Scheduler {
+pub(crate) struct Scheduler {
     /// `SCHED_*`.
     pub policy: String,
     /// Nice value.

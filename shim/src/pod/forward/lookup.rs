@@ -17,7 +17,7 @@ use bulkhead_bpf::{Instruction, Moment, ProgramKind, instruction};
 /// What the kernel did not take.
 #[derive(Debug, thiserror::Error)]
 #[error("can't {step} (BPF sk_lookup: Linux 5.9 or later)")]
-pub struct LookupError {
+pub(crate) struct LookupError {
     step: &'static str,
     #[source]
     source: io::Error,
@@ -25,13 +25,13 @@ pub struct LookupError {
 
 /// Connections to loopback addresses go to our sockets as long as this exists.
 #[derive(Debug)]
-pub struct Redirection {
+pub(crate) struct Redirection {
     _link: OwnedFd,
 }
 
 /// The two listening sockets.
 #[derive(Debug, Clone, Copy)]
-pub struct Targets<'a> {
+pub(crate) struct Targets<'a> {
     /// For `127.0.0.0/8`.
     pub ipv4: BorrowedFd<'a>,
     /// For `::1`, where the host has IPv6.
@@ -43,7 +43,10 @@ impl Redirection {
     ///
     /// # Errors
     /// When the kernel can't, or does not let us.
-    pub fn attach(namespace: BorrowedFd<'_>, targets: Targets<'_>) -> Result<Redirection, LookupError> {
+    pub(crate) fn attach(
+        namespace: BorrowedFd<'_>,
+        targets: Targets<'_>,
+    ) -> Result<Redirection, LookupError> {
         let failed = |step| move |source| LookupError { step, source };
         let sockets = bulkhead_bpf::socket_map(2).map_err(failed("make a map of sockets"))?;
         for (key, socket) in [(IPV4_KEY, Some(targets.ipv4)), (IPV6_KEY, targets.ipv6)] {

@@ -69,7 +69,7 @@ enum ForwardError {
 
 /// Begins forwarding soon, for as long as the pod lives, if the pod has a network namespace on the host. That the host can't
 /// is said once.
-pub fn start(pod: &Arc<Pod>) {
+pub(crate) fn start(pod: &Arc<Pod>) {
     if let Some(namespace) = pod.network_namespace() {
         start_in(pod.clone(), namespace.to_owned());
     }

@@ -22,19 +22,19 @@ const LAST_INPUT: Duration = Duration::from_secs(1);
 
 /// A process's output.
 #[derive(Debug)]
-pub struct Output {
+pub(crate) struct Output {
     claim: Claim,
     connection: Option<Connection>,
 }
 
 impl Output {
     /// On the stream of this name.
-    pub fn new(claim: Claim) -> Output {
+    pub(crate) fn new(claim: Claim) -> Output {
         Output { claim, connection: None }
     }
 
     /// Writes some of the bytes and says how many; waits for a client that takes any.
-    pub async fn write(&mut self, bytes: &[u8]) -> usize {
+    pub(crate) async fn write(&mut self, bytes: &[u8]) -> usize {
         loop {
             let Some(connection) = &mut self.connection else {
                 self.connection = Some(self.claim.next().await);
@@ -52,7 +52,7 @@ impl Output {
     }
 
     /// Ends it; a client that has not come so far has some time left to hear of it.
-    pub async fn close(mut self, limit: Duration) {
+    pub(crate) async fn close(mut self, limit: Duration) {
         if self.connection.is_none() {
             self.connection = timeout(limit, self.claim.next()).await.ok();
         }
@@ -63,7 +63,7 @@ impl Output {
 }
 
 /// Copies a process's input until its client ends it, or `closing` is dropped.
-pub async fn copy_input(claim: Claim, mut guest: UnixStream, closing: oneshot::Receiver<()>) {
+pub(crate) async fn copy_input(claim: Claim, mut guest: UnixStream, closing: oneshot::Receiver<()>) {
     let closed = async {
         let _ = closing.await;
         sleep(LAST_INPUT).await;

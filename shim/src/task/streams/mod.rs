@@ -22,7 +22,7 @@ use ttrpc::asynchronous::{ServerStream, Service, StreamHandler, StreamInner, Ttr
 use ttrpc::{Code, Response, get_status};
 
 use self::connection::Connection;
-pub use self::copy::{Output, copy_input};
+pub(crate) use self::copy::{Output, copy_input};
 
 const SERVICE: &str = "containerd.services.streaming.v1.Streaming";
 const METHOD: &str = "Stream";
@@ -36,7 +36,7 @@ const MAX_IDLE: usize = 512;
 
 /// An id that names no stream of a process.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum StreamError {
+pub(crate) enum StreamError {
     /// Another process has it.
     #[error("the stream {0:?} belongs to another process")]
     Taken(String),
@@ -44,7 +44,7 @@ pub enum StreamError {
 
 /// The streams of a shim.
 #[derive(Debug, Default)]
-pub struct Streams {
+pub(crate) struct Streams {
     slots: Mutex<Slots>,
 }
 
@@ -76,7 +76,7 @@ enum State {
 
 /// A stream that belongs to a process, until this is dropped.
 #[derive(Debug)]
-pub struct Claim {
+pub(crate) struct Claim {
     id: String,
     arrived: Arc<Notify>,
     streams: Arc<Streams>,
@@ -87,7 +87,7 @@ impl Streams {
     ///
     /// # Errors
     /// When a process has it.
-    pub fn claim(self: &Arc<Self>, id: &str) -> Result<Claim, StreamError> {
+    pub(crate) fn claim(self: &Arc<Self>, id: &str) -> Result<Claim, StreamError> {
         let mut slots = self.lock();
         let slot = slots.find(id);
         if slot.state == State::Claimed {
@@ -159,7 +159,7 @@ impl Drop for Claim {
 }
 
 /// The API under its name.
-pub fn service(streams: &Arc<Streams>) -> HashMap<String, Service> {
+pub(crate) fn service(streams: &Arc<Streams>) -> HashMap<String, Service> {
     let handler: Arc<dyn StreamHandler + Send + Sync> = Arc::new(Handler(streams.clone()));
     let service = Service { methods: HashMap::new(), streams: [(METHOD.to_owned(), handler)].into() };
     [(SERVICE.to_owned(), service)].into()

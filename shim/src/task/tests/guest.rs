@@ -198,7 +198,7 @@ impl Agent for FakeAgent {
 }
 
 /// The guest's side of a pod.
-pub struct Guest {
+pub(crate) struct Guest {
     script: Arc<Script>,
     vmm: Arc<Channel>,
     streams: Arc<Mutex<Vec<OwnedFd>>>,
@@ -206,7 +206,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    pub async fn start(id: &str, directory: PathBuf, heartbeat: Heartbeat) -> (Guest, Arc<Pod>) {
+    pub(crate) async fn start(id: &str, directory: PathBuf, heartbeat: Heartbeat) -> (Guest, Arc<Pod>) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (channel, vmm) = Channel::pair().unwrap();
         let script = Arc::new(Script::default());
@@ -245,62 +245,62 @@ impl Guest {
     }
 
     /// A process ends, and with it the streams of all.
-    pub fn exit(&self, container: &str, exec: &str, status: u32) {
+    pub(crate) fn exit(&self, container: &str, exec: &str, status: u32) {
         self.streams.lock().unwrap().clear();
         self.script.exit(container, exec, status);
     }
 
     /// A process ends because there is no memory left.
-    pub fn exit_without_memory(&self, container: &str) {
+    pub(crate) fn exit_without_memory(&self, container: &str) {
         self.script.oom_killed.store(true, Ordering::Relaxed);
         self.exit(container, "", 137);
     }
 
     /// What calls of this name were about.
-    pub fn calls(&self, name: &str) -> Vec<String> {
+    pub(crate) fn calls(&self, name: &str) -> Vec<String> {
         let calls = self.script.calls.lock().unwrap();
         calls.iter().filter(|(called, _)| *called == name).map(|(_, what)| what.clone()).collect()
     }
 
     /// The names of the calls among these, in the order in which they came.
-    pub fn order(&self, names: &[&str]) -> Vec<&'static str> {
+    pub(crate) fn order(&self, names: &[&str]) -> Vec<&'static str> {
         let calls = self.script.calls.lock().unwrap();
         calls.iter().map(|(called, _)| *called).filter(|called| names.contains(called)).collect()
     }
 
     /// Answers calls of this name later.
-    pub fn delay(&self, name: &'static str, delay: Duration) {
+    pub(crate) fn delay(&self, name: &'static str, delay: Duration) {
         self.script.delays.lock().unwrap().insert(name, delay);
     }
 
     /// Refuses the next call of this name.
-    pub fn refuse(&self, name: &'static str, code: ttrpc::Code, message: &str) {
+    pub(crate) fn refuse(&self, name: &'static str, code: ttrpc::Code, message: &str) {
         self.script.refusals.lock().unwrap().insert(name, (code, message.to_owned()));
     }
 
     /// The agent keeps its connection and answers nothing any more.
-    pub fn fall_silent(&self) {
+    pub(crate) fn fall_silent(&self) {
         self.script.silent.send_replace(true);
     }
 
     /// The agent answers signals as if it had sent them.
-    pub fn lie(&self) {
+    pub(crate) fn lie(&self) {
         self.script.lies.store(true, Ordering::Relaxed);
     }
 
     /// The virtual machine ends.
-    pub fn end(&self, reason: ExitReason) {
+    pub(crate) fn end(&self, reason: ExitReason) {
         self.streams.lock().unwrap().clear();
         self.vmm.send(&FromVmm::Event(Event::Exited(reason)), &[]).unwrap();
     }
 
     /// The agent closes its connection.
-    pub fn hang_up(&self) {
+    pub(crate) fn hang_up(&self) {
         self.hang_up.send_replace(true);
     }
 
     /// Writes to the first stdio stream without end.
-    pub fn write_endlessly(&self) -> JoinHandle<()> {
+    pub(crate) fn write_endlessly(&self) -> JoinHandle<()> {
         let stream = std::os::unix::net::UnixStream::from(self.streams.lock().unwrap().remove(0));
         stream.set_nonblocking(true).unwrap();
         let mut stream = UnixStream::from_std(stream).unwrap();
@@ -308,7 +308,7 @@ impl Guest {
     }
 
     /// Reports processes killed for want of memory, as fast as it is asked, in these containers.
-    pub fn flood_with_oom(&self, containers: &[&str]) {
+    pub(crate) fn flood_with_oom(&self, containers: &[&str]) {
         self.script.oom.send_replace(containers.iter().map(|&id| id.to_owned()).collect());
     }
 }

@@ -26,7 +26,7 @@ use crate::shim::CALL_LIMIT;
 /// | `/below`, `/below-ro` | a directory of it with another tmpfs mounted below, at `inner`; the same read-only |
 /// | `/f` | a single file of the ext4 |
 /// | `/node` | a directory of the ext4 where the node answers: once `ask` is there, `answer` is made |
-pub struct Disks {
+pub(crate) struct Disks {
     directory: PathBuf,
     mounted: Vec<PathBuf>,
     answering: Option<(Arc<AtomicBool>, JoinHandle<()>)>,
@@ -34,7 +34,7 @@ pub struct Disks {
 
 impl Disks {
     /// Makes and mounts them, below `directory`.
-    pub fn new(layout: &Layout, directory: &Path, name: &str) -> Outcome<Disks> {
+    pub(crate) fn new(layout: &Layout, directory: &Path, name: &str) -> Outcome<Disks> {
         let directory = directory.join(format!("{name}-disks"));
         let mut disks = Disks { directory, mounted: Vec::new(), answering: None };
         let make = |path: PathBuf| fs::create_dir_all(&path).explain(|| format!("make {}", path.display()));
@@ -74,7 +74,7 @@ impl Disks {
     }
 
     /// The container's mounts.
-    pub fn mounts(&self) -> impl Iterator<Item = Value> {
+    pub(crate) fn mounts(&self) -> impl Iterator<Item = Value> {
         const ALL: [(&str, &str, &str); 7] = [
             ("v", "/v", "rw"),
             ("v", "/ro", "ro"),

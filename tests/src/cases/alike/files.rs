@@ -4,13 +4,13 @@ use super::{Row, but, instead, same};
 
 const SHARED: &str = "virtio-fs has no such request";
 const DIRECT: &str = "the guest's kernel needs no alignment, and the node's file system is not asked";
-pub const LISTS: &str = "access control lists are refused rather than kept and not followed";
+pub(crate) const LISTS: &str = "access control lists are refused rather than kept and not followed";
 const DNOTIFY: &str = "the guest's kernel has no dnotify, which inotify came for";
 const ALIAS: &str = "the guest's kernel keeps what it knows by another mount";
 const KIND: &str = "the file system is the share, whatever it is on the node";
 
 /// What any file system does; each in the root file system and in volumes.
-pub const ANYWHERE: &[Row] = &[
+pub(crate) const ANYWHERE: &[Row] = &[
     same("kinds in a listing", "probe kinds"),
     same("O_TMPFILE", "probe temporary"),
     same("copy_file_range and FICLONE", "probe copies"),
@@ -124,7 +124,7 @@ pub const ANYWHERE: &[Row] = &[
 ];
 
 /// About what is mounted where.
-pub const MOUNTS: &[Row] = &[
+pub(crate) const MOUNTS: &[Row] = &[
     same(
         "which paths share a device",
         "for p in / /v /ro /m /below /below/inner /below-ro /below-ro/inner /f /node /run /dev /dev/shm /proc /sys /alike /bin/attack-probe; do set -- $p $(stat -c %d $p); eval \"first=\\$d$2\"; [ \"$first\" ] || { eval d$2=$1; first=$1; }; echo $1 $first; done",

@@ -8,7 +8,7 @@ use crate::bundle;
 use crate::failure::Outcome;
 
 /// Each is a case.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     case("alike-files", |environment| compare(environment, &FILES)),
     case("alike-mounts", |environment| compare(environment, &MOUNTS)),
     case("alike-system", |environment| compare(environment, &SYSTEM)),

@@ -23,7 +23,7 @@ use crate::stdio::Streams;
 use disks::Disks;
 
 /// The cases of this theme.
-pub const CASES: &[Case] = groups::CASES;
+pub(crate) const CASES: &[Case] = groups::CASES;
 
 /// How long all rows of a group may take in a container.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -36,7 +36,7 @@ const SCRIPTS: &str = "/alike";
 
 /// One comparison, or one for each place.
 #[derive(Debug, Clone, Copy)]
-pub struct Row {
+pub(crate) struct Row {
     /// What is compared.
     name: &'static str,
     /// A shell script. Its working directory is one of its own in the place.
@@ -47,7 +47,7 @@ pub struct Row {
 
 /// Something that is not as under runc, and is documented.
 #[derive(Debug, Clone, Copy)]
-pub struct Difference {
+pub(crate) struct Difference {
     /// In which places; none means all.
     places: &'static [&'static str],
     /// A part of what runc's container prints.
@@ -59,30 +59,34 @@ pub struct Difference {
 }
 
 /// A comparison of a script's output.
-pub const fn same(name: &'static str, command: &'static str) -> Row {
+pub(crate) const fn same(name: &'static str, command: &'static str) -> Row {
     Row { name, command, differences: &[] }
 }
 
 /// The same with differences.
-pub const fn but(name: &'static str, command: &'static str, differences: &'static [Difference]) -> Row {
+pub(crate) const fn but(
+    name: &'static str,
+    command: &'static str,
+    differences: &'static [Difference],
+) -> Row {
     Row { name, command, differences }
 }
 
 /// A difference in all places.
-pub const fn instead(runc: &'static str, pod: &'static str, reason: &'static str) -> Difference {
+pub(crate) const fn instead(runc: &'static str, pod: &'static str, reason: &'static str) -> Difference {
     Difference { places: &[], runc, pod, reason }
 }
 
 impl Difference {
     /// The same in some places only.
-    pub const fn at(mut self, places: &'static [&'static str]) -> Self {
+    pub(crate) const fn at(mut self, places: &'static [&'static str]) -> Self {
         self.places = places;
         self
     }
 }
 
 /// Rows that one container of each runtime runs.
-pub struct Group {
+pub(crate) struct Group {
     /// What it is about.
     pub name: &'static str,
     /// Directories in which each row runs; all of a place come after another.

@@ -9,7 +9,7 @@ const BY_MEMORY: &str = "kernels choose it by the machine's memory";
 const ONE_NETWORK: &str = "in the guest it is the kernel's first network namespace";
 
 /// What a container finds.
-pub const ROWS: &[Row] = &[
+pub(crate) const ROWS: &[Row] = &[
     same(
         "a process's status",
         "grep -E '^(Umask|State|Uid|Gid|FDSize|Groups|Threads|Sig[BIC]|Shd|Cap|NoNewPrivs|Seccomp|Cpus_allowed:)' /proc/self/status",
@@ -211,7 +211,7 @@ pub const ROWS: &[Row] = &[
 ];
 
 /// In a container with limits and a control group file system.
-pub const LIMITS: &[Row] = &[
+pub(crate) const LIMITS: &[Row] = &[
     same("control group", "cat /proc/self/cgroup; awk '{ print $3, $4 }' /proc/mounts | grep cgroup"),
     but(
         "files of the control group",
@@ -267,7 +267,7 @@ pub const LIMITS: &[Row] = &[
 ];
 
 /// In a container with every privilege.
-pub const PRIVILEGED: &[Row] = &[
+pub(crate) const PRIVILEGED: &[Row] = &[
     but(
         "trusted attributes",
         "cd /v; mkdir t; cd t; probe attributes; cd ..; rm -r t",

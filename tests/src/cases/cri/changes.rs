@@ -23,7 +23,7 @@ fn used(container: &Container<'_>) -> Outcome<u64> {
 }
 
 /// The writable layer's size follows what the container has in it; a removed container's goes.
-pub fn counted(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn counted(environment: &mut Environment) -> Outcome<String> {
     let pod = Pod::run(environment.node()?, environment.handler(), "changes", |_| {})?;
     let container = pod.start("writes", "sleep 100000", |_| {})?;
     let settles = |what: &str, range: std::ops::Range<u64>| {

@@ -15,7 +15,7 @@ use crate::failure::{Explain, Outcome};
 use crate::{ensure, ensure_eq, fail};
 
 /// Name servers of the pod, users that don't exist, volumes whose directory does not exist yet, ends that were there before.
-pub fn rest(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn rest(environment: &mut Environment) -> Outcome<String> {
     let node = environment.node()?;
     let ask = |handler: Handler| -> Outcome<String> {
         let pod = Pod::run(node, handler, "conforms", |config| {
@@ -63,7 +63,7 @@ pub fn rest(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// What a container in a virtual machine can't have is refused in words, and the pod goes on.
-pub fn refused(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn refused(environment: &mut Environment) -> Outcome<String> {
     type Change<'a> = &'a dyn Fn(&mut proto::ContainerConfig);
     let node = environment.node()?;
     let (shared, huge) = (node.directory("shared")?, node.directory("huge")?);

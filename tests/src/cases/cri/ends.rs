@@ -13,7 +13,7 @@ use crate::process::eventually;
 use crate::{ensure, ensure_eq, fail};
 
 /// Exit codes, signals, and what SIGTERM and the grace time do.
-pub fn exit_codes(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn exit_codes(environment: &mut Environment) -> Outcome<String> {
     let pod = environment.shared_pod(environment.handler())?;
     for (script, code, reason) in
         [("exit 0", 0, "Completed"), ("exit 42", 42, "Error"), ("kill -SEGV $$; sleep 1", 0, "Completed")]
@@ -41,7 +41,7 @@ pub fn exit_codes(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// A program that is not there is refused by `StartContainer`, and told as the kubelet expects it.
-pub fn no_such_program(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn no_such_program(environment: &mut Environment) -> Outcome<String> {
     let pod = environment.shared_pod(environment.handler())?;
     let mut words = String::new();
     for (command, expected) in [("/no/such/program", "no such file"), ("/etc/passwd", "permission denied")] {
@@ -62,7 +62,7 @@ pub fn no_such_program(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// A container that takes more memory than it may is ended and says so; its pod and the others go on.
-pub fn out_of_memory(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn out_of_memory(environment: &mut Environment) -> Outcome<String> {
     let pod = environment.shared_pod(environment.handler())?;
     let beside = pod.start("beside", "sleep 100000", |_| {})?;
     let ended = pod.run_script("eats", "echo begin; head -c 200m /dev/zero | tail", |config| {
@@ -80,7 +80,7 @@ pub fn out_of_memory(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// A pod whose virtual machine is gone is not ready, its containers have ended, and it can be removed.
-pub fn vmm_dies(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn vmm_dies(environment: &mut Environment) -> Outcome<String> {
     let node = environment.node()?;
     let before: Vec<i32> = vmms();
     let pod = Pod::run(node, environment.handler(), "dies", |_| {})?;

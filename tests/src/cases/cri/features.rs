@@ -19,7 +19,7 @@ use crate::failure::{Explain, Outcome};
 use crate::{ensure, ensure_eq};
 
 /// What the handlers say they can do.
-pub fn announced(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn announced(environment: &mut Environment) -> Outcome<String> {
     let status =
         environment.node()?.client().status(&proto::StatusRequest::default()).explain(|| "status".into())?;
     let ours = status.runtime_handlers.iter().find(|handler| handler.name == Handler::BulkheadAsRunc.name());
@@ -38,7 +38,7 @@ fn volume(host: &Path, inside: &str) -> proto::Mount {
 }
 
 /// A read-only volume whose mounts below are read-only too.
-pub fn recursive_read_only(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn recursive_read_only(environment: &mut Environment) -> Outcome<String> {
     let node = environment.node()?;
     let directory = node.directory("recursive")?;
     let result = (|| {
@@ -86,7 +86,7 @@ fn pods_users(options: &mut proto::NamespaceOption) {
 }
 
 /// `hostUsers: false`: root in the pod is somebody else on the node, and its volumes have the owners that the pod gives them.
-pub fn own_users(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn own_users(environment: &mut Environment) -> Outcome<String> {
     let node = environment.node()?;
     let directory = node.directory("users")?;
     let handler = match environment.handler() {

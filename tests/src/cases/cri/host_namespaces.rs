@@ -20,7 +20,7 @@ fn same(environment: &Environment, ask: impl Fn(Handler) -> Outcome<String>) -> 
 }
 
 /// `hostPID`: all containers see each other's processes, and are nobody's first; one that ends takes none along.
-pub fn processes(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn processes(environment: &mut Environment) -> Outcome<String> {
     let node = environment.node()?;
     same(environment, |handler| {
         let pod = Pod::run(node, handler, "host-pid", |config| {
@@ -49,7 +49,7 @@ pub fn processes(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// `hostIPC`: the containers share memory.
-pub fn ipc(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn ipc(environment: &mut Environment) -> Outcome<String> {
     let node = environment.node()?;
     same(environment, |handler| {
         let pod = Pod::run(node, handler, "host-ipc", |config| {
@@ -69,7 +69,7 @@ pub fn ipc(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// A privileged container: all capabilities, nothing masked or read-only, no filter, and mounts of its own.
-pub fn privileged(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn privileged(environment: &mut Environment) -> Outcome<String> {
     let node = environment.node()?;
     same(environment, |handler| {
         let pod = Pod::run(node, handler, "privileged", |config| of_pod(config).privileged = true)?;

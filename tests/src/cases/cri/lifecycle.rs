@@ -13,7 +13,7 @@ use crate::process::eventually;
 use crate::{ensure, ensure_eq};
 
 /// From the first call to the last, with everything that the kubelet asks meanwhile.
-pub fn pod(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn pod(environment: &mut Environment) -> Outcome<String> {
     let (node, handler) = (environment.node()?, environment.handler());
     let started = Instant::now();
     let pod = Pod::run(node, handler, "whole", |config| {
@@ -82,7 +82,7 @@ fn listed(node: &Node, pod: &Pod<'_>, state: PodSandboxState) -> Outcome<Vec<Str
 }
 
 /// Several containers at a time: each has its own processes and files; the second of a name comes after the first.
-pub fn containers(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn containers(environment: &mut Environment) -> Outcome<String> {
     let pod = environment.shared_pod(environment.handler())?;
     let script = "echo $$ >/mark; trap 'exit 7' TERM; while :; do sleep 0.05; done";
     let names = ["one", "two", "three"];
@@ -106,7 +106,7 @@ pub fn containers(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// Pods go on while containerd is away; afterwards everything about them works.
-pub fn restart(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn restart(environment: &mut Environment) -> Outcome<String> {
     let handler = environment.handler();
     let pod = Pod::run(environment.node()?, handler, "restart", |_| {})?;
     let script = "trap 'echo asked; exit 9' TERM; while :; do i=$((i+1)); echo $i >/count; sleep 0.02; done";
@@ -134,7 +134,7 @@ pub fn restart(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// A container's limits can be changed, and what it and its pod use is told.
-pub fn resources(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn resources(environment: &mut Environment) -> Outcome<String> {
     const MIB: i64 = 1 << 20;
     let node = environment.node()?;
     let pod = Pod::run(node, environment.handler(), "resources", |_| {})?;

@@ -13,7 +13,7 @@ use crate::failure::{Explain, Outcome};
 use crate::{ensure, ensure_eq};
 
 /// What is asked of a container of each runtime.
-pub struct Question {
+pub(crate) struct Question {
     /// What it is about.
     pub what: &'static str,
     /// The script whose output is compared.
@@ -23,7 +23,7 @@ pub struct Question {
 }
 
 /// Asks containers in the shared pods of runc and of the handler under test, and expects the same answers.
-pub fn compare(environment: &Environment, questions: &[Question]) -> Outcome<Vec<String>> {
+pub(crate) fn compare(environment: &Environment, questions: &[Question]) -> Outcome<Vec<String>> {
     let mut failures = Vec::new();
     let mut answers = Vec::new();
     for question in questions {
@@ -46,12 +46,12 @@ pub fn compare(environment: &Environment, questions: &[Question]) -> Outcome<Vec
 }
 
 /// The security settings of a container.
-pub fn security(config: &mut proto::ContainerConfig) -> &mut proto::LinuxContainerSecurityContext {
+pub(crate) fn security(config: &mut proto::ContainerConfig) -> &mut proto::LinuxContainerSecurityContext {
     config.linux.mut_or_insert_default().security_context.mut_or_insert_default()
 }
 
 /// A user or group id.
-pub fn id(value: i64) -> MessageField<proto::Int64Value> {
+pub(crate) fn id(value: i64) -> MessageField<proto::Int64Value> {
     MessageField::some(proto::Int64Value { value, ..Default::default() })
 }
 
@@ -60,7 +60,7 @@ fn custom_image(config: &mut proto::ContainerConfig) {
 }
 
 /// Arguments, variables, working directory, host name, from the image and from the pod.
-pub fn program(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn program(environment: &mut Environment) -> Outcome<String> {
     const SHOW: &str = "tr '\\0' '|' </proc/self/cmdline; echo; env | sort; pwd; id; hostname; umask";
     let answers = compare(
         environment,
@@ -101,7 +101,7 @@ pub fn program(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// Users, groups and privileges of processes.
-pub fn users(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn users(environment: &mut Environment) -> Outcome<String> {
     const SHOW: &str = "id; grep -E '^(Uid|Gid|Groups|Cap...|NoNewPrivs)' /proc/self/status; \
                         touch /tmp/mine && stat -c '%u %g %a' /tmp/mine; echo $HOME";
     let answers = compare(
@@ -145,7 +145,7 @@ pub fn users(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// Capabilities, no new privileges, privileged containers.
-pub fn privileges(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn privileges(environment: &mut Environment) -> Outcome<String> {
     const SHOW: &str = "grep -E '^(Cap...|NoNewPrivs)' /proc/self/status";
     let answers = compare(
         environment,
@@ -193,7 +193,7 @@ pub fn privileges(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// What processes are limited by, and what they inherit, without anybody's asking.
-pub fn limits(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn limits(environment: &mut Environment) -> Outcome<String> {
     const SHOW: &str = "tr -s ' ' </proc/self/limits; cd /proc/self; cat oom_score_adj coredump_filter timerslack_ns \
                         personality; umask; grep -E '^(Sig(Pnd|Blk|Cgt)|ShdPnd|Umask|Groups|THP|CoreD)' status";
     let answers = compare(
@@ -228,7 +228,7 @@ const OWN_PARAMETERS: &str = "net/netfilter/|net/bridge/|net/nf_|net/mptcp/|ipv4
      ipv4/tcp_(available|allowed)_congestion|ipv4/udp_(mem|hash_entries)|ipv4/(neigh|route|inet_peer)|ipv6/neigh|ipv6/conf/eth0/(accept_dad|accept_ra|addr_gen_mode|autoconf)=|xfrm|_next_id";
 
 /// The parameters of the network and of IPC: those of a new namespace, which takes some from the node, with what CNI has set.
-pub fn parameters(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn parameters(environment: &mut Environment) -> Outcome<String> {
     let script = format!(
         "cd /proc/sys; find net kernel/shm* kernel/msg* kernel/sem fs/mqueue -type f 2>/dev/null | sort | while read f; do \
          v=$(tr '\\t' ' ' <$f 2>/dev/null) && echo $f=$v; done | grep -Ev '{OWN_PARAMETERS}'"
@@ -253,7 +253,7 @@ pub fn parameters(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// The file systems that every container has, and the root.
-pub fn file_systems(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn file_systems(environment: &mut Environment) -> Outcome<String> {
     let answers = compare(
         environment,
         &[
@@ -297,7 +297,7 @@ pub fn file_systems(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// Filters of system calls: none, the default one, one of the node's.
-pub fn seccomp(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn seccomp(environment: &mut Environment) -> Outcome<String> {
     let profile = environment.node()?.containerd().path().join("no-mkdir.json");
     let contents = r#"{ "defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],
         "syscalls": [{ "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95 }] }"#;

@@ -20,7 +20,7 @@ mod streams;
 mod volumes;
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("cri-pod", lifecycle::pod).on(Fixture::Cri),
     Case::new("cri-sandbox-pod", lifecycle::pod).on(Fixture::Cri).sandboxed(),
     Case::new("cri-restart-of-containerd", lifecycle::restart).on(Fixture::Cri),

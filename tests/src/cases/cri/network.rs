@@ -55,7 +55,7 @@ fn expect_much(bytes: &[u8]) -> Outcome {
 }
 
 /// Addresses, routes and interfaces: exactly those of the pod's network namespace, as a pod of runc has them.
-pub fn addresses(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn addresses(environment: &mut Environment) -> Outcome<String> {
     const SHOW: &str = "ip -o addr show | awk '{ print $2, $3, $4 }' | sort; ip route show | sort; ip -6 route show | grep -v fe80 | \
         awk '{ print $1, $2, $3, $4, $5 }' | sort; cat /sys/class/net/eth0/mtu; ls /sys/class/net";
     let ask = |handler: Handler| -> Outcome<(String, String)> {
@@ -80,7 +80,7 @@ pub fn addresses(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// The node reaches a pod and a pod the node, over both kinds of addresses, with little and much, by TCP and UDP.
-pub fn host(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn host(environment: &mut Environment) -> Outcome<String> {
     let (pod, server) = serving(environment.node()?, environment.handler(), "served", |_| {})?;
     let network = pod.status()?.network.unwrap_or_default();
     ensure_eq!(get(&format!("{}:80", network.ip), "/name")?, b"served\n", "over IPv4");
@@ -123,7 +123,7 @@ pub fn host(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// Pods reach each other, whatever runs them; the containers of a pod share its loopback, and no other pod's.
-pub fn pods(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn pods(environment: &mut Environment) -> Outcome<String> {
     let node = environment.node()?;
     let (first, server) = serving(node, environment.handler(), "first", |_| {})?;
     let (second, beside) = serving(node, environment.handler(), "second", |_| {})?;
@@ -156,7 +156,7 @@ pub fn pods(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// A port of the node leads to the pod, from the node itself and from another pod.
-pub fn host_port(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn host_port(environment: &mut Environment) -> Outcome<String> {
     const PORT: i32 = 18080;
     if !["/usr/sbin/iptables", "/sbin/iptables"].iter().any(|path| Path::new(path).exists()) {
         return Ok("SKIPPED: the portmap plugin needs iptables, which this machine has not".into());
@@ -182,7 +182,7 @@ pub fn host_port(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// The kubelet's port-forward: to a server on all addresses, to one on the pod's loopback only, and to nobody.
-pub fn port_forward(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn port_forward(environment: &mut Environment) -> Outcome<String> {
     let node = environment.node()?;
     let refused = |handler: Handler| -> Outcome<String> {
         let (pod, _) = serving(node, handler, "forwarded", |_| {})?;

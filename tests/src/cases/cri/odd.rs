@@ -29,7 +29,7 @@ fn texts(list: &[&str]) -> Vec<String> {
 }
 
 /// Settings that few containers have.
-pub fn settings(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn settings(environment: &mut Environment) -> Outcome<String> {
     let answers = compare(
         environment,
         &[
@@ -158,7 +158,7 @@ enum Words {
 }
 
 /// Containers whose program can't be had or whose settings are wrong: what becomes of them, and how it is told.
-pub fn refusals(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn refusals(environment: &mut Environment) -> Outcome<String> {
     type Change<'a> = Box<dyn Fn(&mut proto::ContainerConfig) + 'a>;
     let directory = environment.node()?.directory("programs")?;
     for (name, contents) in [("broken", "no program"), ("lost", "#!/no/such/interpreter\n"), ("list", "")] {
@@ -269,7 +269,7 @@ fn reason(failure: &str) -> String {
 }
 
 /// Programs that are started in a container later: what they find, and what becomes of those that can't be.
-pub fn execs(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn execs(environment: &mut Environment) -> Outcome<String> {
     let directory = environment.node()?.directory("programs")?;
     let broken = directory.join("broken");
     fs::write(&broken, "no program").explain(|| "write a program".into())?;
@@ -330,7 +330,7 @@ pub fn execs(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// A pod of many containers.
-pub fn many(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn many(environment: &mut Environment) -> Outcome<String> {
     const COUNT: usize = 100;
     let pod = Pod::run(environment.node()?, environment.handler(), "many", |_| {})?;
     let mut containers = Vec::new();

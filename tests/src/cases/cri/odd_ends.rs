@@ -24,7 +24,7 @@ fn alike(environment: &Environment, ask: impl Fn(Handler) -> Outcome<Vec<String>
 }
 
 /// Memory runs out in a container's child, in an exec, and where all of the container goes with one.
-pub fn out_of_memory(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn out_of_memory(environment: &mut Environment) -> Outcome<String> {
     let eats = "head -c 200m /dev/zero | tail | wc -c";
     let answers = alike(environment, |handler| {
         let pod = environment.shared_pod(handler)?;
@@ -58,7 +58,7 @@ pub fn out_of_memory(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// What a container leaves running goes with it, also where the pod shares its processes.
-pub fn left_behind(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn left_behind(environment: &mut Environment) -> Outcome<String> {
     let node = environment.node()?;
     let answers = alike(environment, |handler| {
         let pod = Pod::run(node, handler, "left", |config| {
@@ -100,7 +100,7 @@ pub fn left_behind(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// An input that ends with its first client, and several who watch.
-pub fn attached(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn attached(environment: &mut Environment) -> Outcome<String> {
     let answers = alike(environment, |handler| {
         let pod = environment.shared_pod(handler)?;
         let once = |config: &mut proto::ContainerConfig| {
@@ -128,7 +128,7 @@ pub fn attached(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// Which figures there are of a container.
-pub fn figures(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn figures(environment: &mut Environment) -> Outcome<String> {
     let answers = alike(environment, |handler| {
         let pod = environment.shared_pod(handler)?;
         let mut answers = Vec::new();
@@ -168,7 +168,7 @@ fn of(container: &Container<'_>) -> Outcome<String> {
 }
 
 /// An image as a volume. containerd 2.1 takes all of it where a part is asked for.
-pub fn image_volume(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn image_volume(environment: &mut Environment) -> Outcome<String> {
     let node = environment.node()?;
     let answers = alike(environment, |handler| {
         let pod = Pod::run(node, handler, "image", |_| {})?;

@@ -24,7 +24,7 @@ const SYSCTLS: [(&str, &str); 9] = [
 ];
 
 /// Parameters of namespaces are the pod's own, in all of its containers.
-pub fn sysctls(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn sysctls(environment: &mut Environment) -> Outcome<String> {
     let node = environment.node()?;
     let pod = Pod::run(node, environment.handler(), "sysctls", |config| {
         config.linux.mut_or_insert_default().sysctls =
@@ -48,7 +48,7 @@ fn processes_of(config: &mut proto::ContainerConfig, mode: NamespaceMode, target
 }
 
 /// Containers that share the pod's processes see each other's, those of their own do not, and one can be put beside another.
-pub fn shared_processes(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn shared_processes(environment: &mut Environment) -> Outcome<String> {
     let node = environment.node()?;
     let ask = |handler: Handler| -> Outcome<String> {
         let pod = Pod::run(node, handler, "processes", |config| {
@@ -89,7 +89,7 @@ pub fn shared_processes(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// What a pod in a virtual machine can't have is refused for the pod, in words and at once, and nothing is left.
-pub fn refused(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn refused(environment: &mut Environment) -> Outcome<String> {
     type Change = fn(&mut proto::PodSandboxConfig);
     let cases: [(&str, Change); 1] = [("host network", |config| {
         let context = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();

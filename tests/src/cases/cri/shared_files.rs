@@ -44,7 +44,7 @@ fn with_directory<T>(
 }
 
 /// A directory in two containers of a pod, in one of them twice, is one: its FIFOs, sockets, locks and files.
-pub fn of_a_pod(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn of_a_pod(environment: &mut Environment) -> Outcome<String> {
     with_directory(environment, "of-a-pod", |directory| {
         let answers = compare(environment, |pod| {
             let shared = directory.join(&pod.known.id);
@@ -81,7 +81,7 @@ pub fn of_a_pod(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// What the node changes while a container looks: links swapped as those of ConfigMaps, files replaced, grown, removed.
-pub fn changed_by_the_node(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn changed_by_the_node(environment: &mut Environment) -> Outcome<String> {
     with_directory(environment, "changed", |directory| {
         let answers = compare(environment, |pod| {
             let map = directory.join(&pod.known.id);
@@ -118,7 +118,7 @@ pub fn changed_by_the_node(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// How large a volume is and how much of it is in use, which mounts there are and what may be written to.
-pub fn room(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn room(environment: &mut Environment) -> Outcome<String> {
     with_directory(environment, "room", |directory| {
         let [memory, over, below] = ["memory", "over", "over/below"].map(|name| directory.join(name));
         for path in [&memory, &over, &below] {
@@ -158,7 +158,7 @@ pub fn room(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// As many files as a tree of dependencies has.
-pub fn many_files(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn many_files(environment: &mut Environment) -> Outcome<String> {
     const DIRECTORIES: usize = 150;
     const FILES: usize = 1000;
     with_directory(environment, "many", |directory| {

@@ -12,7 +12,7 @@ use crate::failure::{Explain, Outcome};
 use crate::{ensure, ensure_eq, fail};
 
 /// Programs in a container that runs, waited for and streamed.
-pub fn exec(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn exec(environment: &mut Environment) -> Outcome<String> {
     let pod = environment.shared_pod(environment.handler())?;
     let container = pod.start("runs", "sleep 100000", |_| {})?;
     let ended = container.exec("echo out; echo err >&2; exit 5")?;
@@ -52,7 +52,7 @@ pub fn exec(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// Terminals: of an exec, and of a container that is attached to.
-pub fn terminal(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn terminal(environment: &mut Environment) -> Outcome<String> {
     let pod = environment.shared_pod(environment.handler())?;
     let container = pod.start(
         "asks",
@@ -85,7 +85,7 @@ pub fn terminal(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// Logs: both streams, lines of any length, and a file that was moved away.
-pub fn logs(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn logs(environment: &mut Environment) -> Outcome<String> {
     let pod = environment.shared_pod(environment.handler())?;
     let script = "head -c 40000 /dev/zero | tr '\\0' x; echo; echo err >&2; echo said; \
                   while [ ! -e /more ]; do sleep 0.02; done; echo more";

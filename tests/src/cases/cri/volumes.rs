@@ -14,7 +14,7 @@ use crate::ensure_eq;
 use crate::failure::{Explain, Outcome};
 
 /// A directory or file of the node in a container.
-pub fn volume(host: &Path, inside: &str) -> proto::Mount {
+pub(crate) fn volume(host: &Path, inside: &str) -> proto::Mount {
     proto::Mount {
         container_path: inside.to_owned(),
         host_path: host.display().to_string(),
@@ -23,13 +23,13 @@ pub fn volume(host: &Path, inside: &str) -> proto::Mount {
 }
 
 /// A mebibyte of memory.
-pub fn tmpfs(path: &Path) -> Outcome {
+pub(crate) fn tmpfs(path: &Path) -> Outcome {
     mount(Some("tests"), path, Some("tmpfs"), MsFlags::MS_NODEV, Some("size=1m"))
         .explain(|| format!("mount {}", path.display()))
 }
 
 /// Directories and files, read-only or not, with mounts below them, behind links, and what is written to them.
-pub fn kinds(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn kinds(environment: &mut Environment) -> Outcome<String> {
     let node = environment.node()?;
     let directory = node.directory("volumes")?;
     let result = (|| {
@@ -94,7 +94,7 @@ pub fn kinds(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// What is mounted on the node below a volume while the container runs shows up in it, if the pod asks for that.
-pub fn mounted_later(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn mounted_later(environment: &mut Environment) -> Outcome<String> {
     let node = environment.node()?;
     let directory = node.directory("later")?;
     let result = (|| {

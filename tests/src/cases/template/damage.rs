@@ -25,7 +25,7 @@ fn write(path: &Path, bytes: &[u8]) -> Outcome {
     fs::write(path, bytes).explain(|| format!("write {}", path.display()))
 }
 
-pub fn damaged(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn damaged(environment: &mut Environment) -> Outcome<String> {
     let templates = Templates::with_default(environment, "")?;
     let template = templates.default();
     let state = template.join("state");
@@ -50,7 +50,7 @@ pub fn damaged(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// A state that has its digest and makes no sense.
-pub fn refused(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn refused(environment: &mut Environment) -> Outcome<String> {
     let templates = Templates::with_default(environment, "")?;
     let template = templates.default();
     let (state, meta) = (template.join("state"), template.join("meta.json"));
@@ -79,7 +79,7 @@ pub fn refused(environment: &mut Environment) -> Outcome<String> {
 }
 
 /// Only the speed of pods depends on this file.
-pub fn working_set(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn working_set(environment: &mut Environment) -> Outcome<String> {
     let templates = Templates::with_default(environment, "")?;
     let file = templates.default().join(WORKING_SET);
     let whole = read(&file)?;

@@ -18,7 +18,7 @@ use crate::{ensure, ensure_eq, fail};
 /// A maker's VMM has to be gone this soon after it.
 const ORPHAN_LIMIT: Duration = Duration::from_secs(1);
 
-pub fn first_use(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn first_use(environment: &mut Environment) -> Outcome<String> {
     let templates = Templates::new(environment, "")?;
     let half = templates.store().join(".new-1-0");
     fs::create_dir(&half).explain(|| format!("make {}", half.display()))?;
@@ -32,7 +32,7 @@ pub fn first_use(environment: &mut Environment) -> Outcome<String> {
     ))
 }
 
-pub fn concurrent_first_use(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn concurrent_first_use(environment: &mut Environment) -> Outcome<String> {
     const PODS: usize = 3;
     let templates = Templates::new(environment, "memory = \"128Mi\"\n")?;
     let environment = &*environment;
@@ -74,7 +74,7 @@ fn kill_maker_with(templates: &Templates, directory: &str, name: &str) -> Outcom
     })
 }
 
-pub fn killed_maker(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn killed_maker(environment: &mut Environment) -> Outcome<String> {
     let templates = Templates::new(environment, "")?;
     let mut evidence = Vec::new();
     // The first of them is booting the template, the second has published it and rehearses a pod.
@@ -107,7 +107,7 @@ pub fn killed_maker(environment: &mut Environment) -> Outcome<String> {
     Ok(evidence.join("; "))
 }
 
-pub fn another_kernel(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn another_kernel(environment: &mut Environment) -> Outcome<String> {
     let kernel = WorkDir::new("kernel")?;
     let copy = kernel.path().join("vmlinux");
     fs::copy(environment.layout.share("vmlinux"), &copy).explain(|| "copy the kernel".into())?;
@@ -127,7 +127,7 @@ pub fn another_kernel(environment: &mut Environment) -> Outcome<String> {
     Ok("a kernel that changed by four bytes was booted, and got a template of its own".into())
 }
 
-pub fn limit(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn limit(environment: &mut Environment) -> Outcome<String> {
     let templates = Templates::with_default(environment, "")?;
     let memory = templates.default().join("memory");
     let size = fs::metadata(&memory).explain(|| format!("look at {}", memory.display()))?.blocks() * 512;

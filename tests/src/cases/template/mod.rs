@@ -27,7 +27,7 @@ mod making;
 mod pods;
 
 /// The cases of this theme.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     Case::new("template-pods-are-unique", pods::unique).bulkhead_only(),
     Case::new("template-sizes", pods::sizes).bulkhead_only(),
     Case::new("template-damaged-is-not-used", damage::damaged).bulkhead_only(),

@@ -127,7 +127,7 @@ fn log_number(log: &str, words: &str) -> Outcome<f64> {
 }
 
 /// Two pods of each of two sizes: nothing in one is as in the other, on whichever CPU, and their clocks are right.
-pub fn unique(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn unique(environment: &mut Environment) -> Outcome<String> {
     let templates = Templates::with_default(environment, "")?;
     let template = templates.build(&["--vcpus", "2"])?;
     let mut evidence = Vec::new();
@@ -175,7 +175,7 @@ fn expect_distinct(said: &[BTreeMap<String, String>]) -> Outcome {
 }
 
 /// The largest has as much memory as the nested host: what pods do not use takes no time, and no place.
-pub fn sizes(environment: &mut Environment) -> Outcome<String> {
+pub(crate) fn sizes(environment: &mut Environment) -> Outcome<String> {
     let templates = Templates::new(environment, "")?;
     let mut evidence = Vec::new();
     for (vcpus, memory, mib) in [("1", "128Mi", 128), ("2", "512Mi", 512), ("4", "4Gi", 4096)] {

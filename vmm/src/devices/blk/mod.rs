@@ -33,7 +33,7 @@ const SIZE_MAX: u32 = 128 * 1024;
 const REQUEST_MAX: usize = SEG_MAX as usize * SIZE_MAX as usize;
 
 /// Bytes of a sector, the unit of all positions whatever the size of a logical block is.
-pub const SECTOR: u64 = 512;
+pub(crate) const SECTOR: u64 = 512;
 /// Sectors of one range to discard or zero: 4 MiB, since zeroes may have to be written out.
 const RANGE_SECTORS: u32 = 8192;
 /// Ranges of one request.

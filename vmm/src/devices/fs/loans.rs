@@ -31,7 +31,7 @@ const MAX_FORGOTTEN: usize = MAX_FUSE_MESSAGE / 16;
 
 /// The files, by node id and handle.
 #[derive(Debug, Default)]
-pub struct Loans {
+pub(crate) struct Loans {
     open: BTreeMap<(u64, u64), File>,
 }
 
@@ -62,7 +62,7 @@ const TRANSFER: usize = 40;
 
 impl Loans {
     /// Takes a file.
-    pub fn take(&mut self, loan: Loan, file: File) {
+    pub(crate) fn take(&mut self, loan: Loan, file: File) {
         if self.open.len() >= MAX_LOANS {
             self.open.pop_first();
         }
@@ -70,12 +70,16 @@ impl Loans {
     }
 
     /// Gives all back.
-    pub fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.open.clear();
     }
 
     /// Gives back what a request ends that goes to the server.
-    pub fn before(&mut self, header: &RequestHeader, mut body: ChainReader<'_>) -> Result<(), MemoryFault> {
+    pub(crate) fn before(
+        &mut self,
+        header: &RequestHeader,
+        mut body: ChainReader<'_>,
+    ) -> Result<(), MemoryFault> {
         if self.open.is_empty() {
             return Ok(());
         }
@@ -112,7 +116,7 @@ impl Loans {
     }
 
     /// Reads or writes if that is what a request asks for and the file is here: the length of the reply then.
-    pub fn serve(
+    pub(crate) fn serve(
         &self,
         header: &RequestHeader,
         mut body: ChainReader<'_>,

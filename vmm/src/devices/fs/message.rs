@@ -8,40 +8,40 @@ const ERROR_LIMIT: i32 = -512;
 
 /// The header of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RequestHeader {
+pub(crate) struct RequestHeader {
     bytes: [u8; IN_HEADER],
 }
 
 impl RequestHeader {
     /// Takes a header as the guest wrote it. `None` if it does not say the length that its buffers have.
-    pub fn parse(bytes: [u8; IN_HEADER], available: usize) -> Option<Self> {
+    pub(crate) fn parse(bytes: [u8; IN_HEADER], available: usize) -> Option<Self> {
         let header = RequestHeader { bytes };
         (header.u32_at(0) as usize == available && available <= MAX_FUSE_MESSAGE).then_some(header)
     }
 
     /// The number by which the guest knows the request.
-    pub fn unique(&self) -> u64 {
+    pub(crate) fn unique(&self) -> u64 {
         u64::from(self.u32_at(8)) | u64::from(self.u32_at(12)) << 32
     }
 
     /// The header with another number.
-    pub fn with_unique(mut self, unique: u64) -> [u8; IN_HEADER] {
+    pub(crate) fn with_unique(mut self, unique: u64) -> [u8; IN_HEADER] {
         self.bytes[8..16].copy_from_slice(&unique.to_le_bytes());
         self.bytes
     }
 
     /// What is asked for; see [`fuse::opcode`].
-    pub fn opcode(&self) -> u32 {
+    pub(crate) fn opcode(&self) -> u32 {
         self.u32_at(4)
     }
 
     /// The node id it is about.
-    pub fn node(&self) -> u64 {
+    pub(crate) fn node(&self) -> u64 {
         u64::from(self.u32_at(16)) | u64::from(self.u32_at(20)) << 32
     }
 
     /// Whether there is no reply to such a request.
-    pub fn is_silent(&self) -> bool {
+    pub(crate) fn is_silent(&self) -> bool {
         fuse::is_silent(self.opcode())
     }
 
@@ -53,7 +53,7 @@ impl RequestHeader {
 
 /// The header of a reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ReplyHeader {
+pub(crate) struct ReplyHeader {
     /// Bytes of the whole reply.
     pub length: u32,
     /// 0, or a negative errno; then there is nothing but the header.
@@ -64,7 +64,7 @@ pub struct ReplyHeader {
 
 impl ReplyHeader {
     /// Takes a reply as the server sent it. `None` if it is none.
-    pub fn parse(reply: &[u8]) -> Option<Self> {
+    pub(crate) fn parse(reply: &[u8]) -> Option<Self> {
         let &[length, error, unique_low, unique_high] = reply.first_chunk::<OUT_HEADER>()?.as_chunks().0
         else {
             return None;
@@ -82,12 +82,12 @@ impl ReplyHeader {
     }
 
     /// A reply that says nothing but a (positive) errno.
-    pub fn error(unique: u64, errno: i32) -> Self {
+    pub(crate) fn error(unique: u64, errno: i32) -> Self {
         ReplyHeader { length: OUT_HEADER as u32, error: -errno, unique }
     }
 
     /// As the guest reads it.
-    pub fn to_bytes(self) -> [u8; OUT_HEADER] {
+    pub(crate) fn to_bytes(self) -> [u8; OUT_HEADER] {
         let mut bytes = [0; OUT_HEADER];
         bytes[..4].copy_from_slice(&self.length.to_le_bytes());
         bytes[4..8].copy_from_slice(&self.error.to_le_bytes());

@@ -12,14 +12,14 @@ use crate::devices::{ChainReader, MemoryFault};
 
 /// The VMM's end. No call blocks.
 #[derive(Debug)]
-pub struct Server {
+pub(crate) struct Server {
     socket: OwnedFd,
     reply: MessageBuffer,
 }
 
 /// How sending went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sent {
+pub(crate) enum Sent {
     /// The packet is on its way.
     Yes,
     /// The server has to catch up first.
@@ -32,7 +32,7 @@ pub enum Sent {
 
 /// What came from the server.
 #[derive(Debug)]
-pub enum Received<'a> {
+pub(crate) enum Received<'a> {
     /// A packet.
     Packet(&'a [u8]),
     /// A file to use instead of asking.
@@ -47,12 +47,12 @@ pub enum Received<'a> {
 
 impl Server {
     /// Takes the socket.
-    pub fn new(socket: OwnedFd) -> Self {
+    pub(crate) fn new(socket: OwnedFd) -> Self {
         Server { socket, reply: MessageBuffer::default() }
     }
 
     /// Sends a request: its header and what is left of the guest's buffers.
-    pub fn send(&self, header: &[u8], body: &mut ChainReader<'_>) -> Result<Sent, MemoryFault> {
+    pub(crate) fn send(&self, header: &[u8], body: &mut ChainReader<'_>) -> Result<Sent, MemoryFault> {
         match body.send_packet(self.socket.as_fd(), header) {
             Ok(()) => Ok(Sent::Yes),
             Err(IoFault::Memory(fault)) => Err(fault),
@@ -65,7 +65,7 @@ impl Server {
     }
 
     /// Takes the next packet, if there is one.
-    pub fn receive(&mut self) -> Received<'_> {
+    pub(crate) fn receive(&mut self) -> Received<'_> {
         match loan::receive(&self.socket, self.reply.room()) {
             Ok((0, _)) => Received::Gone,
             Ok((length, _)) if length > MAX_FUSE_MESSAGE => Received::TooLong,
@@ -85,7 +85,7 @@ impl Server {
     }
 
     /// Gives memory of large packets back: none is to come soon.
-    pub fn rest(&mut self) {
+    pub(crate) fn rest(&mut self) {
         self.reply.give_back();
     }
 }

@@ -7,10 +7,10 @@
 use super::header::{Header, Segmentation};
 
 /// How many of a packet's first bytes are looked at: enough for all headers, with options, that a segmented packet can have.
-pub const HEAD_SIZE: usize = 256;
+pub(crate) const HEAD_SIZE: usize = 256;
 
 /// The longest packet: an IP packet of 64 KiB less one byte and its Ethernet header, and one byte more, as Linux has it.
-pub const MAX_PACKET: usize = 65_550;
+pub(crate) const MAX_PACKET: usize = 65_550;
 
 /// Bytes of an Ethernet header.
 const ETHERNET: usize = 14;
@@ -37,7 +37,7 @@ const UDP_CHECKSUM: usize = 6;
 
 /// What an interface lets through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
+pub(crate) struct Limits {
     /// Whether checksums may be left undone.
     pub checksum: bool,
     /// Whether segments of TCP in IPv4 may be.
@@ -51,13 +51,13 @@ pub struct Limits {
 }
 
 /// The longest packet with its Ethernet header and VLAN tags, on an interface that does not segment.
-pub const fn frame_size(mtu: usize) -> usize {
+pub(crate) const fn frame_size(mtu: usize) -> usize {
     mtu + ETHERNET + VLAN_TAGS * VLAN_TAG
 }
 
 /// Why a packet goes nowhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
-pub enum Unsound {
+pub(crate) enum Unsound {
     /// It has no Ethernet header, or more bytes than any packet.
     #[error("too short or too long for packets")]
     Length,
@@ -78,7 +78,12 @@ pub enum Unsound {
 impl Limits {
     /// Checks a packet of `length` bytes of which the first are in `head`, [`HEAD_SIZE`] of them if there are so many. Returns
     /// its header for the tap.
-    pub fn check(&self, header: Option<Header>, head: &[u8], length: usize) -> Result<Header, Unsound> {
+    pub(crate) fn check(
+        &self,
+        header: Option<Header>,
+        head: &[u8],
+        length: usize,
+    ) -> Result<Header, Unsound> {
         if !(ETHERNET..=MAX_PACKET).contains(&length) || head.len() < ETHERNET {
             return Err(Unsound::Length);
         }

@@ -7,7 +7,7 @@ use virtio_bindings::virtio_net::{
 use crate::devices::{Chain, DeviceFault};
 
 /// Carries a command out: `set_pairs` says whether the number of queue pairs is possible. Returns how many bytes were written.
-pub fn serve(chain: &Chain, set_pairs: impl FnOnce(u16) -> bool) -> Result<u32, DeviceFault> {
+pub(crate) fn serve(chain: &Chain, set_pairs: impl FnOnce(u16) -> bool) -> Result<u32, DeviceFault> {
     let mut command = [0; 2];
     let mut reader = chain.reader();
     let mut writer = chain.writer();

@@ -6,17 +6,17 @@ use virtio_bindings::virtio_net::{
 };
 
 /// Bytes of a header.
-pub const HEADER_SIZE: usize = 12;
+pub(crate) const HEADER_SIZE: usize = 12;
 
 /// Where in a header the number of buffers is that a received packet fills.
-pub const NUM_BUFFERS: usize = 10;
+pub(crate) const NUM_BUFFERS: usize = 10;
 
 /// The checksum is left to do.
 const NEEDS_CHECKSUM: u8 = VIRTIO_NET_HDR_F_NEEDS_CSUM as u8;
 
 /// How a packet is to be cut into segments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Segmentation {
+pub(crate) enum Segmentation {
     /// TCP in IPv4.
     Tcp4,
     /// TCP in IPv6.
@@ -37,7 +37,7 @@ impl Segmentation {
 
 /// A header as it was found: nothing in it has been checked but that it says something at all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Header {
+pub(crate) struct Header {
     /// What is left to sum up: where it starts, and where from there the sum belongs.
     pub checksum: Option<(usize, usize)>,
     /// What is left to cut up, and the bytes of each segment's payload.
@@ -49,7 +49,7 @@ pub struct Header {
 impl Header {
     /// Reads a driver's header. `None`: it has flags or a type that no driver may use, those for congestion (ECN) included,
     /// since that is not offered.
-    pub fn parse(bytes: &[u8; HEADER_SIZE]) -> Option<Header> {
+    pub(crate) fn parse(bytes: &[u8; HEADER_SIZE]) -> Option<Header> {
         let &[flags, kind, headers @ .., _, _] = bytes;
         let word = |at: usize| u16::from_le_bytes([headers[at], headers[at + 1]]);
         let segmentation = match u32::from(kind) {
@@ -72,7 +72,7 @@ impl Header {
     }
 
     /// The header for the tap: what the checked packet needs, and zero everywhere else.
-    pub fn to_bytes(self) -> [u8; HEADER_SIZE] {
+    pub(crate) fn to_bytes(self) -> [u8; HEADER_SIZE] {
         let mut bytes = [0; HEADER_SIZE];
         // All numbers are offsets in a packet of less than 64 KiB and 20 bytes, and checked to be in its headers.
         let mut put = |at: usize, value: usize| {

@@ -20,7 +20,7 @@ const MAX_PIECES: usize = 1024;
 
 /// Fills one receive queue.
 #[derive(Default)]
-pub struct Receiver {
+pub(crate) struct Receiver {
     buffers: Buffers,
     /// A packet that was read when there were too few buffers for the longest: it may fit, or has to wait.
     aside: Vec<u8>,
@@ -32,7 +32,7 @@ pub struct Receiver {
 
 /// How receiving ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// Nothing else is there.
     Drained,
     /// There may be more.
@@ -45,22 +45,22 @@ pub enum Outcome {
 
 impl Receiver {
     /// Whether it waits for its driver.
-    pub fn is_starved(&self) -> bool {
+    pub(crate) fn is_starved(&self) -> bool {
         self.starved
     }
 
     /// Has it try again, whatever it waits for.
-    pub fn wake(&mut self) {
+    pub(crate) fn wake(&mut self) {
         self.starved = false;
     }
 
     /// Forgets everything that belongs to the driver, the packet that waits for it included.
-    pub fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         *self = Receiver::default();
     }
 
     /// Moves packets of at most `longest` bytes. Returns how it ended and how many packets were dropped.
-    pub fn receive(
+    pub(crate) fn receive(
         &mut self,
         tap: &TapQueue,
         queue: &mut Virtqueue,

@@ -10,14 +10,14 @@ use crate::devices::{DeviceEvents, DeviceFault, MemoryFault};
 
 /// One queue, and what it is watched for.
 #[derive(Debug)]
-pub struct TapQueue {
+pub(crate) struct TapQueue {
     fd: OwnedFd,
     watched: EventSet,
 }
 
 /// What came of reading.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Received {
+pub(crate) enum Received {
     /// A packet of so many bytes, its header included.
     Packet(usize),
     /// Nothing is there.
@@ -28,7 +28,7 @@ pub enum Received {
 
 /// What came of writing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sent {
+pub(crate) enum Sent {
     /// The packet is on its way.
     Yes,
     /// The host's kernel has too many already.
@@ -41,17 +41,17 @@ pub enum Sent {
 
 impl TapQueue {
     /// Takes a queue, whose reads and writes must not wait.
-    pub fn new(fd: OwnedFd) -> Self {
+    pub(crate) fn new(fd: OwnedFd) -> Self {
         TapQueue { fd, watched: EventSet::empty() }
     }
 
     /// Lets the device hear of the tap's end, and of nothing else yet.
-    pub fn start(&self, token: u32, events: &mut DeviceEvents<'_, '_>) -> Result<(), DeviceFault> {
+    pub(crate) fn start(&self, token: u32, events: &mut DeviceEvents<'_, '_>) -> Result<(), DeviceFault> {
         events.add(self.fd.as_fd(), token, self.watched)
     }
 
     /// Watches for packets, for room, or for neither.
-    pub fn watch(
+    pub(crate) fn watch(
         &mut self,
         token: u32,
         wanted: EventSet,
@@ -65,12 +65,12 @@ impl TapQueue {
     }
 
     /// Stops watching, before it is closed.
-    pub fn stop(&self, events: &mut DeviceEvents<'_, '_>) -> Result<(), DeviceFault> {
+    pub(crate) fn stop(&self, events: &mut DeviceEvents<'_, '_>) -> Result<(), DeviceFault> {
         events.remove(self.fd.as_fd())
     }
 
     /// The result of a read.
-    pub fn received(result: io::Result<usize>) -> Received {
+    pub(crate) fn received(result: io::Result<usize>) -> Received {
         match result {
             Ok(0) => Received::Gone,
             Ok(length) => Received::Packet(length),
@@ -82,7 +82,7 @@ impl TapQueue {
     }
 
     /// The result of a write.
-    pub fn sent(result: Result<(), IoFault>) -> Result<Sent, MemoryFault> {
+    pub(crate) fn sent(result: Result<(), IoFault>) -> Result<Sent, MemoryFault> {
         let error = match result {
             Ok(()) => return Ok(Sent::Yes),
             Err(IoFault::Memory(fault)) => return Err(fault),

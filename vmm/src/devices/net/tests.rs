@@ -56,12 +56,12 @@ impl Wire {
 mod nix_like {
     use std::os::fd::{AsRawFd, OwnedFd};
 
-    pub fn write(fd: &OwnedFd, bytes: &[u8]) -> Option<usize> {
+    pub(crate) fn write(fd: &OwnedFd, bytes: &[u8]) -> Option<usize> {
         // SAFETY: the pointer and length are those of a live slice.
         usize::try_from(unsafe { libc::write(fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len()) }).ok()
     }
 
-    pub fn read(fd: &OwnedFd, bytes: &mut [u8]) -> Option<usize> {
+    pub(crate) fn read(fd: &OwnedFd, bytes: &mut [u8]) -> Option<usize> {
         // SAFETY: the pointer and length are those of a live, exclusive slice.
         usize::try_from(unsafe { libc::read(fd.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len()) }).ok()
     }

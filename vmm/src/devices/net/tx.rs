@@ -12,7 +12,7 @@ const BATCH: usize = 64;
 const BATCH_BYTES: usize = 512 * 1024;
 
 /// Empties one transmit queue.
-pub struct Transmitter {
+pub(crate) struct Transmitter {
     /// The header and the first bytes of the packet in hand.
     head: Box<[u8; HEADER_SIZE + HEAD_SIZE]>,
     /// The tap had no room for the next packet.
@@ -21,7 +21,7 @@ pub struct Transmitter {
 
 /// Why a packet went nowhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
-pub enum Dropped {
+pub(crate) enum Dropped {
     /// The device does not let it through.
     #[error("{0}")]
     Unsound(Unsound),
@@ -42,7 +42,7 @@ enum Fate {
 
 /// How transmitting ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Outcome {
+pub(crate) struct Outcome {
     /// Whether the queue is empty.
     pub progress: Progress,
     /// Whether the tap turned out to be gone.
@@ -51,23 +51,23 @@ pub struct Outcome {
 
 impl Transmitter {
     /// Nothing was sent yet.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Transmitter { head: Box::new([0; _]), blocked: false }
     }
 
     /// Whether it waits for room in the tap.
-    pub fn is_blocked(&self) -> bool {
+    pub(crate) fn is_blocked(&self) -> bool {
         self.blocked
     }
 
     /// Forgets what belongs to the driver.
-    pub fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         self.blocked = false;
     }
 
     /// Moves packets until the queue is empty, the tap is full, or others should have a turn. `dropped` hears of each that goes
     /// nowhere. After a tap that `has_room` the first packet does not wait again: it is sent or dropped.
-    pub fn transmit(
+    pub(crate) fn transmit(
         &mut self,
         tap: Option<&TapQueue>,
         queue: &mut Virtqueue,

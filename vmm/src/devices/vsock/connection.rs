@@ -17,14 +17,14 @@ use serde::{Deserialize, Serialize};
 use super::packet::{Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 
 /// Bytes that a guest may have sent which the host's end has not taken yet.
-pub const BUFFER_SIZE: u32 = 64 * 1024;
+pub(crate) const BUFFER_SIZE: u32 = 64 * 1024;
 
 /// Both directions of a `SHUTDOWN`.
 const SHUTDOWN_BOTH: u32 = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
 
 /// How far the opening of a connection got.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Phase {
+pub(crate) enum Phase {
     /// The host wants it, the guest has not been asked.
     Requested,
     /// The guest has been asked.
@@ -37,11 +37,11 @@ pub enum Phase {
 
 /// What the guest did that no sound driver does. The connection is reset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Violation;
+pub(crate) struct Violation;
 
 /// One connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ConnectionState {
+pub(crate) struct ConnectionState {
     /// Port in the guest.
     pub guest_port: u32,
     /// Port on the host.
@@ -68,7 +68,7 @@ pub struct ConnectionState {
 
 impl ConnectionState {
     /// A connection that the host opens.
-    pub fn requested(guest_port: u32, host_port: u32) -> Self {
+    pub(crate) fn requested(guest_port: u32, host_port: u32) -> Self {
         ConnectionState {
             guest_port,
             host_port,
@@ -89,7 +89,7 @@ impl ConnectionState {
     }
 
     /// A connection that the guest opens with this `REQUEST`.
-    pub fn accepted(request: &Header) -> Self {
+    pub(crate) fn accepted(request: &Header) -> Self {
         let mut state = Self::requested(request.source_port, request.destination_port);
         state.phase = Phase::Open;
         state.response_due = true;
@@ -98,18 +98,18 @@ impl ConnectionState {
     }
 
     /// How far it got.
-    pub fn phase(&self) -> Phase {
+    pub(crate) fn phase(&self) -> Phase {
         self.phase
     }
 
     /// Takes a packet's word on the guest's receive buffer; every packet carries it.
-    pub fn take_credit(&mut self, header: &Header) {
+    pub(crate) fn take_credit(&mut self, header: &Header) {
         self.guest_buffer = header.buffer_size;
         self.guest_consumed = header.consumed;
     }
 
     /// Takes a packet other than data. An error means that the connection must be reset.
-    pub fn take_control(&mut self, op: Op, flags: u32) -> Result<(), Violation> {
+    pub(crate) fn take_control(&mut self, op: Op, flags: u32) -> Result<(), Violation> {
         match (op, self.phase) {
             (Op::Response, Phase::Awaiting) => self.phase = Phase::Open,
             (Op::Shutdown, Phase::Open) => self.guest_closed |= flags & SHUTDOWN_BOTH,
@@ -121,7 +121,7 @@ impl ConnectionState {
     }
 
     /// Accounts for data that came from the guest, before any of it is looked at.
-    pub fn take_data(&mut self, length: u32) -> Result<(), Violation> {
+    pub(crate) fn take_data(&mut self, length: u32) -> Result<(), Violation> {
         let waiting = self.received.wrapping_sub(self.forwarded);
         if self.phase != Phase::Open
             || self.guest_closed & SHUTDOWN_SEND != 0
@@ -134,7 +134,7 @@ impl ConnectionState {
     }
 
     /// Takes the guest's `RST`. `true`: bytes that the guest had sent in good order still wait for the stream.
-    pub fn take_reset(&mut self) -> bool {
+    pub(crate) fn take_reset(&mut self) -> bool {
         if self.guest_closed & SHUTDOWN_SEND == 0 || self.backlog.is_empty() {
             return false;
         }
@@ -144,7 +144,7 @@ impl ConnectionState {
     }
 
     /// Whether it is open both ways and nothing but data is under way: it can go on with another stream.
-    pub fn is_at_rest(&self) -> bool {
+    pub(crate) fn is_at_rest(&self) -> bool {
         self.phase == Phase::Open
             && !self.response_due
             && self.backlog.is_empty()
@@ -153,17 +153,17 @@ impl ConnectionState {
     }
 
     /// Bytes that wait for the stream.
-    pub fn backlog(&self) -> &[u8] {
+    pub(crate) fn backlog(&self) -> &[u8] {
         &self.backlog
     }
 
     /// Keeps bytes for the stream. They were accounted for by [`ConnectionState::take_data`], so they are bounded.
-    pub fn backlog_mut(&mut self) -> &mut Vec<u8> {
+    pub(crate) fn backlog_mut(&mut self) -> &mut Vec<u8> {
         &mut self.backlog
     }
 
     /// The stream took so many bytes, the first of the backlog if there is one.
-    pub fn forwarded(&mut self, bytes: usize) {
+    pub(crate) fn forwarded(&mut self, bytes: usize) {
         self.backlog.drain(..bytes.min(self.backlog.len()));
         if self.backlog.is_empty() {
             self.backlog = Vec::new();
@@ -177,7 +177,7 @@ impl ConnectionState {
     }
 
     /// How many more bytes may be sent to the guest now.
-    pub fn may_send(&self) -> u32 {
+    pub(crate) fn may_send(&self) -> u32 {
         let sendable = self.phase == Phase::Open
             && !self.response_due
             && self.guest_closed & SHUTDOWN_RECEIVE == 0
@@ -189,60 +189,60 @@ impl ConnectionState {
     }
 
     /// So many bytes are on their way to the guest.
-    pub fn sent(&mut self, bytes: u32) {
+    pub(crate) fn sent(&mut self, bytes: u32) {
         self.sent = self.sent.wrapping_add(bytes);
     }
 
     /// The host's end will not send any more, and this was the last byte.
-    pub fn host_sent_all(&mut self) {
+    pub(crate) fn host_sent_all(&mut self) {
         self.host_closed |= SHUTDOWN_SEND;
     }
 
     /// The host's end takes no more bytes; what waits for it is void.
-    pub fn host_receives_no_more(&mut self) {
+    pub(crate) fn host_receives_no_more(&mut self) {
         self.host_closed |= SHUTDOWN_RECEIVE;
         let void = self.backlog.len();
         self.forwarded(void);
     }
 
     /// Whether the host's end has sent its last byte.
-    pub fn has_host_sent_all(&self) -> bool {
+    pub(crate) fn has_host_sent_all(&self) -> bool {
         self.host_closed & SHUTDOWN_SEND != 0
     }
 
     /// Whether the host's end still takes bytes.
-    pub fn does_host_receive(&self) -> bool {
+    pub(crate) fn does_host_receive(&self) -> bool {
         self.host_closed & SHUTDOWN_RECEIVE == 0
     }
 
     /// Whether the guest has sent its last byte, and the stream has it.
-    pub fn has_guest_sent_all(&self) -> bool {
+    pub(crate) fn has_guest_sent_all(&self) -> bool {
         self.guest_closed & SHUTDOWN_SEND != 0 && self.backlog.is_empty()
     }
 
     /// Whether the guest still takes bytes.
-    pub fn does_guest_receive(&self) -> bool {
+    pub(crate) fn does_guest_receive(&self) -> bool {
         self.guest_closed & SHUTDOWN_RECEIVE == 0
     }
 
     /// Whether nothing can happen any more but the final reset.
-    pub fn is_over(&self) -> bool {
+    pub(crate) fn is_over(&self) -> bool {
         self.has_guest_sent_all() && !self.does_guest_receive()
     }
 
     /// Whether the guest knows that the host's end is gone, and has consumed all that came from it: it should have
     /// closed its end.
-    pub fn should_be_over(&self) -> bool {
+    pub(crate) fn should_be_over(&self) -> bool {
         self.host_closed_told == SHUTDOWN_BOTH && self.sent == self.guest_consumed
     }
 
     /// Whether the guest was told that the host's end is gone.
-    pub fn is_end_told(&self) -> bool {
+    pub(crate) fn is_end_told(&self) -> bool {
         self.host_closed_told == SHUTDOWN_BOTH
     }
 
     /// Whether [`ConnectionState::next_control`] has anything.
-    pub fn has_control(&self) -> bool {
+    pub(crate) fn has_control(&self) -> bool {
         match self.phase {
             Phase::Requested => true,
             Phase::Awaiting | Phase::Draining => false,
@@ -251,7 +251,7 @@ impl ConnectionState {
     }
 
     /// The next packet without data that is due, and its flags. It counts as sent.
-    pub fn next_control(&mut self) -> Option<(Op, u32)> {
+    pub(crate) fn next_control(&mut self) -> Option<(Op, u32)> {
         match self.phase {
             Phase::Requested => {
                 self.phase = Phase::Awaiting;
@@ -268,7 +268,7 @@ impl ConnectionState {
     }
 
     /// The header of a packet to the guest. It tells the guest of our receive buffer, as every packet does.
-    pub fn header(&mut self, guest_cid: u64, op: Op, flags: u32, length: u32) -> Header {
+    pub(crate) fn header(&mut self, guest_cid: u64, op: Op, flags: u32, length: u32) -> Header {
         self.announced = self.forwarded;
         self.credit_due = false;
         Header {

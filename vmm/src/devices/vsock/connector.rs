@@ -37,7 +37,7 @@ impl VsockConnector {
 
 /// The device's end.
 #[derive(Debug)]
-pub struct Requests {
+pub(crate) struct Requests {
     requests: Receiver<(u32, Stream)>,
     /// Readable when there is a request.
     pub wake: Arc<EventFd>,
@@ -45,13 +45,13 @@ pub struct Requests {
 
 impl Requests {
     /// The next port and stream that were asked for.
-    pub fn next(&self) -> Option<(u32, Stream)> {
+    pub(crate) fn next(&self) -> Option<(u32, Stream)> {
         self.requests.try_recv().ok()
     }
 }
 
 /// Both ends of a queue of requests.
-pub fn connector() -> io::Result<(VsockConnector, Requests)> {
+pub(crate) fn connector() -> io::Result<(VsockConnector, Requests)> {
     let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
     let (sender, requests) = sync_channel(MAX_REQUESTS);
     Ok((VsockConnector { requests: sender, wake: wake.clone() }, Requests { requests, wake }))

@@ -11,7 +11,7 @@ use super::stream::{Stream, Transfer};
 use crate::devices::{ChainReader, DeviceEvents, DeviceFault};
 
 /// A connection and its host end.
-pub struct Connection {
+pub(crate) struct Connection {
     /// What a snapshot would have to save.
     pub state: ConnectionState,
     /// The host's end.
@@ -26,12 +26,16 @@ pub struct Connection {
 
 impl Connection {
     /// Joins the two; the stream is not watched yet.
-    pub fn new(state: ConnectionState, stream: Stream, deadline: Option<Instant>) -> Self {
+    pub(crate) fn new(state: ConnectionState, stream: Stream, deadline: Option<Instant>) -> Self {
         Connection { state, stream, watched: None, shut_down: (false, false), deadline }
     }
 
     /// Gives bytes of the guest to the stream, or keeps them for it.
-    pub fn forward(&mut self, mut data: ChainReader<'_>, mut length: usize) -> Result<(), DeviceFault> {
+    pub(crate) fn forward(
+        &mut self,
+        mut data: ChainReader<'_>,
+        mut length: usize,
+    ) -> Result<(), DeviceFault> {
         if !self.state.does_host_receive() {
             self.state.forwarded(length);
             return Ok(());
@@ -60,7 +64,7 @@ impl Connection {
     }
 
     /// Gives the backlog to the stream.
-    pub fn flush(&mut self) {
+    pub(crate) fn flush(&mut self) {
         while !self.state.backlog().is_empty() {
             match self.stream.write(self.state.backlog()) {
                 Transfer::Moved(0) | Transfer::WouldBlock => return,
@@ -71,7 +75,7 @@ impl Connection {
     }
 
     /// Closes the stream's directions that the guest has closed.
-    pub fn follow_guest(&mut self) {
+    pub(crate) fn follow_guest(&mut self) {
         if self.state.has_guest_sent_all() && !self.shut_down.0 {
             self.stream.shut_down(Shutdown::Write);
             self.shut_down.0 = true;
@@ -83,7 +87,7 @@ impl Connection {
     }
 
     /// Whether nothing that the stream may still hold is for the guest.
-    pub fn has_nothing_to_read(&self) -> bool {
+    pub(crate) fn has_nothing_to_read(&self) -> bool {
         self.state.has_host_sent_all() || !self.state.does_guest_receive()
     }
 
@@ -102,7 +106,7 @@ impl Connection {
     }
 
     /// Brings the watch in line with [`Connection::wanted`].
-    pub fn watch(
+    pub(crate) fn watch(
         &mut self,
         token: u32,
         starved: bool,

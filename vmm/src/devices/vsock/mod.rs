@@ -17,5 +17,6 @@ mod table;
 #[cfg(test)]
 mod tests;
 
-pub use connector::VsockConnector;
-pub use device::{Vsock, VsockState};
+pub(crate) use connector::VsockConnector;
+pub use device::Vsock;
+pub(crate) use device::VsockState;

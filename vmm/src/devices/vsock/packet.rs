@@ -1,23 +1,23 @@
 //! Headers of vsock packets (virtio 1.2, section 5.10.6).
 
 /// Bytes of a header.
-pub const HEADER_SIZE: usize = 44;
+pub(crate) const HEADER_SIZE: usize = 44;
 
 /// The host's context id.
-pub const HOST_CID: u64 = 2;
+pub(crate) const HOST_CID: u64 = 2;
 
 /// `VIRTIO_VSOCK_TYPE_STREAM`.
 const TYPE_STREAM: u16 = 1;
 
 /// Flags of a `SHUTDOWN`: who sends it will not receive any more, or not send any more.
-pub const SHUTDOWN_RECEIVE: u32 = 1;
+pub(crate) const SHUTDOWN_RECEIVE: u32 = 1;
 /// See [`SHUTDOWN_RECEIVE`].
-pub const SHUTDOWN_SEND: u32 = 2;
+pub(crate) const SHUTDOWN_SEND: u32 = 2;
 
 /// What a packet is for (`enum virtio_vsock_op`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
-pub enum Op {
+pub(crate) enum Op {
     /// Open a connection.
     Request = 1,
     /// The connection is open.
@@ -52,7 +52,7 @@ impl Op {
 
 /// A header, as read from or written to a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Header {
+pub(crate) struct Header {
     /// Sender's context id.
     pub source_cid: u64,
     /// Receiver's context id.
@@ -75,7 +75,7 @@ pub struct Header {
 
 impl Header {
     /// Reads one.
-    pub fn parse(bytes: &[u8; HEADER_SIZE]) -> Self {
+    pub(crate) fn parse(bytes: &[u8; HEADER_SIZE]) -> Self {
         let op = Op::from_raw(u16_at(bytes, 30)).filter(|_| u16_at(bytes, 28) == TYPE_STREAM);
         Header {
             source_cid: u64_at(bytes, 0),
@@ -91,7 +91,7 @@ impl Header {
     }
 
     /// Writes one.
-    pub fn to_bytes(self) -> [u8; HEADER_SIZE] {
+    pub(crate) fn to_bytes(self) -> [u8; HEADER_SIZE] {
         let mut bytes = [0; HEADER_SIZE];
         bytes[..8].copy_from_slice(&self.source_cid.to_le_bytes());
         bytes[8..16].copy_from_slice(&self.destination_cid.to_le_bytes());

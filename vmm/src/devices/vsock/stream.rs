@@ -8,11 +8,11 @@ use crate::devices::{ChainReader, ChainWriter, MemoryFault};
 
 /// A connected stream socket. No call blocks.
 #[derive(Debug)]
-pub struct Stream(OwnedFd);
+pub(crate) struct Stream(OwnedFd);
 
 /// How a transfer went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Transfer {
+pub(crate) enum Transfer {
     /// So many bytes were moved; 0 only if there was nothing to move, or at the end when reading.
     Moved(usize),
     /// Not now.
@@ -23,7 +23,7 @@ pub enum Transfer {
 
 impl Stream {
     /// Makes the descriptor non-blocking; call it where `fcntl` is allowed.
-    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+    pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
         // SAFETY: F_GETFL and F_SETFL take integers only, and the descriptor is open.
         let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
         if flags < 0 {
@@ -37,7 +37,7 @@ impl Stream {
     }
 
     /// Writes from guest memory.
-    pub fn write_from_guest(
+    pub(crate) fn write_from_guest(
         &self,
         data: &mut ChainReader<'_>,
         limit: usize,
@@ -46,12 +46,16 @@ impl Stream {
     }
 
     /// Reads into guest memory.
-    pub fn read_to_guest(&self, room: &mut ChainWriter<'_>, limit: usize) -> Result<Transfer, MemoryFault> {
+    pub(crate) fn read_to_guest(
+        &self,
+        room: &mut ChainWriter<'_>,
+        limit: usize,
+    ) -> Result<Transfer, MemoryFault> {
         outcome(room.read_from(self.as_fd(), limit, None))
     }
 
     /// Writes bytes.
-    pub fn write(&self, bytes: &[u8]) -> Transfer {
+    pub(crate) fn write(&self, bytes: &[u8]) -> Transfer {
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         // SAFETY: pointer and length are those of a live slice.
         let sent = unsafe { libc::send(self.0.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) };
@@ -59,7 +63,7 @@ impl Stream {
     }
 
     /// Closes one direction: the other end reads the end of the stream after the last byte, or can't write any more.
-    pub fn shut_down(&self, direction: std::net::Shutdown) {
+    pub(crate) fn shut_down(&self, direction: std::net::Shutdown) {
         let how = match direction {
             std::net::Shutdown::Read => libc::SHUT_RD,
             std::net::Shutdown::Write => libc::SHUT_WR,
