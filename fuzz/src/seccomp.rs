@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use bulkhead_seccomp_compiler::interpreter::{Call, constant, run as execute};
+use bulkhead_seccomp_compiler::interpreter::{Call, constant, holds, run as execute};
 use bulkhead_seccomp_compiler::{
     Action, Architecture, CallRules, Comparison, Condition, Profile, Width, X32_BIT, compile,
 };
@@ -143,18 +143,4 @@ fn decide(profile: &Profile, call: &Call) -> u32 {
     let met = |conditions: &[Condition]| conditions.iter().all(|condition| holds(condition, call));
     let first = rules.conditional.iter().find(|(conditions, _)| met(conditions)).map(|(_, action)| *action);
     first.or(rules.otherwise).unwrap_or(profile.default).0
-}
-
-fn holds(condition: &Condition, call: &Call) -> bool {
-    let bits = if condition.width == Width::Low32 { u32::MAX.into() } else { u64::MAX };
-    let argument = call.args[usize::from(condition.argument)] & bits;
-    match condition.comparison {
-        Comparison::Equal(value) => argument == value & bits,
-        Comparison::NotEqual(value) => argument != value & bits,
-        Comparison::Less(value) => argument < value & bits,
-        Comparison::LessOrEqual(value) => argument <= value & bits,
-        Comparison::Greater(value) => argument > value & bits,
-        Comparison::GreaterOrEqual(value) => argument >= value & bits,
-        Comparison::MaskedEqual { mask, value } => argument & mask & bits == value & bits,
-    }
 }

@@ -213,7 +213,7 @@ impl Argument {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::interpreter::{Call, constant, cost, run};
+    use crate::interpreter::{Call, constant, cost, holds, run};
 
     const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
     const EPERM: u32 = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
@@ -246,20 +246,6 @@ mod tests {
 
     fn native(number: u32, args: [u64; 6]) -> Call {
         Call { number, architecture: Architecture::X86_64.audit(), args }
-    }
-
-    fn holds(condition: &Condition, call: &Call) -> bool {
-        let bits = if condition.width == Width::Low32 { 0xffff_ffff } else { u64::MAX };
-        let argument = call.args[usize::from(condition.argument)] & bits;
-        match condition.comparison {
-            Comparison::Equal(value) => argument == value & bits,
-            Comparison::NotEqual(value) => argument != value & bits,
-            Comparison::Less(value) => argument < value & bits,
-            Comparison::LessOrEqual(value) => argument <= value & bits,
-            Comparison::Greater(value) => argument > value & bits,
-            Comparison::GreaterOrEqual(value) => argument >= value & bits,
-            Comparison::MaskedEqual { mask, value } => argument & mask == value & bits,
-        }
     }
 
     #[test]

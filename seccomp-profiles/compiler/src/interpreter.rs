@@ -4,6 +4,8 @@
 
 use libc::sock_filter;
 
+use crate::profile::{Comparison, Condition, Width};
+
 /// Where the arguments begin in `struct seccomp_data`; in front of them is what is the same at each call of a number.
 const ARGUMENTS: u32 = 16;
 
@@ -29,6 +31,21 @@ impl Call {
             }
             _ => panic!("load of offset {offset}"),
         }
+    }
+}
+
+/// Whether a condition of a profile holds for a call, as the specification says it: what a program is compared with.
+pub fn holds(condition: &Condition, call: &Call) -> bool {
+    let bits = if condition.width == Width::Low32 { u32::MAX.into() } else { u64::MAX };
+    let argument = call.args[usize::from(condition.argument)] & bits;
+    match condition.comparison {
+        Comparison::Equal(value) => argument == value & bits,
+        Comparison::NotEqual(value) => argument != value & bits,
+        Comparison::Less(value) => argument < value & bits,
+        Comparison::LessOrEqual(value) => argument <= value & bits,
+        Comparison::Greater(value) => argument > value & bits,
+        Comparison::GreaterOrEqual(value) => argument >= value & bits,
+        Comparison::MaskedEqual { mask, value } => argument & mask & bits == value & bits,
     }
 }
 

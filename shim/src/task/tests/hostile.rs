@@ -12,18 +12,6 @@ use crate::task::kill::KILL_LIMIT;
 /// containerd is to know within this time that what it killed has ended.
 const PROMISED: Duration = Duration::from_secs(10);
 
-/// A pod with two containers that run, the first with an exec.
-async fn stage() -> Stage {
-    let stage = Stage::new().await;
-    for id in ["a", "b"] {
-        stage.create(id).await;
-        stage.start(id, "").await.unwrap();
-    }
-    stage.exec("a", "e").await.unwrap();
-    stage.start("a", "e").await.unwrap();
-    stage
-}
-
 /// Everything in the pod has ended as killed, is told so with a reason, and can be deleted; then nothing of it is left.
 async fn expect_ended(stage: &Stage, reason: &str) {
     let all = async { (stage.wait("a", "e").await, stage.wait("a", "").await, stage.wait("b", "").await) };
@@ -44,7 +32,7 @@ async fn expect_ended(stage: &Stage, reason: &str) {
 
 #[tokio::test]
 async fn a_silent_guest_ends_within_the_time_of_one_kill() {
-    let stage = stage().await;
+    let stage = Stage::running().await;
     stage.guest.fall_silent();
     let killed = Instant::now();
     stage.kill("a", "").await.unwrap();
@@ -55,7 +43,7 @@ async fn a_silent_guest_ends_within_the_time_of_one_kill() {
 
 #[tokio::test]
 async fn a_guest_that_says_it_has_killed_is_held_to_it() {
-    let stage = stage().await;
+    let stage = Stage::running().await;
     stage.guest.lie();
     let killed = Instant::now();
     let all = KillRequest { id: "b".into(), signal: 9, all: true, ..Default::default() };
@@ -70,7 +58,7 @@ async fn a_guest_that_says_it_has_killed_is_held_to_it() {
 
 #[tokio::test]
 async fn a_guest_that_knows_nothing_of_the_process_is_held_to_the_same() {
-    let stage = stage().await;
+    let stage = Stage::running().await;
     stage.guest.lie();
     stage.guest.refuse("Signal", Code::NOT_FOUND, "no such process");
     assert_eq!(code(stage.kill("a", "").await), Code::NOT_FOUND);
@@ -81,7 +69,7 @@ async fn a_guest_that_knows_nothing_of_the_process_is_held_to_the_same() {
 
 #[tokio::test]
 async fn an_exec_that_does_not_end_is_given_up_and_the_pod_lives() {
-    let stage = stage().await;
+    let stage = Stage::running().await;
     stage.guest.lie();
     stage.kill("a", "e").await.unwrap();
     let wait = tokio::time::timeout(PROMISED, stage.wait("a", "e")).await;
@@ -104,7 +92,7 @@ async fn a_container_that_was_never_started_is_deleted_without_the_guest() {
 
 #[tokio::test]
 async fn signals_that_the_guest_does_not_take_are_no_failure() {
-    let stage = stage().await;
+    let stage = Stage::running().await;
     let term = |exec: &str, all| KillRequest {
         id: "a".into(),
         exec_id: exec.into(),
@@ -125,7 +113,7 @@ async fn signals_that_the_guest_does_not_take_are_no_failure() {
 
 #[tokio::test]
 async fn a_shutdown_that_is_now_asks_nobody() {
-    let stage = stage().await;
+    let stage = Stage::running().await;
     stage.guest.fall_silent();
     let started = Instant::now();
     let now = ShutdownRequest { id: "p".into(), now: true, ..Default::default() };
@@ -142,7 +130,7 @@ async fn a_shutdown_that_is_now_asks_nobody() {
 
 #[tokio::test]
 async fn calls_that_hang_end_with_the_pod() {
-    let stage = stage().await;
+    let stage = Stage::running().await;
     stage.guest.fall_silent();
     let exec = ExecProcessRequest {
         id: "a".into(),

@@ -71,6 +71,18 @@ impl Stage {
         Stage::with_heartbeat(Heartbeat::default()).await
     }
 
+    /// A pod with two containers that run, the first with an exec.
+    async fn running() -> Stage {
+        let stage = Stage::new().await;
+        for id in ["a", "b"] {
+            stage.create(id).await;
+            stage.start(id, "").await.unwrap();
+        }
+        stage.exec("a", "e").await.unwrap();
+        stage.start("a", "e").await.unwrap();
+        stage
+    }
+
     async fn with_heartbeat(heartbeat: Heartbeat) -> Stage {
         let directory = tempfile::tempdir().unwrap();
 
@@ -386,13 +398,7 @@ async fn a_container_that_fails_leaves_nothing_in_a_pod_that_lives() {
 
 #[tokio::test]
 async fn a_dead_vmm_is_a_dead_pod() {
-    let stage = Stage::new().await;
-    for id in ["a", "b"] {
-        stage.create(id).await;
-        stage.start(id, "").await.unwrap();
-    }
-    stage.exec("a", "e").await.unwrap();
-    stage.start("a", "e").await.unwrap();
+    let stage = Stage::running().await;
     stage.create("c").await;
 
     let waiting = (stage.wait("a", ""), stage.wait("a", "e"), stage.wait("b", ""), stage.wait("c", ""));

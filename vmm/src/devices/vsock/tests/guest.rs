@@ -107,6 +107,18 @@ impl Guest {
         assert_eq!(response.buffer_size, BUFFER_SIZE);
     }
 
+    /// Sends until the host's end takes no more and some of it waits for it; gives the number of bytes.
+    pub(super) fn fill_stream(&mut self) -> u32 {
+        let (mut sent, mut consumed) = (0, 0);
+        while sent - consumed < BUFFER_SIZE / 2 {
+            self.send(data_header(4096), &[9; 4096]);
+            sent += 4096;
+            self.send(header(Op::CreditRequest), &[]);
+            consumed = self.receive().last().map_or(consumed, |(header, _)| header.consumed);
+        }
+        sent
+    }
+
     pub(super) fn wait(&mut self, mut done: impl FnMut(&mut Self) -> bool) {
         let end = std::time::Instant::now() + Duration::from_secs(5);
         while !done(self) {

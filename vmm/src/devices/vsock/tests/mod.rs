@@ -189,16 +189,7 @@ fn data_beyond_the_credit_breaks_the_connection() {
 fn the_guests_last_byte_arrives_before_its_end() {
     let (mut guest, mut host) = Guest::new(16);
     guest.connect();
-    // Fill the socket and some of the backlog.
-    let mut sent = 0u32;
-    let mut consumed = 0;
-    while sent - consumed < BUFFER_SIZE / 2 {
-        guest.send(data_header(4096), &[9; 4096]);
-        sent += 4096;
-        consumed = guest.receive().last().map_or(consumed, |(header, _)| header.consumed);
-        guest.send(header(Op::CreditRequest), &[]);
-        consumed = guest.receive().last().map_or(consumed, |(header, _)| header.consumed);
-    }
+    let sent = guest.fill_stream();
     guest.send(shutdown(SHUTDOWN_SEND | SHUTDOWN_RECEIVE), &[]);
     assert_eq!(guest.receive(), [], "bytes still wait for the host");
     let mut all: Vec<u8> = Vec::new();
@@ -216,14 +207,7 @@ fn the_guests_last_byte_arrives_before_its_end() {
 fn a_guest_that_gives_up_waiting_loses_nothing_it_sent() {
     let (mut guest, mut host) = Guest::new(16);
     guest.connect();
-    let mut sent = 0u32;
-    let mut consumed = 0;
-    while sent - consumed < BUFFER_SIZE / 2 {
-        guest.send(data_header(4096), &[9; 4096]);
-        sent += 4096;
-        guest.send(header(Op::CreditRequest), &[]);
-        consumed = guest.receive().last().map_or(consumed, |(header, _)| header.consumed);
-    }
+    let sent = guest.fill_stream();
     guest.send(shutdown(SHUTDOWN_SEND | SHUTDOWN_RECEIVE), &[]);
     guest.send(header(Op::Reset), &[]);
     // The port pair is free for another connection, which isn't mistaken for the old one.
