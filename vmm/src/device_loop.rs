@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -14,6 +14,7 @@ use event_manager::{
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::devices::worker::DeviceWorker;
+use crate::patience::Patience;
 
 /// Stack of every thread but the first, in bytes: too small for the host to back it with a huge page, which it would keep.
 pub(crate) const THREAD_STACK: usize = 128 * 1024;
@@ -80,19 +81,21 @@ impl Stopped {
 #[derive(Debug)]
 struct Control {
     stop: AtomicBool,
+    /// Requests that devices have taken since the loop last waited.
+    taken: AtomicU32,
     /// Written after every order and after the request to stop.
     wake: EventFd,
 }
 
 enum Subscriber {
-    Device(DeviceWorker),
+    Device(DeviceWorker, Arc<Control>),
     Control(Arc<Control>),
 }
 
 impl MutEventSubscriber for Subscriber {
     fn init(&mut self, ops: &mut EventOps) {
         match self {
-            Subscriber::Device(worker) => worker.init(ops),
+            Subscriber::Device(worker, _) => worker.init(ops),
             Subscriber::Control(control) => {
                 if ops.add(Events::new(&control.wake, EventSet::IN)).is_err() {
                     // A loop that can't be stopped must not start.
@@ -104,7 +107,10 @@ impl MutEventSubscriber for Subscriber {
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         match self {
-            Subscriber::Device(worker) => worker.process(events, ops),
+            Subscriber::Device(worker, control) => {
+                worker.process(events, ops);
+                control.taken.fetch_add(worker.take_taken(), Ordering::Relaxed);
+            }
             Subscriber::Control(control) => drop(control.wake.read()),
         }
     }
@@ -112,14 +118,15 @@ impl MutEventSubscriber for Subscriber {
 
 impl DeviceLoop {
     /// Starts the thread, which then waits for its devices. `enter` runs in it first (it installs the thread's seccomp
-    /// filter); when it or the loop fails, `failed` hears of it.
+    /// filter); when it or the loop fails, `failed` hears of it. With `patience` the thread learns when to let the guest finish.
     pub(crate) fn start(
         name: &str,
+        patience: Option<Patience>,
         enter: impl FnOnce() -> Result<(), String> + Send + 'static,
         failed: impl FnOnce(String) + Send + 'static,
     ) -> Result<Self, LoopError> {
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(LoopError::EventFd)?;
-        let control = Arc::new(Control { stop: AtomicBool::new(false), wake });
+        let control = Arc::new(Control { stop: AtomicBool::new(false), taken: AtomicU32::new(0), wake });
         let seen = control.clone();
         let (orders, waiting) = channel();
         let mut manager = EventManager::new_with_capacity(READY_EVENTS).map_err(LoopError::Create)?;
@@ -130,11 +137,12 @@ impl DeviceLoop {
                 manager.add_subscriber(Subscriber::Control(seen.clone()));
                 let mut ids = Vec::with_capacity(workers.len());
                 for (key, worker) in workers {
-                    ids.push((key, manager.add_subscriber(Subscriber::Device(worker))));
+                    ids.push((key, manager.add_subscriber(Subscriber::Device(worker, seen.clone()))));
                 }
-                let at_rest = run(&mut manager, &seen, &waiting).map_err(|error| error.to_string())?;
+                let at_rest =
+                    run(&mut manager, &seen, patience, &waiting).map_err(|error| error.to_string())?;
                 let workers = ids.into_iter().filter_map(|(key, id)| match manager.remove_subscriber(id) {
-                    Ok(Subscriber::Device(worker)) => Some((key, worker)),
+                    Ok(Subscriber::Device(worker, _)) => Some((key, worker)),
                     _ => None,
                 });
                 Ok(Stopped { workers: workers.collect(), at_rest })
@@ -193,17 +201,24 @@ impl DeviceLoop {
 /// Runs until the stop. Says whether the devices came to rest then.
 fn run(
     manager: &mut EventManager<Subscriber>,
-    control: &Control,
+    control: &Arc<Control>,
+    mut patience: Option<Patience>,
     orders: &Receiver<Order>,
 ) -> Result<bool, LoopError> {
     let mut added: BTreeMap<usize, SubscriberId> = BTreeMap::new();
     while !control.stop.load(Ordering::SeqCst) {
         manager.run().map_err(LoopError::Wait)?;
+        let taken = control.taken.swap(0, Ordering::Relaxed);
+        if taken > 0
+            && let Some(patience) = &mut patience
+        {
+            patience.found(taken);
+        }
         for order in orders.try_iter() {
             match order {
                 Order::Start(_) => {}
                 Order::Add(key, worker) => {
-                    added.insert(key, manager.add_subscriber(Subscriber::Device(*worker)));
+                    added.insert(key, manager.add_subscriber(Subscriber::Device(*worker, control.clone())));
                 }
                 Order::Remove(key, done) => {
                     if let Some(id) = added.remove(&key) {

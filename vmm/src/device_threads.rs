@@ -11,6 +11,7 @@ use bulkhead_vmm_protocol::DiskRole;
 use crate::device_loop::{DeviceLoop, LoopError, Stopped};
 use crate::devices::DeviceKind;
 use crate::devices::worker::DeviceWorker;
+use crate::patience::Patience;
 
 /// What a device's thread may have to wait for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,14 +58,14 @@ pub(crate) struct DeviceThreads {
 impl DeviceThreads {
     /// Starts the threads, each under its seccomp filter; they wait for their devices. When one fails, `failed` hears of it.
     pub(crate) fn start(failed: impl FnOnce(String) + Clone + Send + 'static) -> Result<Self, LoopError> {
-        let start = |name, filter: Filter| {
+        let start = |name, filter: Filter, patience| {
             let enter = move || filter.install().map_err(|error: FilterError| chain(&error));
-            DeviceLoop::start(name, enter, failed.clone())
+            DeviceLoop::start(name, patience, enter, failed.clone())
         };
         Ok(DeviceThreads {
-            never: start("devices", Filter::VmmDevice)?,
-            for_files: start("files", Filter::VmmStorage)?,
-            for_volumes: start("volumes", Filter::VmmStorage)?,
+            never: start("devices", Filter::VmmDevice, None)?,
+            for_files: start("files", Filter::VmmStorage, Some(Patience::default()))?,
+            for_volumes: start("volumes", Filter::VmmStorage, Some(Patience::default()))?,
         })
     }
 

@@ -21,6 +21,7 @@ pub mod layout;
 pub mod logger;
 mod machine;
 pub mod memory;
+mod patience;
 mod resources;
 pub mod template;
 mod vcpu;

@@ -248,6 +248,11 @@ impl Virtqueue {
         self.ring.as_ref().map_or(0, QueueT::size)
     }
 
+    /// Index of the next available entry it takes, which counts those it took; 0 when the driver left the queue unused.
+    pub(super) fn next_available(&self) -> u16 {
+        self.ring.as_ref().map_or(0, QueueT::next_avail)
+    }
+
     /// Where the device stands in the rings; `None` when the driver left the queue unused.
     pub(crate) fn position(&self) -> Option<RingPosition> {
         self.ring

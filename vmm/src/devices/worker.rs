@@ -61,17 +61,24 @@ pub struct DeviceWorker {
     device: Box<dyn VirtioDevice>,
     kind: DeviceKind,
     slot: Arc<DeviceSlot>,
+    /// Chains taken from queues that were kicked.
+    taken: u32,
 }
 
 impl DeviceWorker {
     /// Joins a backend to its slot.
     pub fn new(device: Box<dyn VirtioDevice>, slot: Arc<DeviceSlot>) -> Self {
-        DeviceWorker { kind: device.info().kind, device, slot }
+        DeviceWorker { kind: device.info().kind, device, slot, taken: 0 }
     }
 
     /// The backend's state, when its thread has ended.
     pub(crate) fn save(&self) -> Result<BackendState, &'static str> {
         self.device.save()
+    }
+
+    /// How many chains were taken from queues that were kicked, since the last time that this was asked.
+    pub(crate) fn take_taken(&mut self) -> u32 {
+        std::mem::take(&mut self.taken)
     }
 
     /// What it runs.
@@ -126,7 +133,10 @@ impl DeviceWorker {
                     Kicks::Shared(_) => 0..active.queues.len(),
                 };
                 for queue in queues {
+                    let before = active.queues[queue].next_available();
                     let progress = self.device.queue_ready(queue, active, events)?;
+                    let taken = active.queues[queue].next_available().wrapping_sub(before);
+                    self.taken = self.taken.saturating_add(u32::from(taken));
                     self.requeue(queue, progress);
                 }
                 Ok(())
