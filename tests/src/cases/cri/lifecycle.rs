@@ -109,13 +109,14 @@ pub(crate) fn containers(environment: &mut Environment) -> Outcome<String> {
 pub(crate) fn restart(environment: &mut Environment) -> Outcome<String> {
     let handler = environment.handler();
     let pod = Pod::run(environment.node()?, handler, "restart", |_| {})?;
-    let script = "trap 'echo asked; exit 9' TERM; while :; do i=$((i+1)); echo $i >/count; sleep 0.02; done";
+    let script = "trap 'echo asked; exit 9' TERM; echo 0 >/count; \
+                  while :; do i=$((i+1)); echo $i >/next; mv /next /count; sleep 0.02; done";
     let container = pod.start("counts", script, |_| {})?;
     let count = |container: &Container<'_>| -> Outcome<u64> {
         let text = container.exec("cat /count")?.success()?;
         text.trim().parse().explain(|| format!("count {text:?}"))
     };
-    let before = count(&container)?;
+    let before = eventually("the container counts", CALL_LIMIT, || count(&container))?;
     let (known, id, log) = (pod.known, container.id, container.log);
     environment.node_mut()?.restart()?;
     let node = environment.node()?;
