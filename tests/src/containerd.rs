@@ -104,9 +104,9 @@ impl PrivateContainerd {
             disabled.join(", "),
             plugins(directory.path())?,
         );
-        let file = directory.path().join("config.toml");
-        fs::write(&file, config).explain(|| format!("write {}", file.display()))?;
         let mut containerd = Self { daemon: None, layout: layout.clone(), directory };
+        let file = containerd.config();
+        fs::write(&file, config).explain(|| format!("write {}", file.display()))?;
         containerd.launch()?;
         Ok(containerd)
     }
@@ -118,6 +118,24 @@ impl PrivateContainerd {
     pub(crate) fn restart(&mut self) -> Outcome {
         self.stop()?;
         self.launch()
+    }
+
+    /// Starts containerd again after somebody has killed it.
+    ///
+    /// # Errors
+    /// When it is not dead, or does not serve in time.
+    pub fn revive(&mut self) -> Outcome {
+        if let Some(daemon) = self.daemon.as_mut() {
+            let ended = process::wait(daemon, Instant::now() + STOP_LIMIT);
+            ensure!(ended.explain(|| "wait for containerd".into())?.is_some(), "containerd lives");
+        }
+        self.daemon = None;
+        self.launch()
+    }
+
+    /// The configuration that it runs with.
+    pub fn config(&self) -> PathBuf {
+        self.path().join("config.toml")
     }
 
     /// The directory with everything of it.
@@ -186,13 +204,8 @@ impl PrivateContainerd {
 
     /// The process ids of the shims that this containerd started for a container.
     pub fn shims(&self, container: &str) -> Vec<i32> {
-        let (address, id) = (self.socket().display().to_string(), format!(" -id {container} "));
-        let ours = |command: &str| command.contains(&address) && format!("{command} ").contains(&id);
-        crate::node::processes()
-            .iter()
-            .filter(|process| ours(&process.command))
-            .map(|process| process.pid)
-            .collect()
+        let shims = node::shims(&self.socket().display().to_string(), container);
+        shims.iter().map(|process| process.pid).collect()
     }
 
     /// The end of containerd's log, which has the shims' logs too.
@@ -221,7 +234,7 @@ impl PrivateContainerd {
         let program = self.layout.find("containerd")?;
         let daemon = Command::new(&program)
             .arg("--config")
-            .arg(self.path().join("config.toml"))
+            .arg(self.config())
             .env("PATH", self.layout.search_path())
             .stdin(Stdio::null())
             .stdout(Stdio::null())

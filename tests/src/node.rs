@@ -84,6 +84,13 @@ pub fn descendants(ancestor: i32, name: &str) -> Vec<Process> {
         .collect()
 }
 
+/// The shims that the containerd with a socket started for a container.
+pub fn shims(address: &str, container: &str) -> Vec<Process> {
+    let id = format!(" -id {container} ");
+    let ours = |command: &str| command.contains(address) && format!("{command} ").contains(&id);
+    processes().into_iter().filter(|process| ours(&process.command)).collect()
+}
+
 /// Shims' processes that make a template.
 pub(crate) fn template_makers() -> Vec<Process> {
     processes()

@@ -45,7 +45,7 @@ enum Report {
 /// Has a template made, and logs in time how that went. Must be called in a runtime.
 pub(crate) fn start(order: &Order) {
     match spawn(order) {
-        Ok((child, report)) => drop(tokio::spawn(follow(child, report))),
+        Ok((child, report)) => drop(tokio::spawn(follow(child, report, order.clone()))),
         Err(error) => log::warn!("no template is made: can't start the process for it: {error}"),
     }
 }
@@ -77,17 +77,31 @@ fn spawn(order: &Order) -> io::Result<(Child, pipe::Receiver)> {
     Ok((Child::new(id, pidfd)?, pipe::Receiver::from_owned_fd(report.into())?))
 }
 
-async fn follow(child: Child, report: pipe::Receiver) {
+async fn follow(child: Child, report: pipe::Receiver, order: Order) {
     let mut bytes = Vec::new();
     let read = report.take(MAX_MESSAGE).read_to_end(&mut bytes).await;
-    match read.map_err(serde_json::Error::io).and_then(|_| serde_json::from_slice(&bytes)) {
+    let report = read.map_err(serde_json::Error::io).and_then(|_| serde_json::from_slice(&bytes));
+    match &report {
         Ok(Report::Made { key, ms }) => log::info!("template {key} made in {ms} ms"),
         Ok(Report::Idle) => log::debug!("the template exists already, or another process makes one"),
         Ok(Report::Failed(reason)) => log::warn!("no template could be made: {reason}"),
-        Err(error) => log::warn!("no template could be made: its maker ended early: {error}"),
+        Err(_) => {}
     }
-    child.wait().await;
+    let ended = child.wait().await;
+    if let Err(error) = report {
+        let how = ended.map_or_else(|| error.to_string(), |ended| format!("it {ended}"));
+        log::warn!("no template could be made: its maker ended early: {how}");
+        let _ = tokio::task::spawn_blocking(move || tidy(&order)).await;
+    }
     confine::remove(child.id.pid.unsigned_abs()).await;
+}
+
+/// Removes what a maker that was killed has left half made. Who makes the next template would do it too, but that may be long after.
+fn tidy(order: &Order) {
+    match order.store().lock(Duration::ZERO) {
+        Ok(_) | Err(StoreError::Busy(_)) => {}
+        Err(error) => log::warn!("a half-made template stays until the next one is made: {}", chain(&error)),
+    }
 }
 
 /// The process itself: takes an order from standard input, and reports on standard output.

@@ -13,7 +13,7 @@ use log::Level;
 use nix::sys::socket::SockType;
 use tokio::time::Instant;
 
-use super::agent::{Agent, Greeting};
+use super::agent::{Agent, AgentError, Greeting};
 use super::guest::{self, Backends, CONSOLE_KEPT, FileError, Files, Start};
 use super::machine::{
     Control, ControlListener, JailNetwork, Jailed, MachineError, identity_args, socket_pair,
@@ -197,7 +197,10 @@ pub(super) async fn boot(
         return Ok(running.with(tree, wanted, cgroup));
     };
     match vmm.restore(prepared, ends, &template, timeline).await {
-        Ok(running) => Ok(running.with(tree, wanted, cgroup)),
+        Ok(running) => {
+            store.trust(&template.key);
+            Ok(running.with(tree, wanted, cgroup))
+        }
         Err(error) => {
             give_up(&store, &template, error, resources).await;
             let prepared = vmm.prepare(Start::Cold, resources)?;
@@ -293,9 +296,10 @@ async fn give_up(store: &Store, template: &Template, error: PodError, resources:
         PodError::Machine(MachineError::Refused(_)) => store.refuse(&template.key, &chain(&error)),
         // Somebody killed it, or the kernel did for want of memory in the pod's cgroup: no reason to take it from all others.
         PodError::Dead(_) | PodError::Restored(_) if ended == Some(Ended::Signal(libc::SIGKILL)) => Ok(()),
-        PodError::Dead(_) | PodError::Restored(_) | PodError::Machine(MachineError::TimedOut { .. }) => {
-            store.remove(&template.key)
-        }
+        // One guest may be slow, or the whole node.
+        PodError::Restored(AgentError::TimedOut { .. })
+        | PodError::Machine(MachineError::TimedOut { .. }) => store.doubt(&template.key),
+        PodError::Dead(_) | PodError::Restored(_) => store.remove(&template.key),
         // The host's own trouble.
         _ => Ok(()),
     };

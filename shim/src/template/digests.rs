@@ -16,6 +16,9 @@ use super::key::hex;
 /// The file in the store.
 const FILE: &str = "digests.json";
 
+/// What it is before it has its name. Whoever is killed then leaves it as one that begins a template does, to be removed.
+const TEMPORARY: &str = ".new-digests";
+
 /// It never comes near this size, bytes.
 const MAX_FILE: u64 = 1 << 20;
 
@@ -66,9 +69,12 @@ impl Digests {
         while self.entries.len() > MAX_ENTRIES {
             self.entries.pop_first();
         }
-        let temporary = directory.join(".digests.new");
-        fs::write(&temporary, serde_json::to_vec(&self.entries)?)?;
-        fs::rename(temporary, directory.join(FILE))
+        let temporary = directory.join(TEMPORARY);
+        let written = fs::write(&temporary, serde_json::to_vec(&self.entries)?);
+        written.and_then(|()| fs::rename(&temporary, directory.join(FILE))).inspect_err(|_| {
+            // The disk is full, most likely.
+            let _ = fs::remove_file(&temporary);
+        })
     }
 
     /// The digest of a file that has not changed since it was remembered.

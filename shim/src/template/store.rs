@@ -9,6 +9,7 @@
 //!     meta.json              what it was made from, sizes and digests
 //!     used                   its modification time is that of the last use
 //!     refused                if the VMM would not restore it: why
+//!     doubted                if a guest from it did not answer, and none has since: its modification time says since when
 //!   .new-*, .old-*           on the way in and on the way out; never looked at
 //!   digests.json             digests of kernels, images and VMMs
 //!   lock                     held by whoever makes a template
@@ -39,7 +40,12 @@ const WORKING_SET: &str = "working-set";
 const META: &str = "meta.json";
 const USED: &str = "used";
 const REFUSED: &str = "refused";
+const DOUBTED: &str = "doubted";
 const LOCK: &str = "lock";
+
+/// A template from which no guest has answered for so long is of no use. A node that is overloaded, or one guest that was stopped, is no
+/// reason to take it from all others.
+const DOUBT: Duration = Duration::from_secs(60);
 
 /// The prefixes of what is being made and what is being removed.
 const NEW: &str = ".new-";
@@ -323,6 +329,30 @@ impl Store {
         fs::write(&path, reason).map_err(failed("write", &path))
     }
 
+    /// Takes note that a guest from a template did not answer in time, and removes it if that has been so for [`DOUBT`] without any that did.
+    pub fn doubt(&self, key: &Key) -> Result<(), StoreError> {
+        let path = self.path(key).join(DOUBTED);
+        match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            // Somebody has removed it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(failed("write", &path)(error)),
+        }
+        let since = fs::metadata(&path).and_then(|metadata| metadata.modified());
+        match since.map(|since| since.elapsed().unwrap_or_default()) {
+            Ok(age) if age >= DOUBT => self.remove(key),
+            // A guest has answered meanwhile.
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes note that a guest from a template did answer.
+    pub fn trust(&self, key: &Key) {
+        // In nearly all cases there is no such file.
+        let _ = fs::remove_file(self.path(key).join(DOUBTED));
+    }
+
     /// Takes the right to make templates, waiting up to `limit` for it, and removes what earlier makers left half done.
     pub(crate) fn lock(&self, limit: Duration) -> Result<BuildLock, StoreError> {
         self.create()?;
@@ -467,8 +497,12 @@ impl Store {
         let place = self.path(key).join(WORKING_SET);
         let draft = self.path(key).join(".working-set");
         let _ = fs::remove_file(&draft);
-        write_synced(&draft, list)?;
-        fs::rename(&draft, &place).map_err(failed("publish", &place))
+        let written = write_synced(&draft, list);
+        written.and_then(|()| fs::rename(&draft, &place).map_err(failed("publish", &place))).inspect_err(
+            |_| {
+                let _ = fs::remove_file(&draft);
+            },
+        )
     }
 
     /// Removes the least recently used templates but `keep` until all together take at most `limit` bytes.
@@ -538,7 +572,11 @@ fn names(directory: &Path) -> Result<Vec<std::ffi::OsString>, StoreError> {
 }
 
 fn remove_tree(path: &Path) -> Result<(), StoreError> {
-    match fs::remove_dir_all(path) {
+    let removed = match fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => fs::remove_file(path),
+        other => other,
+    };
+    match removed {
         // Somebody else removes it as well.
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("remove", path)(error)),
         _ => Ok(()),

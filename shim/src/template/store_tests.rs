@@ -193,3 +193,29 @@ fn a_directory_that_others_can_write_to_is_refused() {
     assert!(matches!(fixture.store.find(&fixture.recipe(64)), Err(StoreError::Open(_))));
     assert!(matches!(fixture.make(64, LIMIT), Err(StoreError::Open(_))));
 }
+
+#[test]
+fn a_template_goes_when_no_guest_from_it_has_answered_for_a_while() {
+    let fixture = Fixture::new();
+    let key = fixture.make(64, LIMIT).unwrap();
+    let mark = fixture.file(&key, DOUBTED);
+    let long_ago = || {
+        let file = File::options().write(true).open(&mark).unwrap();
+        file.set_modified(SystemTime::now() - DOUBT).unwrap();
+    };
+    for _ in 0..3 {
+        fixture.store.doubt(&key).unwrap();
+    }
+    assert!(matches!(fixture.find(64), Found::Usable(_)), "many at once say nothing");
+
+    long_ago();
+    fixture.store.trust(&key);
+    fixture.store.doubt(&key).unwrap();
+    assert!(matches!(fixture.find(64), Found::Usable(_)), "one has answered meanwhile");
+
+    long_ago();
+    fixture.store.doubt(&key).unwrap();
+    assert!(matches!(fixture.find(64), Found::Missing));
+    fixture.store.doubt(&key).unwrap();
+    fixture.store.trust(&key);
+}

@@ -2,15 +2,16 @@
 
 use std::process::ExitCode;
 
-use bulkhead_tests::cases::{Case, Environment, Runtime};
-use bulkhead_tests::chaos::{self, Plan};
+use bulkhead_tests::cases::{Environment, Runtime};
+use bulkhead_tests::chaos::{self, Plan, Scene};
 use bulkhead_tests::failure::{Failure, Outcome};
 use bulkhead_tests::layout::Layout;
 use bulkhead_tests::{cleanup, cri};
 
-const USAGE: &str = "usage: bulkhead-chaos [--seed N] [--rounds N] [--round N]
+const USAGE: &str = "usage: bulkhead-chaos [--seed N] [--rounds N] [--round N] [--scene shim|containerd|making]
 
-Plays rounds 0 to N-1 (100) of a seed (1), or one of them alone: what failed comes again with the same seed and number.";
+Plays rounds 0 to N-1 (100) of a seed (1), or one of them alone: what failed comes again with the same seed and number. A scene leaves
+out the rounds of others: shims alone, with a containerd that is killed, templates that are made.";
 
 fn main() -> ExitCode {
     match run() {
@@ -24,7 +25,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Outcome<bool> {
-    let mut plan = Plan { seed: 1, rounds: 0..100 };
+    let mut plan = Plan { seed: 1, rounds: 0..100, scene: None };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         let mut number = || {
@@ -40,14 +41,21 @@ fn run() -> Outcome<bool> {
             "--seed" => plan.seed = number()?,
             "--rounds" => plan.rounds = 0..number()?,
             "--round" => plan.rounds = number().map(|round| round..round + 1)?,
+            "--scene" => {
+                plan.scene = Some(match arguments.next().unwrap_or_default().as_str() {
+                    "shim" => Scene::Shim,
+                    "containerd" => Scene::Containerd,
+                    "making" => Scene::Making,
+                    other => return Err(Failure(format!("unknown scene {other:?}\n{USAGE}"))),
+                });
+            }
             other => return Err(Failure(format!("unknown option {other}\n{USAGE}"))),
         }
     }
     cri::enter_own_network()?;
     cleanup::guard()?;
     let mut environment = Environment::new(Layout::locate()?, Runtime::Bulkhead);
-    environment.prepare(&Case::new("chaos", |_| Ok(String::new())))?;
-    let summary = chaos::run(&environment, &plan, |line| println!("{line}"))?;
+    let summary = chaos::run(&mut environment, &plan, |line| println!("{line}"))?;
     environment.reset();
     for line in summary.lines() {
         println!("{line}");

@@ -1,14 +1,13 @@
-//! One round: a pod's life as containerd leads it, with faults, and what has to be true afterwards.
+//! A round in which the campaign leads a pod's life as containerd does, with faults, and what has to be true afterwards.
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::thread;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::harm::{self, Target};
-use super::schedule::{Fault, Harm, Schedule, Step};
+use super::harm::{self, Target, Whom};
+use super::schedule::{Harm, Schedule, Step};
+use super::{Hits, Played};
 use crate::bundle::{self, Bundle};
 use crate::cases::status;
 use crate::failure::{Explain, Failure, Outcome};
@@ -24,15 +23,6 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 /// What the container's process came to: killed, or a bus error, when the file server was gone first.
 const KILLED: [u32; 2] = [137, 128 + 7];
 
-/// How a round went that left nothing.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Played {
-    /// Faults that met somebody, by kind and step.
-    pub hits: BTreeMap<(Harm, Step), u32>,
-    /// What containerd would have been told: the first error.
-    pub reason: Option<String>,
-}
-
 /// The pod's life, as far as it came.
 struct Life<'a> {
     host: &'a ShimHost,
@@ -40,7 +30,7 @@ struct Life<'a> {
     bundle: Bundle,
     shim: Shim,
     target: Target,
-    hits: BTreeMap<(Harm, Step), u32>,
+    hits: Hits,
     created: bool,
 }
 
@@ -58,8 +48,8 @@ pub(crate) fn play(host: &ShimHost, id: &str, schedule: &Schedule) -> Outcome<Pl
     };
     let shim = host.start(&bundle)?;
     let process = node::process(shim.pid()?).explain(|| "the shim's process".into())?;
-    let target = Target { shim: process, cgroup: format!("bulkhead-test/{id}") };
-    let mut life = Life { host, schedule, bundle, shim, target, hits: BTreeMap::new(), created: false };
+    let target = Target::pod(Whom::This(process), format!("bulkhead-test/{id}"));
+    let mut life = Life { host, schedule, bundle, shim, target, hits: Hits::new(), created: false };
     let lived = life.live(&spec);
     life.end(lived.err())
 }
@@ -67,26 +57,9 @@ pub(crate) fn play(host: &ShimHost, id: &str, schedule: &Schedule) -> Outcome<Pl
 impl Life<'_> {
     /// Does something while the step's faults happen.
     fn during<T>(&mut self, step: Step, work: impl FnOnce(&Self) -> T) -> T {
-        let faults: Vec<Fault> = self.schedule.0.iter().filter(|fault| fault.step == step).copied().collect();
-        let target = self.target.clone();
-        let harming = thread::spawn(move || {
-            let mut hits = Vec::new();
-            let mut passed = Duration::ZERO;
-            let mut faults = faults;
-            faults.sort_by_key(|fault| fault.after);
-            for fault in faults {
-                thread::sleep(fault.after.saturating_sub(passed));
-                passed = fault.after;
-                if target.harm(&fault) {
-                    hits.push((fault.harm, fault.step));
-                }
-            }
-            hits
-        });
+        let harming = self.target.harming(self.schedule.during(step));
         let result = work(self);
-        for hit in harming.join().unwrap_or_default() {
-            *self.hits.entry(hit).or_default() += 1;
-        }
+        self.hits.extend(harming.join().unwrap_or_default());
         harm::relieve();
         result
     }
@@ -98,7 +71,7 @@ impl Life<'_> {
         self.created = created.is_ok();
         created?;
         self.during(Step::Start, |life| life.shim.start(""))?;
-        let script = match self.schedule.0.iter().find(|fault| fault.harm == Harm::EndGuest) {
+        let script = match self.schedule.faults.iter().find(|fault| fault.harm == Harm::EndGuest) {
             Some(fault) => reset_after(fault.after),
             None => "echo out; echo err >&2".to_owned(),
         };
@@ -139,15 +112,15 @@ impl Life<'_> {
             self.finish_with_shim()?;
         }
         let ended = eventually("the shim ends", END_LIMIT, || {
-            ensure!(!self.target.shim_lives(), "process {} is still there", self.target.shim.pid);
+            ensure!(!self.target.shim_lives(), "{:?} is still there", self.target.shim);
             Ok(())
         });
         if let Err(Failure(reason)) = ended {
-            let _ = node::kill_hard(self.target.shim.pid);
+            let _ = self.target.shim.find().map(|shim| node::kill_hard(shim.pid));
             self.clean_up_after_it()?;
             fail!("{reason}");
         }
-        let was_killed = self.hits.keys().any(|(harm, _)| *harm == Harm::KillShim);
+        let was_killed = self.hits.iter().any(|(harm, _)| *harm == Harm::KillShim);
         if error.is_some() || was_killed {
             self.clean_up_after_it()?;
         } else {

@@ -7,15 +7,12 @@ use std::thread;
 
 use serde_json::Value;
 
-use super::{BUILD_LIMIT, LOOK_EVERY, Templates};
+use super::{BUILD_LIMIT, LOOK_EVERY, Templates, WORKING_SET};
 use crate::cases::Environment;
 use crate::failure::{Explain, Outcome};
 use crate::process::{self, eventually};
 use crate::shim::CALL_LIMIT;
 use crate::{ensure, ensure_eq};
-
-/// What the list of the pages that guests use first is called.
-const WORKING_SET: &str = "working-set";
 
 fn read(path: &Path) -> Outcome<Vec<u8>> {
     fs::read(path).explain(|| format!("read {}", path.display()))

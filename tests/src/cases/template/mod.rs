@@ -9,6 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
 use nix::unistd::{Whence, lseek};
 
 use super::{Case, Container, Environment};
@@ -52,8 +53,11 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// What the pods of [`Templates::run_pod`] do.
 const SCRIPT: &str = "nproc; grep -E 'MemTotal|MemAvailable' /proc/meminfo; echo done";
 
+/// What the list of the pages that guests use first is called.
+const WORKING_SET: &str = "working-set";
+
 /// A store of the case's own and a configuration that names it.
-struct Templates {
+pub(crate) struct Templates {
     layout: Layout,
     directory: WorkDir,
     configuration: String,
@@ -75,6 +79,17 @@ impl Templates {
         let known = templates.default.with_file_name(DIGESTS);
         fs::copy(&known, store.join(DIGESTS)).explain(|| format!("copy {}", known.display()))?;
         templates.configure("")?;
+        Ok(templates)
+    }
+
+    /// The same with the store in a file system of its own, which can be filled.
+    pub(crate) fn on_a_file_system(environment: &Environment, configuration: &str) -> Outcome<Self> {
+        let templates = Self::new(environment, configuration)?;
+        let store = templates.store();
+        let digests = fs::read(store.join(DIGESTS)).explain(|| "read what is known of digests".into())?;
+        mount(Some("store"), &store, Some("tmpfs"), MsFlags::empty(), Some("mode=700,size=512m"))
+            .explain(|| format!("mount a file system at {}", store.display()))?;
+        fs::write(store.join(DIGESTS), digests).explain(|| "write what is known of digests".into())?;
         Ok(templates)
     }
 
@@ -104,7 +119,7 @@ impl Templates {
         fs::write(self.config(), text).explain(|| "write the configuration".into())
     }
 
-    fn store(&self) -> PathBuf {
+    pub(crate) fn store(&self) -> PathBuf {
         self.directory.path().join("store")
     }
 
@@ -131,7 +146,7 @@ impl Templates {
     }
 
     /// Waits for the end of everybody who makes templates, after which there must be so many and nothing half made.
-    fn expect(&self, count: usize) -> Outcome {
+    pub(crate) fn expect(&self, count: usize) -> Outcome {
         self.settled()?;
         let list = self.run("list", &[])?;
         ensure_eq!(list.lines().count(), count, "templates {list:?}");
@@ -140,8 +155,21 @@ impl Templates {
         Ok(())
     }
 
+    /// How many templates there are, after a complete check of all.
+    pub(crate) fn sound(&self) -> Outcome<usize> {
+        self.run("verify", &[])?;
+        Ok(self.run("list", &[])?.lines().count())
+    }
+
+    /// Whether each template has its working set.
+    pub(crate) fn have_working_sets(&self) -> bool {
+        let mut directories =
+            fs::read_dir(self.store()).into_iter().flatten().flatten().map(|entry| entry.path());
+        directories.all(|path| !path.is_dir() || path.join(WORKING_SET).exists())
+    }
+
     /// Waits for the end of everybody who makes templates.
-    fn settled(&self) -> Outcome {
+    pub(crate) fn settled(&self) -> Outcome {
         eventually("templates are made in the background", BUILD_LIMIT, || {
             thread::sleep(LOOK_EVERY);
             let makers = node::template_makers();
@@ -162,7 +190,7 @@ impl Templates {
     }
 
     /// What is on its way into the store, or out of it.
-    fn half_made(&self) -> Vec<String> {
+    pub(crate) fn half_made(&self) -> Vec<String> {
         self.names().into_iter().filter(|name| name.starts_with('.')).collect()
     }
 
@@ -173,7 +201,7 @@ impl Templates {
     }
 
     /// Creates and starts a pod.
-    fn pod(
+    pub(crate) fn pod(
         &self,
         environment: &Environment,
         script: &str,
@@ -196,7 +224,7 @@ impl Templates {
 
     /// Runs a pod of a size to its end; returns its output and how long its agent took, after checking how it was started and
     /// what the shim's log says.
-    fn run_pod(
+    pub(crate) fn run_pod(
         &self,
         environment: &Environment,
         annotations: &[(&str, &str)],
