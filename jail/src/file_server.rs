@@ -17,7 +17,9 @@ use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 
 use crate::capabilities::{self, Capability};
 use crate::id_map::IdMapper;
-use crate::{JailError, Limits, NAMESPACES, Root, clear_environment, close_descriptors_above, speculation};
+use crate::{
+    JailError, Limits, NAMESPACES, Root, clear_environment, close_descriptors_above, landlock, speculation,
+};
 
 /// What serving files of any owner takes.
 const CAPABILITIES: [Capability; 7] = [
@@ -110,6 +112,7 @@ fn keep_only(kept: &[Capability]) -> Result<(), JailError> {
     capabilities::reduce_to(kept).map_err(failed("reduce the capabilities"))?;
     nix::sys::prctl::set_dumpable(false).map_err(failed("become undumpable"))?;
     nix::sys::prctl::set_no_new_privs().map_err(failed("set no_new_privs"))?;
+    landlock::refuse_all_but_files().map_err(failed("have Landlock refuse ports and signals"))?;
     speculation::disable().map_err(failed("switch speculation off"))
 }
 

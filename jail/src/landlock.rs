@@ -37,6 +37,25 @@ fn all_of(version: i64) -> (Attributes, usize) {
 /// Refuses the calling thread, and those that it will start, every file and port that it does not hold yet. `no_new_privs` must
 /// be set. A kernel without Landlock, or one that was booted with it switched off, refuses nothing.
 pub(crate) fn refuse_everything() -> Result<(), Errno> {
+    match version()? {
+        Some(version) => restrict(all_of(version)),
+        None => Ok(()),
+    }
+}
+
+/// The same for ports, abstract sockets and signals alone, where the kernel knows of these (Linux 6.7 and 6.12): files cost nothing more.
+pub(crate) fn refuse_all_but_files() -> Result<(), Errno> {
+    match version()? {
+        Some(version @ 4..) => {
+            let (attributes, size) = all_of(version);
+            restrict((Attributes { file_system: 0, ..attributes }, size))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The version of the kernel's interface, if there is one.
+fn version() -> Result<Option<i64>, Errno> {
     // SAFETY: with this flag and no attributes the call tells a version and does nothing.
     let version = unsafe {
         libc::syscall(
@@ -46,18 +65,21 @@ pub(crate) fn refuse_everything() -> Result<(), Errno> {
             CREATE_RULESET_VERSION,
         )
     };
-    let version = match Errno::result(version) {
-        Ok(version) => version,
-        Err(Errno::ENOSYS | Errno::EOPNOTSUPP) => return Ok(()),
-        Err(errno) => return Err(errno),
-    };
-    let (attributes, size) = all_of(version);
+    match Errno::result(version) {
+        Ok(version) => Ok(Some(version)),
+        Err(Errno::ENOSYS | Errno::EOPNOTSUPP) => Ok(None),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Refuses what the attributes say. There are no rules: nothing of it is let through.
+fn restrict((attributes, size): (Attributes, usize)) -> Result<(), Errno> {
     // SAFETY: the attributes are valid for the size given.
     let ruleset = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, &raw const attributes, size, 0) };
     let ruleset = Errno::result(ruleset)?;
     // SAFETY: the call just returned this descriptor, nobody else owns it. Descriptors are ints.
     let ruleset = unsafe { OwnedFd::from_raw_fd(ruleset as i32) };
-    // SAFETY: takes integers only. There are no rules: nothing is let through.
+    // SAFETY: takes integers only.
     let result = unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) };
     Errno::result(result).map(drop)
 }

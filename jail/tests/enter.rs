@@ -2,9 +2,12 @@
 #![allow(clippy::expect_used, reason = "a test that can't be set up has failed")]
 
 use std::fs::{self, Permissions};
+use std::net::TcpListener;
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 
-use bulkhead_jail::{Jail, JailError, Limits, Root, enter};
+use bulkhead_jail::{Jail, JailError, Limits, Root, enter, enter_file_server};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork, geteuid, getgid, getgroups, getuid};
@@ -48,8 +51,68 @@ fn check(holds: bool, what: &str) -> Result<(), String> {
 }
 
 fn has_landlock() -> bool {
+    landlock_version() > 0
+}
+
+fn landlock_version() -> i64 {
     // SAFETY: asks for the version and does nothing (landlock_create_ruleset(2)).
-    unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0, 1) > 0 }
+    unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0, 1) }
+}
+
+/// What Landlock refuses of what the jail itself leaves open here: ports and abstract sockets.
+fn check_landlock() -> Result<(), String> {
+    let refused = |version, error: std::io::Error, what: &str| {
+        let expected = landlock_version() >= version;
+        check((error.kind() == std::io::ErrorKind::PermissionDenied) == expected, what)
+    };
+    if let Err(error) = TcpListener::bind("127.0.0.1:0") {
+        refused(4, error, "binding fails for another reason")?;
+    } else {
+        check(landlock_version() < 4, "a port could be bound")?;
+    }
+    let name = SocketAddr::from_abstract_name(ABSTRACT).map_err(|error| error.to_string())?;
+    match UnixStream::connect_addr(&name) {
+        Err(error) => refused(6, error, "connecting fails for another reason"),
+        Ok(_) => check(landlock_version() < 6, "an abstract socket could be connected to"),
+    }
+}
+
+/// A socket that this process listens on.
+const ABSTRACT: &str = "bulkhead-jail-test";
+
+#[test]
+fn landlock_refuses_ports_and_abstract_sockets() {
+    let name = SocketAddr::from_abstract_name(ABSTRACT).expect("a name");
+    let _listening = UnixListener::bind_addr(&name).expect("listen");
+    if landlock_version() < 4 {
+        eprintln!("SKIPPED in part: this takes Linux 6.12 with Landlock");
+    }
+    in_child(|| {
+        enter(&JAIL).map_err(|error| error.to_string())?;
+        check_landlock()
+    });
+    let directory = tempfile::tempdir().expect("make a directory");
+    let dir = directory.path();
+    in_child(|| {
+        let none = None::<&str>;
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).map_err(|error| error.to_string())?;
+        nix::mount::mount(
+            none,
+            "/",
+            none,
+            nix::mount::MsFlags::MS_REC | nix::mount::MsFlags::MS_PRIVATE,
+            none,
+        )
+        .map_err(|error| error.to_string())?;
+        nix::mount::mount(Some("tmpfs"), dir, Some("tmpfs"), nix::mount::MsFlags::empty(), none)
+            .map_err(|error| error.to_string())?;
+        std::env::set_current_dir(dir).map_err(|error| error.to_string())?;
+        let files = enter_file_server(2, &JAIL.limits);
+        files.map_err(|error| format!("{error}: {:?}", std::error::Error::source(&error)))?;
+        check_landlock()?;
+        // Its files are its own still.
+        check(fs::read_dir("/").is_ok(), "the shared tree can't be read")
+    });
 }
 
 #[test]
