@@ -43,6 +43,14 @@ pub(crate) type Sample = (&'static str, &'static str, f64);
 pub(crate) fn serve(ready: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))?;
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT))?;
+    serve_on(&listener, socket, ready)
+}
+
+fn serve_on(
+    listener: &TcpListener,
+    socket: UdpSocket,
+    ready: impl FnOnce() -> io::Result<()>,
+) -> io::Result<()> {
     thread::spawn(move || count_datagrams(&socket));
     ready()?;
     loop {
@@ -108,7 +116,10 @@ fn send(connection: &mut TcpStream, mut length: u64, buffer: &[u8]) -> io::Resul
 /// # Errors
 /// When the server does not answer as it should.
 pub(crate) fn measure(address: Ipv4Addr) -> io::Result<Vec<Sample>> {
-    let server = SocketAddr::V4(SocketAddrV4::new(address, PORT));
+    measure_at(SocketAddr::V4(SocketAddrV4::new(address, PORT)))
+}
+
+fn measure_at(server: SocketAddr) -> io::Result<Vec<Sample>> {
     let mut samples = Vec::new();
     for (streams, to, from) in [
         (1, "tcp-1-stream-to-pod", "tcp-1-stream-from-pod"),
@@ -246,13 +257,18 @@ mod tests {
 
     #[test]
     fn client_and_server_agree() {
-        thread::spawn(|| serve(|| Ok(())));
-        let deadline = Instant::now() + LIMIT;
-        while TcpStream::connect((Ipv4Addr::LOCALHOST, PORT)).is_err() {
-            assert!(Instant::now() < deadline, "the server does not come up");
-            thread::sleep(Duration::from_millis(5));
-        }
-        let samples = measure(Ipv4Addr::LOCALHOST).unwrap();
+        // A port that is free for both: any other may be somebody's.
+        let (listener, socket) = std::iter::repeat_with(|| {
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+            let socket = UdpSocket::bind(listener.local_addr().unwrap());
+            (listener, socket)
+        })
+        .take(100)
+        .find_map(|(listener, socket)| Some((listener, socket.ok()?)))
+        .unwrap();
+        let server = listener.local_addr().unwrap();
+        thread::spawn(move || serve_on(&listener, socket, || Ok(())));
+        let samples = measure_at(server).unwrap();
         assert!(samples.iter().all(|(row, _, value)| *value > 0.0 || row.ends_with("lost")), "{samples:?}");
     }
 }

@@ -104,13 +104,23 @@ impl Stage {
 
     async fn forwarded(&self) {
         start_in(self.pod.clone(), self.namespace.clone());
-        for _ in 0..100 {
+        for _ in 0..1000 {
             tokio::time::sleep(Duration::from_millis(20)).await;
             if self.client(|| StdTcpStream::connect(("127.0.0.1", ECHO))).await.is_ok() {
-                return;
+                // That one is over before others are counted.
+                return self.is_left().await;
             }
         }
         panic!("ports are not forwarded");
+    }
+
+    /// Waits until no stream of the guest is open.
+    async fn is_left(&self) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while self.open.load(Relaxed) > 0 {
+            assert!(Instant::now() < deadline, "a stream stays open");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     async fn end(self) {
@@ -149,11 +159,15 @@ async fn a_port_without_a_server_is_refused_and_other_addresses_are_left_alone()
     let stage = Stage::set("refuse").await;
     stage.forwarded().await;
     for address in ["127.0.0.1", "127.9.8.7", "::1"] {
-        let since = Instant::now();
-        let error = stage.client(move || StdTcpStream::connect((address, 9))).await.unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{address}");
-        // At once, not when the client has asked again.
-        assert!(since.elapsed() < Duration::from_millis(900), "{address}: {:?}", since.elapsed());
+        let mut soonest = Duration::MAX;
+        for _ in 0..5 {
+            let since = Instant::now();
+            let error = stage.client(move || StdTcpStream::connect((address, 9))).await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{address}");
+            soonest = soonest.min(since.elapsed());
+        }
+        // At once, not when the client has asked again, but for a moment in which the machine is busy.
+        assert!(soonest < Duration::from_millis(900), "{address}: {soonest:?}");
     }
     // What a server has sent before it cuts the connection off arrives.
     let answer = stage.client(|| ask("127.0.0.1", RUDE, b"")).await.unwrap();
@@ -236,8 +250,18 @@ async fn everything_ends_with_the_pod() {
     let _client = stage.client(|| StdTcpStream::connect(("127.0.0.1", ECHO)).unwrap()).await;
     let (namespace, keeper) = (NetworkNamespace::open(&stage.namespace).unwrap(), stage._keeper.clone());
     stage.end().await;
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    let refused = namespace.within(|| StdTcpStream::connect(("127.0.0.1", ECHO))).await.unwrap();
-    assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+    let connect = || {
+        let address = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), ECHO);
+        StdTcpStream::connect_timeout(&address, Duration::from_secs(1))
+            .map(drop)
+            .map_err(|error| error.kind())
+    };
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let mut last = namespace.within(connect).await.unwrap();
+    while last != Err(io::ErrorKind::ConnectionRefused) && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        last = namespace.within(connect).await.unwrap();
+    }
+    assert_eq!(last, Err(io::ErrorKind::ConnectionRefused));
     drop(keeper);
 }

@@ -27,6 +27,7 @@ use ttrpc::context;
 use self::guest::Guest;
 use super::service::services;
 use super::shim::Shim;
+use super::stdio::DRAIN_IDLE;
 use crate::error::Code;
 use crate::events::Publisher;
 use crate::pod::heartbeat::Heartbeat;
@@ -322,9 +323,11 @@ async fn a_disk_that_the_guest_refuses_is_taken_back() {
 async fn an_exit_that_overtakes_the_answer_to_start_is_announced_after_it() {
     let stage = Stage::new().await;
     stage.create("c").await;
-    stage.guest.delay("Start", Duration::from_millis(200));
+    stage.guest.delay("Start", Duration::from_millis(500));
     let exit = async {
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        while stage.guest.calls("Start").is_empty() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
         stage.guest.exit("c", "", 0);
     };
     tokio::join!(stage.start("c", ""), exit).0.unwrap();
@@ -451,7 +454,7 @@ async fn an_exit_is_reported_while_nobody_takes_the_output() {
     stage.kill("c", "").await.unwrap();
     let started = std::time::Instant::now();
     assert_eq!(stage.wait("c", "").await, 137);
-    assert!(started.elapsed() < Duration::from_secs(1));
+    assert!(started.elapsed() < DRAIN_IDLE, "it has waited for the output");
     assert_eq!(stage.events().await.last().unwrap(), "exit c 137");
     flood.abort();
 }
@@ -478,9 +481,13 @@ async fn a_flood_of_events_is_cut_and_unknown_containers_are_ignored() {
     let stage = Stage::new().await;
     stage.create("c").await;
     stage.guest.flood_with_oom(&["ghost", "c"]);
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    while !stage.events().await.iter().any(|event| event == "oom c") {
+        assert!(std::time::Instant::now() < deadline, "nothing of the flood was told");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     tokio::time::sleep(Duration::from_millis(500)).await;
     let events = stage.events().await;
-    assert!(events.iter().any(|event| event == "oom c"));
     assert!(!events.iter().any(|event| event == "oom ghost"));
     assert!(events.len() < 40, "{}", events.len());
     assert_eq!(stage.status("c").await, Status::CREATED);
@@ -505,7 +512,10 @@ async fn a_caller_that_leaves_does_not_leave_things_half_done() {
     let impatient = StartRequest { id: "c".into(), ..Default::default() };
     let short = context::with_duration(Duration::from_millis(50));
     assert!(stage.client.start(short, &impatient).await.is_err());
-    tokio::time::sleep(Duration::from_millis(600)).await;
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    while stage.status("c").await != Status::RUNNING && std::time::Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     assert_eq!(stage.status("c").await, Status::RUNNING);
     assert_eq!(stage.events().await, ["create c", "start c"]);
 }
