@@ -60,6 +60,8 @@ pub struct Config {
     pub template_limit: u64,
     /// Whether what a pod sends has to come from the addresses that its network interfaces were given.
     pub spoof_check: bool,
+    /// Whether a pod has a core's threads to itself while it runs there.
+    pub core_scheduling: bool,
     /// What holds for each container.
     pub containers: Containers,
     /// What is logged.
@@ -124,6 +126,7 @@ struct File {
     template_dir: Option<PathBuf>,
     template_limit: Option<String>,
     spoof_check: Option<bool>,
+    core_scheduling: Option<bool>,
     default_seccomp: Option<bool>,
     root_changes: Option<RootChanges>,
     log_level: Option<String>,
@@ -312,6 +315,7 @@ impl Config {
             template_limit: quantity::parse_bytes(file.template_limit.as_deref().unwrap_or("8Gi"))
                 .map_err(ConfigError::TemplateLimit)?,
             spoof_check: file.spoof_check.unwrap_or(true),
+            core_scheduling: file.core_scheduling.unwrap_or(false),
             containers: Containers {
                 default_seccomp: file.default_seccomp.unwrap_or(false),
                 root_changes: file.root_changes.unwrap_or_default(),
@@ -441,7 +445,7 @@ mod tests {
         assert_eq!(config.templates, Templates::Auto);
         assert_eq!(config.template_dir, Path::new("/var/lib/bulkhead/templates"));
         assert_eq!(config.template_limit, 8 << 30);
-        assert!(config.spoof_check);
+        assert!(config.spoof_check && !config.core_scheduling);
         assert_eq!(config.containers, Containers::default());
         assert_eq!(config.log_level, LevelFilter::Info);
     }
@@ -465,6 +469,7 @@ mod tests {
             template_dir = "/t"
             template_limit = "1Gi"
             spoof_check = false
+            core_scheduling = true
             default_seccomp = true
             root_changes = "auto"
             log_level = "debug"
@@ -487,6 +492,7 @@ mod tests {
                 template_dir: "/t".into(),
                 template_limit: 1 << 30,
                 spoof_check: false,
+                core_scheduling: true,
                 containers: Containers { default_seccomp: true, root_changes: RootChanges::Auto },
                 log_level: LevelFilter::Debug,
             }

@@ -11,9 +11,18 @@ const OLDEST: (u32, u32) = (5, 10);
 /// The oldest kernel that was tried.
 const TRIED: (u32, u32) = (6, 1);
 
+/// What keeps pods off each other's cores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct CoreScheduling {
+    /// The configuration has it switched on.
+    pub wanted: bool,
+    /// Processor and kernel can do it.
+    pub possible: bool,
+}
+
 /// Looks at the system in `root`.
-pub(crate) fn check(root: &Path) -> Vec<Finding> {
-    vec![kernel(root), vulnerabilities(root), smt(root), ksm(root), swap(root), udev(root)]
+pub(crate) fn check(root: &Path, cores: CoreScheduling) -> Vec<Finding> {
+    vec![kernel(root), vulnerabilities(root), smt(root, cores), ksm(root), swap(root), udev(root)]
 }
 
 /// The text of a small file; empty if there is none.
@@ -76,11 +85,20 @@ fn vulnerabilities(root: &Path) -> Finding {
     }
 }
 
-fn smt(root: &Path) -> Finding {
+fn smt(root: &Path, cores: CoreScheduling) -> Finding {
     const WHAT: &str = "hyper-threading";
-    match text(root, "sys/devices/system/cpu/smt/active").as_str() {
-        "1" => Finding::warn(WHAT, "on")
-            .because("two guests on one core's threads share its caches and can watch each other")
+    let why = "two guests on one core's threads share its caches and can watch each other";
+    match (text(root, "sys/devices/system/cpu/smt/active").as_str(), cores) {
+        ("1", CoreScheduling { wanted: true, possible: true }) => {
+            Finding::ok(WHAT, "on; no two pods are on one core at a time (core_scheduling)")
+        }
+        ("1", CoreScheduling { wanted: false, possible: true }) => {
+            Finding::warn(WHAT, "on, and core_scheduling is not")
+                .because(why)
+                .mended_by("core_scheduling = true in Bulkhead's configuration; or switch it off, echo off >/sys/devices/system/cpu/smt/control")
+        }
+        ("1", _) => Finding::warn(WHAT, "on, and the kernel has no core scheduling")
+            .because(why)
             .mended_by("echo off >/sys/devices/system/cpu/smt/control (for good: nosmt on the kernel's command line)"),
         _ => Finding::ok(WHAT, "off"),
     }
@@ -151,8 +169,10 @@ mod tests {
     use crate::check::Verdict;
     use crate::testing::Directory;
 
+    const NO_CORES: CoreScheduling = CoreScheduling { wanted: true, possible: false };
+
     fn verdicts(root: &Directory) -> Vec<Verdict> {
-        check(root.path()).iter().map(|finding| finding.verdict).collect()
+        check(root.path(), NO_CORES).iter().map(|finding| finding.verdict).collect()
     }
 
     #[test]
@@ -186,9 +206,17 @@ mod tests {
         let mut expected = [Verdict::Warn; 6];
         expected[0] = Verdict::Fail;
         assert_eq!(verdicts(&root), expected);
-        let findings = check(root.path());
+        let findings = check(root.path(), NO_CORES);
         assert!(findings.iter().all(|finding| finding.why.is_some() && finding.mend.is_some()));
         assert!(findings[1].evidence.contains("mds"));
+
+        let smt = |wanted, possible| {
+            let finding = smt(root.path(), CoreScheduling { wanted, possible });
+            (finding.verdict, finding.evidence)
+        };
+        assert_eq!(smt(true, true).0, Verdict::Ok);
+        assert_eq!(smt(false, true), (Verdict::Warn, "on, and core_scheduling is not".into()));
+        assert_eq!(smt(false, false), smt(true, false));
 
         // A later file has the last word.
         root.write("etc/udev/rules.d/99-bulkhead.rules", "SUBSYSTEM==\"block\", OPTIONS:=\"nowatch\"\n");
@@ -196,6 +224,6 @@ mod tests {
         root.write("proc/sys/kernel/osrelease", "5.15.0-1-amd64\n");
         assert_eq!(verdicts(&root)[0], Verdict::Warn);
         root.write("proc/cmdline", "quiet mitigations=off panic=1");
-        assert!(check(root.path())[1].evidence.contains("mitigations=off"));
+        assert!(check(root.path(), NO_CORES)[1].evidence.contains("mitigations=off"));
     }
 }

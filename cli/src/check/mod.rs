@@ -13,6 +13,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use bulkhead_shim::config::{Config, Source};
+use bulkhead_shim::host::core_scheduling;
 use serde::Serialize;
 
 /// What one look at the node gave.
@@ -156,7 +157,11 @@ pub(crate) fn run(options: &Options, out: &mut impl Write) -> Result<bool, Check
     };
     let mut findings = kvm::check(&device);
     findings.extend(modules::check(root));
-    findings.extend(host::check(root));
+    let cores = host::CoreScheduling {
+        wanted: configured.as_ref().is_ok_and(|config| config.core_scheduling),
+        possible: core_scheduling::is_possible(),
+    };
+    findings.extend(host::check(root, cores));
     findings.push(cgroup::check(Path::new("/sys/fs/cgroup")));
     match configured {
         Ok(config) => findings.extend(parts::check(&prefix, &config)),

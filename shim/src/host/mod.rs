@@ -3,6 +3,7 @@
 pub(crate) mod assemble;
 pub(crate) mod cgroup;
 pub(crate) mod changes;
+pub mod core_scheduling;
 pub(crate) mod disk;
 pub(crate) mod empty_network;
 pub(crate) mod erofs;

@@ -29,6 +29,7 @@ use super::{PodError, PodSpec};
 use crate::config::Templates;
 use crate::error::{Classify, Code, chain};
 use crate::host::cgroup::{self, CgroupError, Limits, PodCgroup};
+use crate::host::core_scheduling;
 use crate::host::process::{Ended, ProcessId};
 use crate::host::spawn::check_program;
 use crate::net::NetError;
@@ -159,6 +160,7 @@ pub(super) async fn boot(
     let start = template.as_ref().map_or(Start::Cold, |(_, template)| Start::Template(template));
     // First of all: the host's kernel takes its time with the machine, in which the rest can be done.
     let prepared = vmm.prepare(start, resources)?;
+    let cores = spec.config.core_scheduling && separate(prepared.vmm);
     if let Some(network) = network {
         network.begin();
         resources.network = Some(network);
@@ -185,6 +187,9 @@ pub(super) async fn boot(
     let id = fs_server.id();
     resources.fs_server = Some(Arc::new(fs_server));
     resources.record(|state| state.fs_server = Some(id)).map_err(BootError::from)?;
+    if cores {
+        share(prepared.vmm, id);
+    }
 
     let (console_reader, console_writer) = io::pipe().map_err(BootError::Console)?;
     let console = Tail::start(console_reader.into(), CONSOLE_KEPT, "guest console", Level::Debug);
@@ -205,9 +210,27 @@ pub(super) async fn boot(
             give_up(&store, &template, error, resources).await;
             let prepared = vmm.prepare(Start::Cold, resources)?;
             adopt_network(spec, prepared.vmm, resources);
+            if cores && separate(prepared.vmm) {
+                share(prepared.vmm, id);
+            }
             let running = vmm.boot(prepared, ends, timeline).await?;
             Ok(running.with(tree, wanted, cgroup))
         }
+    }
+}
+
+/// Keeps what is not of the pod off the other threads of a core that its VMM runs on, before it has a guest. Tells whether it does.
+fn separate(vmm: ProcessId) -> bool {
+    core_scheduling::separate(vmm).unwrap_or_else(|errno| {
+        log::warn!("others can run beside the pod on a core's threads (core_scheduling): {errno}");
+        false
+    })
+}
+
+/// The file server may run beside the pod's VMM.
+fn share(vmm: ProcessId, fs_server: ProcessId) {
+    if let Err(errno) = core_scheduling::share(vmm, fs_server) {
+        log::warn!("the file server is not scheduled with the pod's VMM (core_scheduling): {errno}");
     }
 }
 

@@ -81,6 +81,8 @@ impl Order {
             template_dir: self.directory.clone(),
             template_limit: self.limit,
             spoof_check: true,
+            // Its guest runs nothing but what is ours.
+            core_scheduling: false,
             containers: Containers::default(),
             log_level: log::LevelFilter::Info,
         }

@@ -5,8 +5,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::libc::{O_ACCMODE, O_PATH, O_RDONLY};
+use nix::libc::{O_ACCMODE, O_PATH, O_RDONLY, PR_SCHED_CORE, PR_SCHED_CORE_GET, c_ulong, prctl};
 
+use super::network::started_with;
 use super::{Case, Container, Environment};
 use crate::failure::{Explain, Outcome};
 use crate::netns::{Namespace, Network};
@@ -19,6 +20,7 @@ use crate::{bundle, ensure, ensure_eq, node};
 pub(crate) const CASES: &[Case] = &[
     Case::new("jail-as-proc-shows-it", as_proc_shows_it).bulkhead_only(),
     Case::new("jail-networks", networks).bulkhead_only(),
+    Case::new("jail-core-scheduling", core_scheduling).bulkhead_only(),
     Case::new("jail-leaves-no-core-dump", no_core_dump).bulkhead_only(),
 ];
 
@@ -134,6 +136,53 @@ fn as_proc_shows_it(environment: &mut Environment) -> Outcome<String> {
     container.shim.delete("")?;
     container.release()?;
     Ok(evidence.join(", "))
+}
+
+/// The core scheduling cookie of a thread, 0 if it has none; `None` where the host has no core scheduling.
+fn cookie(thread: i32) -> Option<u64> {
+    let mut cookie = 0u64;
+    let [command, thread] = [PR_SCHED_CORE_GET, thread].map(|number| number as c_ulong);
+    // SAFETY: the last argument is the address of eight aligned bytes that may be written.
+    let result = unsafe { prctl(PR_SCHED_CORE, command, thread, 0 as c_ulong, &raw mut cookie) };
+    (result == 0).then_some(cookie)
+}
+
+fn core_scheduling(environment: &mut Environment) -> Outcome<String> {
+    let mut cookies = Vec::new();
+    let mut pods = Vec::new();
+    for config in ["core_scheduling = true\n", "core_scheduling = true\n", ""] {
+        let id = environment.id("cores");
+        let spec = bundle::spec(&id, bundle::process(&["sleep", "100000"]));
+        let pod = started_with(environment, &id, &spec, config)?;
+        let shim = pod.shim.pid()?;
+        let mut of_pod = Vec::new();
+        for program in ["bulkhead-vmm", "bulkhead-fs"] {
+            let found = node::descendants(shim, program).into_iter().next();
+            let pid = found.explain(|| format!("no {program} below the shim"))?.pid;
+            for thread in Proc::of(pid).threads()? {
+                let name = thread.0.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                of_pod.push(cookie(name.parse().explain(|| format!("thread {name}"))?));
+            }
+        }
+        of_pod.dedup();
+        ensure_eq!(of_pod.len(), 1, "cookies of the threads of a pod: {of_pod:?}");
+        cookies.push((of_pod[0], cookie(shim)));
+        pods.push(pod);
+    }
+    for pod in pods {
+        pod.finish()?;
+    }
+    match cookies[..] {
+        [(None, None), (None, None), (None, None)] => {
+            Ok("SKIPPED: the node has no SMT, or its kernel no core scheduling".into())
+        }
+        [(Some(one), Some(0)), (Some(two), Some(0)), (Some(0), Some(0))]
+            if one != two && one != 0 && two != 0 =>
+        {
+            Ok("each pod that is to have a cookie has its own, others and shims have none".into())
+        }
+        ref other => crate::fail!("cookies of three pods and their shims: {other:?}"),
+    }
 }
 
 fn expect_no_interface(process: &Proc) -> Outcome {

@@ -61,7 +61,12 @@ fn look(namespace: &Namespace) -> Outcome<String> {
 }
 
 /// A container that runs, of a pod with a configuration of its own.
-fn started_with(environment: &Environment, id: &str, spec: &Value, config: &str) -> Outcome<Container> {
+pub(super) fn started_with(
+    environment: &Environment,
+    id: &str,
+    spec: &Value,
+    config: &str,
+) -> Outcome<Container> {
     let host = environment.host()?;
     let file = host.path().join(format!("{id}.toml"));
     std::fs::write(&file, config).explain(|| format!("write {}", file.display()))?;
