@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # software.sh: make target/images/software/rootfs, a Debian 13 with programs as people run them: dpkg, git, SQLite, Python, Node, a JVM,
-# PostgreSQL.
+# PostgreSQL, MariaDB, Redis, nginx, systemd.
 #
 # The packages are unpacked, not installed: no maintainer script runs, so it takes neither root nor the machine's own Debian release.
 set -euo pipefail
@@ -10,11 +10,11 @@ root=$(cd "$here/../.." && pwd)
 out=$root/target/images/software
 debs=$root/target/debs/software
 packages=(base-files base-passwd bash dash coreutils diffutils findutils grep sed tar mawk dpkg util-linux git sqlite3 python3 nodejs
-    openjdk-21-jre-headless postgresql-17)
+    openjdk-21-jre-headless postgresql-17 mariadb-server redis-server nginx-light curl systemd)
 digest=$(sha256sum "$here/software.sh" | cut -d' ' -f1)
 [[ $(cat "$out/stamp" 2>/dev/null) != "$digest" ]] || exit 0
 
-echo "images: fetching and unpacking Debian's git, Python, Node, a JVM, PostgreSQL and others (200 MB)"
+echo "images: fetching and unpacking Debian's git, Python, Node, a JVM, PostgreSQL, MariaDB and others (250 MB)"
 "$root/guest-image/fetch-debs.sh" trixie "$debs" --with-dependencies "${packages[@]}"
 rm -rf "$out" && mkdir -p "$out/new"
 new=$out/new
