@@ -43,7 +43,7 @@ pub(crate) fn refuse_everything() -> Result<(), Errno> {
     }
 }
 
-/// The same for ports, abstract sockets and signals alone, where the kernel knows of these (Linux 6.7 and 6.12): files cost nothing more.
+/// The same for ports, abstract sockets and signals alone, where the kernel knows of these (Linux 6.7 and 6.12). What is not restricted is not looked at: files are as before.
 pub(crate) fn refuse_all_but_files() -> Result<(), Errno> {
     match version()? {
         Some(version @ 4..) => {
