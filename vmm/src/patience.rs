@@ -45,15 +45,17 @@ impl Patience {
     fn learn(&mut self, requests: u32) {
         if !self.patient {
             self.left -= 1;
-            self.patient = self.left == 0;
+            if self.left == 0 {
+                self.patient = true;
+                // Already now: it may turn out that the thread can't try.
+                self.left = self.every;
+            }
         } else if requests >= MANY {
             self.every = TRY_EVERY;
         } else {
             self.every = (self.every * 2).min(TRY_EVERY_AT_MOST);
-            self.patient = false;
-        }
-        if self.left == 0 && !self.patient {
             self.left = self.every;
+            self.patient = false;
         }
     }
 }
@@ -104,6 +106,16 @@ mod tests {
         patient(&mut patience, 100, MANY);
         assert_eq!(patient(&mut patience, 2 * TRY_EVERY, 1), 1);
         assert!(patient(&mut patience, TRY_EVERY_AT_MOST, MANY) > TRY_EVERY_AT_MOST - 4 * TRY_EVERY);
+    }
+
+    #[test]
+    fn a_try_that_can_not_be_made_is_made_again_in_its_time() {
+        let mut patience = Patience::default();
+        let tries = (0..10 * TRY_EVERY).filter(|_| {
+            patience.learn(1);
+            std::mem::take(&mut patience.patient)
+        });
+        assert_eq!(tries.count(), 10);
     }
 
     #[test]
