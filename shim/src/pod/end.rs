@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use tokio::sync::watch;
+
 use super::heartbeat::Heartbeat;
 use super::machine::{self, ControlListener};
 use super::{Pod, PodError, now_ns};
@@ -35,17 +37,7 @@ impl Pod {
 
     /// Answers when the pod is dead.
     pub(crate) async fn died(&self) -> Death {
-        let mut death = self.death.subscribe();
-        loop {
-            let now = death.borrow_and_update().clone();
-            if let Some(death) = now {
-                return death;
-            }
-            if death.changed().await.is_err() {
-                // The sender is ours: it can't be gone.
-                std::future::pending::<()>().await;
-            }
-        }
+        what_comes(&self.death).await
     }
 
     /// An error for requests to a dead pod.
@@ -67,17 +59,7 @@ impl Pod {
 
     /// Answers when the pod has been condemned.
     async fn sentence(&self) -> String {
-        let mut condemned = self.condemned.subscribe();
-        loop {
-            let reason = condemned.borrow_and_update().clone();
-            if let Some(reason) = reason {
-                return reason;
-            }
-            if condemned.changed().await.is_err() {
-                // The sender is ours: it can't be gone.
-                std::future::pending::<()>().await;
-            }
-        }
+        what_comes(&self.condemned).await
     }
 
     /// Powers the guest off and releases everything. Idempotent; returns when it is done, whoever began it.
@@ -164,5 +146,20 @@ async fn wait_for(process: &Option<Arc<machine::Jailed>>) -> Option<crate::host:
     match process {
         Some(process) => process.child.wait().await,
         None => std::future::pending().await,
+    }
+}
+
+/// What will be there, or is already.
+async fn what_comes<T: Clone>(place: &watch::Sender<Option<T>>) -> T {
+    let mut place = place.subscribe();
+    loop {
+        let now = place.borrow_and_update().clone();
+        if let Some(now) = now {
+            return now;
+        }
+        if place.changed().await.is_err() {
+            // The sender is ours: it can't be gone.
+            std::future::pending::<()>().await;
+        }
     }
 }

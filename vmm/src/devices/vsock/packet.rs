@@ -35,18 +35,18 @@ pub(crate) enum Op {
 }
 
 impl Op {
+    pub(super) const ALL: [Op; 7] = [
+        Op::Request,
+        Op::Response,
+        Op::Reset,
+        Op::Shutdown,
+        Op::ReadWrite,
+        Op::CreditUpdate,
+        Op::CreditRequest,
+    ];
+
     fn from_raw(raw: u16) -> Option<Self> {
-        [
-            Op::Request,
-            Op::Response,
-            Op::Reset,
-            Op::Shutdown,
-            Op::ReadWrite,
-            Op::CreditUpdate,
-            Op::CreditRequest,
-        ]
-        .into_iter()
-        .find(|&op| op as u16 == raw)
+        Op::ALL.into_iter().find(|&op| op as u16 == raw)
     }
 }
 

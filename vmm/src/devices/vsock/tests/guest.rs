@@ -98,6 +98,18 @@ impl Guest {
         packets[0].0
     }
 
+    /// All bytes that come out of the host's end until its end of file, while the device runs.
+    pub(super) fn read_to_end(&mut self, host: &mut UnixStream) -> Vec<u8> {
+        let mut all = Vec::new();
+        let mut chunk = [0; 65536];
+        self.wait(|_| {
+            let length = host.read(&mut chunk).unwrap();
+            all.extend(&chunk[..length]);
+            length == 0
+        });
+        all
+    }
+
     /// Opens the connection from port 5000 to `PORT`.
     pub(super) fn connect(&mut self) {
         self.send(header(Op::Request), &[]);
@@ -160,15 +172,6 @@ pub(super) fn is_closed(stream: &mut UnixStream) -> bool {
 }
 
 pub(super) fn random_header(nonsense: &mut Nonsense, length: u32) -> Header {
-    const OPS: [Op; 7] = [
-        Op::Request,
-        Op::Response,
-        Op::Reset,
-        Op::Shutdown,
-        Op::ReadWrite,
-        Op::CreditUpdate,
-        Op::CreditRequest,
-    ];
     let any = |nonsense: &mut Nonsense, likely: &[u32]| match nonsense.below(8) {
         0 => nonsense.next() as u32,
         _ => likely[nonsense.below(likely.len() as u64) as usize],
@@ -179,7 +182,7 @@ pub(super) fn random_header(nonsense: &mut Nonsense, length: u32) -> Header {
         source_port: any(nonsense, &[0, 1, 2, 5000]),
         destination_port: any(nonsense, &[PORT, 1 << 30, (1 << 30) + 1, (1 << 30) + 2]),
         length,
-        op: (nonsense.below(20) != 0).then(|| OPS[nonsense.below(7) as usize]),
+        op: (nonsense.below(20) != 0).then(|| Op::ALL[nonsense.below(7) as usize]),
         flags: any(nonsense, &[0, 1, 2, 3]),
         buffer_size: any(nonsense, &[0, 4096, WINDOW, u32::MAX]),
         consumed: any(nonsense, &[0, 100, 5000]),
