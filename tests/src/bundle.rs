@@ -64,6 +64,13 @@ pub(crate) fn bind(source: &Path, destination: &str, options: &[&str]) -> Value 
     json!({ "destination": destination, "type": "bind", "source": source, "options": options })
 }
 
+/// Adds to a list of a specification that [`spec`] has.
+pub(crate) fn add(list: &mut Value, item: Value) {
+    if let Some(list) = list.as_array_mut() {
+        list.push(item);
+    }
+}
+
 /// A bundle directory and its writable layer.
 #[derive(Debug, Clone)]
 pub(crate) struct Bundle {

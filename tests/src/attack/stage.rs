@@ -113,9 +113,7 @@ impl Drop for Stage {
 
 /// Gives a container a volume.
 pub(crate) fn volume(spec: &mut Value, source: &Path, destination: &str, options: &[&str]) {
-    if let Some(mounts) = spec["mounts"].as_array_mut() {
-        mounts.push(bundle::bind(source, destination, options));
-    }
+    bundle::add(&mut spec["mounts"], bundle::bind(source, destination, options));
 }
 
 /// What a program said, and how it ended.

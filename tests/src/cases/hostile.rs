@@ -42,9 +42,10 @@ fn frozen(environment: &Environment) -> Outcome<Container> {
     let mut spec = bundle::spec(&id, privileged(bundle::shell(script)));
     spec["linux"]["namespaces"] =
         json!([{ "type": "ipc" }, { "type": "uts" }, { "type": "mount" }, { "type": "network" }]);
-    if let Some(mounts) = spec["mounts"].as_array_mut() {
-        mounts.push(json!({ "destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev"] }));
-    }
+    bundle::add(
+        &mut spec["mounts"],
+        json!({ "destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev"] }),
+    );
     let mut container = environment.created(&id, &spec, Streams { stdin: true, ..Streams::default() })?;
     container.shim.start("")?;
     container.stdio.stdout.until("ready", CALL_LIMIT)?;
@@ -149,10 +150,8 @@ fn kernel_interfaces(environment: &mut Environment) -> Outcome<String> {
     for options in [["rbind", "ro"], ["rbind", "rw"]] {
         let id = environment.id("chroot");
         let mut spec = bundle::spec(&id, reach("/tree"));
-        if let Some(list) = spec["mounts"].as_array_mut() {
-            list.push(bundle::bind(&directory, "/tree", &options));
-            list.push(bundle::bind(&directory.join("tmp/file"), "/kept", &["bind", "ro"]));
-        }
+        bundle::add(&mut spec["mounts"], bundle::bind(&directory, "/tree", &options));
+        bundle::add(&mut spec["mounts"], bundle::bind(&directory.join("tmp/file"), "/kept", &["bind", "ro"]));
         let ended = environment.run_to_end(&id, &spec)?;
         ensure_eq!(
             ended.stdout.trim(),
@@ -167,16 +166,12 @@ fn kernel_interfaces(environment: &mut Environment) -> Outcome<String> {
     // The file system that holds files came along.
     let id = environment.id("chroot");
     let mut spec = bundle::spec(&id, bundle::shell("cat /tree/tmp/file"));
-    if let Some(list) = spec["mounts"].as_array_mut() {
-        list.push(bundle::bind(&directory, "/tree", &["rbind", "ro"]));
-    }
+    bundle::add(&mut spec["mounts"], bundle::bind(&directory, "/tree", &["rbind", "ro"]));
     ensure_eq!(environment.run_to_end(&id, &spec)?.success()?, "kept", "the file on the tmpfs below");
     for refused in ["proc", "sys", "dev", "cgroup"] {
         let id = environment.id("refused");
         let mut spec = bundle::spec(&id, bundle::shell("true"));
-        if let Some(list) = spec["mounts"].as_array_mut() {
-            list.push(bundle::bind(&directory.join(refused), "/tree", &["rbind", "ro"]));
-        }
+        bundle::add(&mut spec["mounts"], bundle::bind(&directory.join(refused), "/tree", &["rbind", "ro"]));
         let message = refusal(environment, &id, &spec)?;
         ensure!(message.contains("can't be shared with a pod"), "{refused}: {message}");
     }
@@ -202,9 +197,7 @@ fn whole_host(environment: &mut Environment) -> Outcome<String> {
     let before = core_pattern()?;
     let id = environment.id("host");
     let mut spec = bundle::spec(&id, reach("/host"));
-    if let Some(list) = spec["mounts"].as_array_mut() {
-        list.push(bundle::bind(Path::new("/"), "/host", &["rbind", "rslave", "rw"]));
-    }
+    bundle::add(&mut spec["mounts"], bundle::bind(Path::new("/"), "/host", &["rbind", "rslave", "rw"]));
     let ended = environment.run_to_end(&id, &spec)?;
     ensure_eq!(ended.stdout.trim(), "end", "what was reached; stderr {:?}", ended.stderr);
     ensure_eq!(core_pattern()?, before, "the host's core_pattern");
@@ -214,9 +207,7 @@ fn whole_host(environment: &mut Environment) -> Outcome<String> {
         &id,
         bundle::shell("ls /host/etc >/dev/null && ls -A /host/proc /host/sys | grep -v : | grep -c ."),
     );
-    if let Some(list) = spec["mounts"].as_array_mut() {
-        list.push(bundle::bind(Path::new("/"), "/host", &["rbind", "ro"]));
-    }
+    bundle::add(&mut spec["mounts"], bundle::bind(Path::new("/"), "/host", &["rbind", "ro"]));
     ensure_eq!(environment.run_to_end(&id, &spec)?.stdout.trim(), "0", "files in /host/proc and /host/sys");
     Ok("the host's files are there; /proc, /sys and /dev are empty".into())
 }
@@ -229,9 +220,7 @@ fn later_mounts(environment: &mut Environment) -> Outcome<String> {
     process::run(command.arg("--make-shared").arg(&directory), b"", CALL_LIMIT)?
         .success("mount --make-shared")?;
     let mut spec = bundle::spec(&id, privileged(bundle::process(&["sleep", "100000"])));
-    if let Some(list) = spec["mounts"].as_array_mut() {
-        list.push(bundle::bind(&directory, "/tree", &["rbind", "rslave", "rw"]));
-    }
+    bundle::add(&mut spec["mounts"], bundle::bind(&directory, "/tree", &["rbind", "rslave", "rw"]));
     let container = environment.created(&id, &spec, Streams::default())?;
     container.shim.start("")?;
     let before = core_pattern()?;

@@ -283,9 +283,7 @@ fn facilities(environment: &mut Environment) -> Outcome<String> {
     let id = environment.id("facilities");
     let mut spec = able(&id, "/facilities --facilities");
     let program = std::env::current_exe().explain(|| "the program that this is".into())?;
-    if let Some(mounts) = spec["mounts"].as_array_mut() {
-        mounts.push(bundle::bind(&program, "/facilities", &["rbind", "ro"]));
-    }
+    bundle::add(&mut spec["mounts"], bundle::bind(&program, "/facilities", &["rbind", "ro"]));
     let said = run(environment, &id, &spec)?.success()?;
     let names = crate::facilities::names();
     let expected: String = names.iter().map(|name| format!("{name} yes\n")).collect();
@@ -369,9 +367,7 @@ fn docker(environment: &mut Environment) -> Outcome<String> {
     spec["linux"]["maskedPaths"] = json!([]);
     spec["linux"]["resources"] =
         json!({ "devices": [{ "allow": true, "access": "rwm" }], "memory": { "limit": 1 << 30 } });
-    if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
-        namespaces.push(json!({ "type": "cgroup" }));
-    }
+    bundle::add(&mut spec["linux"]["namespaces"], json!({ "type": "cgroup" }));
     let programs = environment.layout.bin("");
     if let Some(mounts) = spec["mounts"].as_array_mut() {
         for mount in mounts.iter_mut().filter(|mount| mount["type"] == "sysfs") {

@@ -34,12 +34,6 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("like-refusals", refusals).bulkhead_only(),
 ];
 
-fn add_mount(spec: &mut Value, mount: Value) {
-    if let Some(mounts) = spec["mounts"].as_array_mut() {
-        mounts.push(mount);
-    }
-}
-
 fn unconfined(environment: &mut Environment) -> Outcome<String> {
     let script = "grep ^Seccomp: /proc/self/status | tr -d '\\t'; unshare -U true && echo user namespace";
     let output = environment.run_script("unconfined", script)?.success()?;
@@ -95,8 +89,8 @@ fn read_only_volume(environment: &mut Environment) -> Outcome<String> {
     let script =
         "for d in /plain /plain/below /all /all/below; do echo x 2>/dev/null >$d/f && echo $d; done; true";
     let mut spec = bundle::spec(&id, bundle::shell(script));
-    add_mount(&mut spec, bundle::bind(&volume, "/plain", &["rbind", "rprivate", "ro"]));
-    add_mount(&mut spec, bundle::bind(&volume, "/all", &["rbind", "rprivate", "rro"]));
+    bundle::add(&mut spec["mounts"], bundle::bind(&volume, "/plain", &["rbind", "rprivate", "ro"]));
+    bundle::add(&mut spec["mounts"], bundle::bind(&volume, "/all", &["rbind", "rprivate", "rro"]));
     let ended = environment.run_to_end(&id, &spec);
     umount2(&below, MntFlags::MNT_DETACH).explain(|| "unmount what is below".into())?;
     fs::remove_dir_all(&volume).explain(|| "remove the volume".into())?;
@@ -118,8 +112,8 @@ fn tmpfs_mode(environment: &mut Environment) -> Outcome<String> {
         bundle::shell("stat -c %a /etc /fresh; df -k /dev/shm | tail -n 1 | awk '{print $2}'"),
     );
     for destination in ["/etc", "/fresh"] {
-        add_mount(
-            &mut spec,
+        bundle::add(
+            &mut spec["mounts"],
             json!({ "destination": destination, "type": "tmpfs", "source": "tmpfs", "options": ["nosuid"] }),
         );
     }
@@ -135,13 +129,14 @@ fn own_devices(environment: &mut Environment) -> Outcome<String> {
     let script = "echo x >/etc/passwd && [ ! -s /etc/passwd ] && [ -c /etc/passwd ] && echo null; \
                   head -c 3 /etc/group | wc -c; [ -c /dev/fuse ] && (: <>/dev/fuse) && echo fuse";
     let mut spec = bundle::spec(&id, bundle::shell(script));
-    add_mount(&mut spec, bundle::bind(Path::new("/dev/null"), "/etc/passwd", &["rbind", "rw"]));
-    add_mount(&mut spec, bundle::bind(Path::new("/dev/zero"), "/etc/group", &["rbind", "ro"]));
+    bundle::add(&mut spec["mounts"], bundle::bind(Path::new("/dev/null"), "/etc/passwd", &["rbind", "rw"]));
+    bundle::add(&mut spec["mounts"], bundle::bind(Path::new("/dev/zero"), "/etc/group", &["rbind", "ro"]));
     spec["linux"]["devices"] =
         json!([{ "path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 0o666 }]);
-    if let Some(rules) = spec["linux"]["resources"]["devices"].as_array_mut() {
-        rules.push(json!({ "allow": true, "type": "c", "major": 10, "minor": 229, "access": "rwm" }));
-    }
+    bundle::add(
+        &mut spec["linux"]["resources"]["devices"],
+        json!({ "allow": true, "type": "c", "major": 10, "minor": 229, "access": "rwm" }),
+    );
     let output = environment.run_to_end(&id, &spec)?.success()?;
     ensure_eq!(output, "null\n3\nfuse\n", "devices");
     Ok("/dev/null and /dev/zero over files, /dev/fuse".into())
@@ -155,7 +150,7 @@ fn device_nodes(environment: &mut Environment) -> Outcome<String> {
                   mknod disk b 8 0; [ -b disk ]; (: <disk) 2>/dev/null && echo opened; mv null moved; ls -l moved | cut -c1-10; \
                   mknod /v/whiteout c 0 0; stat -c %t:%T /v/whiteout; rm -r /n";
     let mut spec = bundle::spec(&id, bundle::shell(script));
-    add_mount(&mut spec, bundle::bind(&volume, "/v", &["rbind", "rw"]));
+    bundle::add(&mut spec["mounts"], bundle::bind(&volume, "/v", &["rbind", "rw"]));
     let output = environment.run_to_end(&id, &spec)?.success()?;
     ensure_eq!(output, "character special file 1:3 666\ncrw-rw-rw-\n0:0\n", "device nodes");
     fs::remove_dir_all(&volume).explain(|| "remove the volume".into())?;
@@ -177,8 +172,8 @@ fn one_file(environment: &mut Environment) -> Outcome<String> {
                   flock /a/sub/l sleep 2 & sleep 0.5; flock -n /b/l true || echo busy; \
                   [ $(stat -c %d:%i /a/sub/l) = $(stat -c %d:%i /b/l) ] && echo same; wait";
     let mut spec = bundle::spec(&id, bundle::shell(script));
-    add_mount(&mut spec, bundle::bind(&volume, "/a", &["rbind", "rw"]));
-    add_mount(&mut spec, bundle::bind(&volume.join("sub"), "/b", &["rbind", "rw"]));
+    bundle::add(&mut spec["mounts"], bundle::bind(&volume, "/a", &["rbind", "rw"]));
+    bundle::add(&mut spec["mounts"], bundle::bind(&volume.join("sub"), "/b", &["rbind", "rw"]));
     let ended = environment.run_to_end(&id, &spec)?;
     fs::remove_dir_all(&volume).explain(|| "remove the volume".into())?;
     ensure_eq!(ended.stdout, "through\nbusy\nsame\n", "a FIFO and a lock, stderr {:?}", ended.stderr);
@@ -193,9 +188,7 @@ fn own_users(environment: &mut Environment) -> Outcome<String> {
     let map = json!([{ "containerID": 0, "hostID": 0, "size": 65536 }]);
     spec["linux"]["uidMappings"] = map.clone();
     spec["linux"]["gidMappings"] = map;
-    if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
-        namespaces.push(json!({ "type": "user" }));
-    }
+    bundle::add(&mut spec["linux"]["namespaces"], json!({ "type": "user" }));
     let output = environment.run_to_end(&id, &spec)?.success()?;
     ensure_eq!(output, "0\n 0 0 65536\nsysfs\n0\n", "a container with users of its own");
     Ok("a user namespace, with a sysfs".into())
@@ -270,7 +263,7 @@ fn refusals(environment: &mut Environment) -> Outcome<String> {
     ensure!(message.contains("AppArmor profile \"my-profile\""), "the error: {message}");
     let id = environment.id("refused");
     let mut shared = bundle::spec(&id, bundle::shell("true"));
-    add_mount(&mut shared, bundle::bind(Path::new("/tmp"), "/data", &["rbind", "rshared"]));
+    bundle::add(&mut shared["mounts"], bundle::bind(Path::new("/tmp"), "/data", &["rbind", "rshared"]));
     let message = refused(environment, &id, &shared)?;
     ensure!(message.contains("Bidirectional"), "the error: {message}");
     // What asks for the host's processes gets the pod's.

@@ -207,9 +207,7 @@ fn segments_of_udp(environment: &mut Environment) -> Outcome<String> {
     let [address, _] = namespace.add(&network, "eth0")?;
     let mut spec = specification(&id, &namespace, "sleep 100000");
     let program = std::env::current_exe().explain(|| "the program that this is".into())?;
-    if let Some(mounts) = spec["mounts"].as_array_mut() {
-        mounts.push(bundle::bind(&program, "/segments", &["ro"]));
-    }
+    bundle::add(&mut spec["mounts"], bundle::bind(&program, "/segments", &["ro"]));
     let container = environment.created(&id, &spec, Streams::default())?;
     container.shim.start("")?;
     let at_the_node = || {
@@ -298,9 +296,7 @@ fn spoofed(environment: &mut Environment) -> Outcome<String> {
         );
         let mut spec = specification(&id, &namespace, &script);
         for set in ["bounding", "effective", "permitted"] {
-            if let Some(set) = spec["process"]["capabilities"][set].as_array_mut() {
-                set.push("CAP_NET_ADMIN".into());
-            }
+            bundle::add(&mut spec["process"]["capabilities"][set], "CAP_NET_ADMIN".into());
         }
         let container = started_with(environment, &id, &spec, &format!("spoof_check = {check}\n"))?;
         container.shim.wait("", CALL_LIMIT)?;

@@ -107,9 +107,10 @@ fn limits(environment: &mut Environment) -> Outcome<String> {
     spec["linux"]["resources"]["pids"] = json!({ "limit": 64 });
     spec["linux"]["namespaces"] = json!([{ "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" },
                                          { "type": "network" }, { "type": "cgroup" }]);
-    if let Some(mounts) = spec["mounts"].as_array_mut() {
-        mounts.push(json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro", "nosuid", "noexec", "nodev"] }));
-    }
+    bundle::add(
+        &mut spec["mounts"],
+        json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro", "nosuid", "noexec", "nodev"] }),
+    );
     let output = environment.run_to_end(&id, &spec)?.success()?;
     // 512 shares are weight 20 by the old formula of OCI runtimes and 59 by the present one.
     let expected =

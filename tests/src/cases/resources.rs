@@ -79,9 +79,7 @@ fn write_400_mb(environment: &Environment, volume: &Path) -> Outcome<String> {
     let id = environment.id("volume");
     let mut spec =
         bundle::spec(&id, bundle::shell("dd if=/dev/zero of=/data/file bs=1000000 count=400 2>/dev/null"));
-    if let Some(mounts) = spec["mounts"].as_array_mut() {
-        mounts.push(bundle::bind(volume, "/data", &["rbind", "rw"]));
-    }
+    bundle::add(&mut spec["mounts"], bundle::bind(volume, "/data", &["rbind", "rw"]));
     environment.run_to_end(&id, &spec)?.success()
 }
 

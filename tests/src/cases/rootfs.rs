@@ -74,12 +74,10 @@ fn bind_mounts(environment: &mut Environment) -> Outcome<String> {
     let script = "cat /data/given; echo; echo back >/data/answer; cat /fixed/sub/file; echo; touch /fixed/x 2>&1; cat /etc/single; echo; \
                   echo changed >/etc/single; echo no 2>/dev/null >/etc/locked || echo locked";
     let mut spec = bundle::spec(&id, bundle::shell(script));
-    if let Some(mounts) = spec["mounts"].as_array_mut() {
-        mounts.push(bundle::bind(&host.join("rw"), "/data", &["rbind", "rw"]));
-        mounts.push(bundle::bind(&host.join("ro"), "/fixed", &["rbind", "ro"]));
-        mounts.push(bundle::bind(&host.join("single"), "/etc/single", &["bind", "rw"]));
-        mounts.push(bundle::bind(&host.join("ro/sub/file"), "/etc/locked", &["bind", "ro"]));
-    }
+    bundle::add(&mut spec["mounts"], bundle::bind(&host.join("rw"), "/data", &["rbind", "rw"]));
+    bundle::add(&mut spec["mounts"], bundle::bind(&host.join("ro"), "/fixed", &["rbind", "ro"]));
+    bundle::add(&mut spec["mounts"], bundle::bind(&host.join("single"), "/etc/single", &["bind", "rw"]));
+    bundle::add(&mut spec["mounts"], bundle::bind(&host.join("ro/sub/file"), "/etc/locked", &["bind", "ro"]));
     let ended = environment.run_to_end(&id, &spec)?;
     let read = |name: &str| fs::read_to_string(host.join(name)).explain(|| format!("{name} on the host"));
     let lines: Vec<&str> = ended.stdout.lines().collect();
@@ -99,9 +97,7 @@ fn bind_mounts(environment: &mut Environment) -> Outcome<String> {
 fn bind_of_nothing(environment: &mut Environment) -> Outcome<String> {
     let id = environment.id("nothing");
     let mut spec = bundle::spec(&id, bundle::shell("true"));
-    if let Some(mounts) = spec["mounts"].as_array_mut() {
-        mounts.push(bundle::bind("/no/such/source".as_ref(), "/data", &["rbind", "ro"]));
-    }
+    bundle::add(&mut spec["mounts"], bundle::bind("/no/such/source".as_ref(), "/data", &["rbind", "ro"]));
     let host = environment.host()?;
     let bundle = host.bundle(&id, &spec)?;
     let shim = host.start(&bundle)?;

@@ -4,7 +4,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use bulkhead_base::capabilities::NAMES;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{Case, Environment};
 use crate::bundle::{self, Bundle};
@@ -99,15 +99,15 @@ fn run(environment: &mut Environment, name: &str, script: &str, place: Place, sa
     let directory = environment.host()?.path().join("volumes").join(&id);
     if place != Place::Root {
         fs::create_dir_all(&directory).explain(|| format!("make {}", directory.display()))?;
-        add(&mut spec["mounts"], bundle::bind(&directory, "/srv", &["rbind", "rw"]));
+        bundle::add(&mut spec["mounts"], bundle::bind(&directory, "/srv", &["rbind", "rw"]));
     }
     if place == Place::Init {
         let options = ["nosuid", "noexec", "nodev", "rw"];
-        add(
+        bundle::add(
             &mut spec["mounts"],
             json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": options }),
         );
-        add(&mut spec["linux"]["namespaces"], json!({ "type": "cgroup" }));
+        bundle::add(&mut spec["linux"]["namespaces"], json!({ "type": "cgroup" }));
         spec["process"]["capabilities"] = bundle::capabilities(&NAMES);
         spec["process"]["noNewPrivileges"] = json!(false);
         spec["linux"]["maskedPaths"] = json!([]);
@@ -127,11 +127,4 @@ fn run(environment: &mut Environment, name: &str, script: &str, place: Place, sa
     }
     ensure_eq!((ended.exit_status, ended.stdout.as_str()), (0, said), "exit code and output");
     Ok(format!("{:.2} s", took.as_secs_f64()))
-}
-
-/// Adds to a list of a specification.
-fn add(list: &mut Value, item: Value) {
-    if let Some(list) = list.as_array_mut() {
-        list.push(item);
-    }
 }

@@ -18,7 +18,7 @@ const SIZE: &str = "memory = \"64Mi\"\n";
 ///
 /// # Errors
 /// What is not as it has to be.
-pub(crate) fn play(environment: &Environment, _id: &str, schedule: &Schedule) -> Outcome<Played> {
+pub(crate) fn play(environment: &Environment, schedule: &Schedule) -> Outcome<Played> {
     let templates = Templates::on_a_file_system(environment, SIZE)?;
     let pod = templates.pod(environment, "echo up; exec sleep 100000", &[])?;
     pod.shim.expect_started("booted")?;

@@ -157,7 +157,7 @@ impl Stage<'_> {
         let before = Snapshot::take(&watched);
         let played = match (schedule.scene, &self.daemon) {
             (Scene::Containerd, Some(daemon)) => daemon.play(self.environment.containerd()?, id, schedule),
-            (Scene::Making, _) => making::play(self.environment, id, schedule),
+            (Scene::Making, _) => making::play(self.environment, schedule),
             _ => round::play(self.environment.host()?, id, schedule),
         };
         harm::relieve();

@@ -41,9 +41,7 @@ const LIMITS: Group = Group {
         resources["cpu"] = json!({ "quota": 90_000, "period": 100_000, "shares": 512 });
         resources["pids"] = json!({ "limit": 100 });
         resources["unified"] = json!({ "memory.high": "130000000" });
-        if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
-            namespaces.push(json!({ "type": "cgroup" }));
-        }
+        bundle::add(&mut spec["linux"]["namespaces"], json!({ "type": "cgroup" }));
     },
 };
 
@@ -61,9 +59,10 @@ const PRIVILEGED: Group = Group {
 };
 
 fn add_cgroups(spec: &mut Value, options: &[&str]) {
-    if let Some(mounts) = spec["mounts"].as_array_mut() {
-        mounts.push(json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": options }));
-    }
+    bundle::add(
+        &mut spec["mounts"],
+        json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": options }),
+    );
 }
 
 /// What differs depends on what the guest's kernel has.

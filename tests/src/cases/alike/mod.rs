@@ -196,9 +196,7 @@ fn ask(environment: &Environment, host: &ShimHost, group: &Group, rows: &[&Row])
     .into_iter()
     .chain(disks.mounts())
     {
-        if let Some(mounts) = spec["mounts"].as_array_mut() {
-            mounts.push(mount);
-        }
+        bundle::add(&mut spec["mounts"], mount);
     }
     (group.configure)(&mut spec);
     let output = run(host, &id, &spec)?;

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::thread;
 use std::time::Duration;
 
-use super::{BUILD_LIMIT, SCRIPT, Templates, ended};
+use super::{BUILD_LIMIT, SCRIPT, Templates, WORKING_SET, ended};
 use crate::cases::{Container, Environment};
 use crate::cleanup::WorkDir;
 use crate::failure::{Explain, Outcome};
@@ -106,7 +106,7 @@ pub(crate) fn killed_maker(environment: &mut Environment) -> Outcome<String> {
     templates.run_pod(environment, &[], "restored", None)?;
     // That pod has what the second one left out made.
     templates.expect(1)?;
-    ensure!(templates.default().join("working-set").exists(), "the template has no working set");
+    ensure!(templates.default().join(WORKING_SET).exists(), "the template has no working set");
     Ok(evidence.join("; "))
 }
 
